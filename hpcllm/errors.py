@@ -1,0 +1,44 @@
+"""What hpcllm refuses, and the exit code that says so to a batch system.
+
+A `Refusal` is a sentence for the user, in the user's words and with the numbers; it is raised before any
+step runs and is the same on every rank (see `hpcllm.mpi.together`). Anything else that escapes is a fault
+of the program and is shown with its traceback. The codes are those of sysexits.h (BSD) where one fits.
+"""
+
+
+class Refusal(Exception):
+    """The user's input cannot be used; `str(refusal)` is the sentence to print."""
+
+    code = 2
+    # Set once every rank is known to raise this same refusal: then root speaks and nobody needs to abort.
+    agreed = False
+
+
+class UsageError(Refusal):
+    """A wrong command line, run file or launch."""
+
+    code = 2
+
+
+class DataError(Refusal):
+    """Input that exists but is damaged, of the wrong kind, or too small."""
+
+    code = 65
+
+
+class MissingInput(Refusal):
+    """An input file or folder that does not exist."""
+
+    code = 66
+
+
+class CannotCreate(Refusal):
+    """An output that exists already or cannot be created."""
+
+    code = 73
+
+
+class IOFailure(Refusal):
+    """Reading or writing failed: disk full, quota, lost file system."""
+
+    code = 74

