@@ -1,8 +1,8 @@
 """MPI for PyTorch and for hpcllm; the only package that imports mpi4py. Usable on its own:
 
-    import hpcllm.mpi
-    world = hpcllm.mpi.init()        # under mpirun or srun; torch.distributed now runs over MPI
-    model = DistributedDataParallel(model.to(world.device))
+import hpcllm.mpi
+world = hpcllm.mpi.init()        # under mpirun or srun; torch.distributed now runs over MPI
+model = DistributedDataParallel(model.to(world.device))
 """
 
 from .world import World, agree, init, join, on_root, together

@@ -1,0 +1,400 @@
+"""The torch.distributed backend "mpi4py": every collective that PyTorch's own parallelism calls, over MPI.
+
+A Python subclass of torch's ProcessGroup with one MPI communicator of its own. Collectives run inline and
+are complete when they return (MPI libraries do not progress them in the background without a spare core);
+send and receive are MPI requests that complete in `wait`. What adds up is in `reduce`, which memory MPI may
+touch in `device`. Spellings of torch 2.11 to 2.13 are both served, by aliases at the end of the class.
+"""
+
+import time
+import zlib
+from functools import wraps
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+
+from . import reduce
+from .device import from_host, to_host
+
+BACKEND = "mpi4py"
+
+# MPI-3 counts are C ints; a call moves at most this many bytes (power of two: whole elements of any dtype).
+MOVE_CHUNK_BYTES = 1 << 30
+_UNIT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
+
+_communication_s = 0.0
+
+
+def communication_s():
+    """Seconds this process has spent inside communication calls since it started."""
+    return _communication_s
+
+
+def register(comm):
+    """Make `init_process_group("mpi4py")` and `new_group` build groups over sub-communicators of `comm`."""
+    if hasattr(dist.Backend, BACKEND.upper()):
+        return
+
+    def create(options, _):
+        ranks = list(options.global_ranks_in_group)
+        if not ranks or ranks == list(range(comm.size)):
+            return MpiProcessGroup(comm.Dup() if comm.size == options.group_size else comm, options.group_id)
+        members = comm.group.Incl(ranks)
+        # Only members call this, so the communicator is made by the members alone; the tag keeps apart
+        # groups that are being made at the same time.
+        sub = comm.Create_group(members, tag=zlib.crc32(options.group_id.encode()) % 32768)
+        members.Free()
+        return MpiProcessGroup(sub, options.group_id)
+
+    dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
+
+
+def _timed(method):
+    @wraps(method)
+    def timed(*args, **kwargs):
+        global _communication_s
+        start = time.perf_counter()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            _communication_s += time.perf_counter() - start
+
+    return timed
+
+
+class Done(dist.Work):
+    """The handle of a collective that is complete."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self._tensors = tensors
+
+    def wait(self, timeout=None):
+        return True
+
+    def is_completed(self):
+        return True
+
+    def is_success(self):
+        return True
+
+    def exception(self):
+        return None
+
+    def synchronize(self):
+        pass
+
+    def result(self):
+        return self._tensors
+
+    def get_future(self):
+        self.wait()
+        devices = sorted({t.device for t in self._tensors if t.device.type == "cuda"}, key=str)
+        future = torch.futures.Future(devices=devices) if devices else torch.futures.Future()
+        future.set_result(self._tensors)
+        return future
+
+
+class Pending(Done):
+    """The handle of a send or receive. Keeps the buffer alive; a received tensor is filled in by `wait`."""
+
+    def __init__(self, tensor, host, requests, receives):
+        super().__init__([tensor])
+        self._host, self._requests, self._receives = host, requests, receives
+        self._statuses = [MPI.Status() for _ in requests]
+
+    @_timed
+    def wait(self, timeout=None):
+        if self._requests:
+            MPI.Request.Waitall(self._requests, self._statuses)
+            self._finish()
+        return True
+
+    def is_completed(self):
+        if self._requests and MPI.Request.Testall(self._requests, self._statuses):
+            self._finish()
+        return not self._requests
+
+    def is_success(self):
+        return self.is_completed()
+
+    def synchronize(self):
+        self.wait()
+
+    def source_rank(self):
+        self.wait()
+        return self._statuses[0].Get_source()
+
+    _source_rank = source_rank
+
+    def _finish(self):
+        self._requests = []
+        if self._receives:
+            from_host(self._host, self._tensors[0])
+        self._host = None
+
+
+def _units(host):
+    """A contiguous CPU tensor as an MPI buffer of whole elements, whatever its dtype means."""
+    size = host.element_size()
+    return [host.reshape(-1).view(torch.uint8).numpy(), host.numel(), _UNIT[size]]
+
+
+def _pieces(host):
+    """The same, cut into calls that MPI-3 can count."""
+    flat = host.view(-1)
+    step = MOVE_CHUNK_BYTES // host.element_size()
+    for start in range(0, max(flat.numel(), 1), step):
+        yield _units(flat[start : start + step])
+
+
+class MpiProcessGroup(dist.ProcessGroup):
+    """One group of ranks; tensors may be on the CPU or a GPU, contiguous or not, of any dtype and shape.
+
+    Reductions refuse float8 and the pairs that have no meaning with TypeError (see `reduce.check`).
+    """
+
+    def __init__(self, comm, name):
+        super().__init__(comm.rank, comm.size)
+        self.comm = comm
+        self._name, self._description = name, "undefined"
+        self._sent = []
+
+    # ---- names: DeviceMesh and the functional collectives find groups by these
+
+    def getBackendName(self):
+        return BACKEND
+
+    def name(self):
+        return BACKEND
+
+    def getRank(self):
+        return self.comm.rank
+
+    def getSize(self):
+        return self.comm.size
+
+    def getGroupName(self):
+        return self._name
+
+    def setGroupName(self, name):
+        self._name = name
+
+    def getGroupDesc(self):
+        return self._description
+
+    def setGroupDesc(self, description):
+        self._description = description
+
+    _set_group_name, _set_group_desc = setGroupName, setGroupDesc
+    group_name = property(getGroupName)
+    group_desc = property(getGroupDesc)
+
+    def shutdown(self):
+        """Free the communicator (collective over the group). Further calls on the group fail."""
+        if self.comm != MPI.COMM_NULL:
+            self.comm.Free()
+
+    # ---- one tensor to or from all
+
+    @_timed
+    def broadcast(self, tensors, options):
+        for tensor in tensors:
+            host = to_host(tensor, copy_in=options.rootRank == self.comm.rank)
+            for piece in _pieces(host):
+                self.comm.Bcast(piece, root=options.rootRank)
+            from_host(host, tensor)
+        return Done(tensors)
+
+    @_timed
+    def allreduce(self, tensors, options):
+        kind, factor = reduce.kind_of(options.reduceOp)
+        for tensor in tensors:
+            host = to_host(tensor)
+            reduce.all_reduce(self.comm, host, kind, factor)
+            from_host(host, tensor)
+        return Done(tensors)
+
+    @_timed
+    def reduce(self, tensors, options):
+        kind, factor = reduce.kind_of(options.reduceOp)
+        for tensor in tensors:
+            host = to_host(tensor)
+            reduce.reduce(self.comm, host, kind, options.rootRank, factor)
+            if options.rootRank == self.comm.rank:
+                from_host(host, tensor)
+        return Done(tensors)
+
+    # ---- pieces of all to all
+
+    def _all_gather(self, outputs, tensor):
+        """outputs: one tensor a rank, sizes may differ."""
+        gathered = torch.empty(sum(o.numel() for o in outputs), dtype=tensor.dtype)
+        counts = [output.numel() for output in outputs]
+        self.comm.Allgatherv(
+            _units(to_host(tensor)), [_units(gathered)[0], counts, _UNIT[tensor.element_size()]]
+        )
+        for output, part in zip(outputs, gathered.split(counts), strict=True):
+            output.detach().copy_(part.view(output.shape))
+
+    @_timed
+    def allgather(self, outputs, inputs, options=None):
+        for parts, tensor in zip(outputs, inputs, strict=True):
+            self._all_gather(parts, tensor)
+        return Done([part for parts in outputs for part in parts])
+
+    @_timed
+    def allgather_coalesced(self, outputs, inputs, options=None):
+        # outputs[rank][i] receives inputs[i] of that rank
+        for i, tensor in enumerate(inputs):
+            self._all_gather([parts[i] for parts in outputs], tensor)
+        return Done([part for parts in outputs for part in parts])
+
+    @_timed
+    def all_gather_single(self, output, tensor, options=None):
+        host = to_host(output, copy_in=False)
+        count = tensor.numel()
+        receive = [_units(host)[0], count, _UNIT[tensor.element_size()]]
+        self.comm.Allgather(_units(to_host(tensor)), receive)
+        from_host(host, output)
+        return Done([output])
+
+    def all_gather_single_coalesced(self, outputs, inputs, options=None):
+        for output, tensor in zip(outputs, inputs, strict=True):
+            self.all_gather_single(output, tensor, options)
+        return Done(outputs)
+
+    @_timed
+    def gather(self, outputs, inputs, options):
+        root = options.rootRank == self.comm.rank
+        for i, tensor in enumerate(inputs):
+            host = to_host(tensor)
+            gathered = torch.empty((self.comm.size, *tensor.shape), dtype=tensor.dtype) if root else None
+            receive = [_units(gathered)[0], tensor.numel(), _UNIT[tensor.element_size()]] if root else None
+            self.comm.Gather(_units(host), receive, root=options.rootRank)
+            if root:
+                for output, part in zip(outputs[i], gathered, strict=True):
+                    output.detach().copy_(part.view(output.shape))
+        return Done([part for parts in outputs for part in parts])
+
+    @_timed
+    def scatter(self, outputs, inputs, options):
+        root = options.rootRank == self.comm.rank
+        for i, output in enumerate(outputs):
+            host = to_host(output, copy_in=False)
+            parts = torch.stack([to_host(part) for part in inputs[i]]) if root else None
+            send = [_units(parts)[0], output.numel(), _UNIT[output.element_size()]] if root else None
+            self.comm.Scatter(send, _units(host), root=options.rootRank)
+            from_host(host, output)
+        return Done(outputs)
+
+    # ---- reduce-scatter: exchange blocks as they are, fold them locally in rank order
+
+    def _reduce_scatter(self, output, blocks, options):
+        """blocks: contiguous CPU tensor whose first dim has one entry a rank."""
+        kind, factor = reduce.kind_of(options.reduceOp)
+        reduce.check(output.dtype, kind)
+        received = torch.empty_like(blocks)
+        count = blocks[0].numel()
+        unit = _UNIT[blocks.element_size()]
+        self.comm.Alltoall([_units(blocks)[0], count, unit], [_units(received)[0], count, unit])
+        total = reduce.fold(list(received.unbind(0)), kind, factor)
+        output.detach().copy_(total.view(output.shape))
+
+    @_timed
+    def reduce_scatter(self, outputs, inputs, options):
+        for output, parts in zip(outputs, inputs, strict=True):
+            if any(part.numel() != output.numel() for part in parts):
+                # Ranks hold pieces of different sizes: every piece is summed, and each rank keeps its own.
+                kind, factor = reduce.kind_of(options.reduceOp)
+                for rank, part in enumerate(parts):
+                    total = to_host(part).clone()
+                    reduce.reduce(self.comm, total, kind, rank, factor)
+                    if rank == self.comm.rank:
+                        output.detach().copy_(total.view(output.shape))
+            else:
+                self._reduce_scatter(output, torch.stack([to_host(part).view(-1) for part in parts]), options)
+        return Done(outputs)
+
+    @_timed
+    def reduce_scatter_single(self, output, tensor, options):
+        self._reduce_scatter(output, to_host(tensor).view(self.comm.size, -1), options)
+        return Done([output])
+
+    def reduce_scatter_single_coalesced(self, outputs, inputs, options):
+        for output, tensor in zip(outputs, inputs, strict=True):
+            self.reduce_scatter_single(output, tensor, options)
+        return Done(outputs)
+
+    def allreduce_coalesced(self, tensors, options):
+        return self.allreduce(tensors, options)
+
+    # ---- all to all
+
+    def _all_to_all(self, received, sent, receive_counts, send_counts):
+        unit = _UNIT[sent.element_size()]
+        self.comm.Alltoallv(
+            [_units(sent)[0], list(send_counts), unit], [_units(received)[0], list(receive_counts), unit]
+        )
+
+    @_timed
+    def alltoall(self, outputs, inputs, options=None):
+        sent = torch.cat([to_host(part).reshape(-1) for part in inputs])
+        counts = [output.numel() for output in outputs]
+        received = torch.empty(sum(counts), dtype=sent.dtype)
+        self._all_to_all(received, sent, counts, [part.numel() for part in inputs])
+        for output, part in zip(outputs, received.split(counts), strict=True):
+            output.detach().copy_(part.view(output.shape))
+        return Done(outputs)
+
+    @_timed
+    def all_to_all_single(self, output, tensor, output_splits, input_splits, options=None):
+        host = to_host(output, copy_in=False)
+
+        def counts(splits, whole):
+            rows = splits or [whole.shape[0] // self.comm.size] * self.comm.size
+            row = whole[0].numel() if whole.shape[0] else 0
+            return [n * row for n in rows]
+
+        self._all_to_all(host, to_host(tensor), counts(output_splits, output), counts(input_splits, tensor))
+        from_host(host, output)
+        return Done([output])
+
+    # ---- point to point
+
+    @_timed
+    def send(self, tensors, destination, tag):
+        (tensor,) = tensors
+        host = to_host(tensor)
+        requests = [self.comm.Isend(piece, dest=destination, tag=tag) for piece in _pieces(host)]
+        work = Pending(tensor, host, requests, receives=False)
+        # A caller may drop the handle of a send; the buffer must live until MPI has read it.
+        self._sent = [pending for pending in self._sent if not pending.is_completed()] + [work]
+        return work
+
+    @_timed
+    def recv(self, tensors, source, tag):
+        (tensor,) = tensors
+        host = to_host(tensor, copy_in=False)
+        pieces = list(_pieces(host))
+        if source == MPI.ANY_SOURCE and len(pieces) > 1:
+            # The pieces of two senders could interleave.
+            raise ValueError(f"a message of {host.nbytes} bytes (> {MOVE_CHUNK_BYTES}) needs a named source")
+        requests = [self.comm.Irecv(piece, source=source, tag=tag) for piece in pieces]
+        return Pending(tensor, host, requests, receives=True)
+
+    def recv_anysource(self, tensors, tag):
+        return self.recv(tensors, MPI.ANY_SOURCE, tag)
+
+    @_timed
+    def barrier(self, options=None):
+        self.comm.Barrier()
+        return Done([])
+
+    # torch 2.11 and 2.12 call the same operations by these names
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    alltoall_base = all_to_all_single
