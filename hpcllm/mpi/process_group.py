@@ -232,9 +232,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         """outputs: one tensor a rank, sizes may differ."""
         gathered = torch.empty(sum(o.numel() for o in outputs), dtype=tensor.dtype)
         counts = [output.numel() for output in outputs]
-        self.comm.Allgatherv(
-            _units(to_host(tensor)), [_units(gathered)[0], counts, _UNIT[tensor.element_size()]]
-        )
+        self.comm.Allgatherv(_units(to_host(tensor)), [_units(gathered)[0], counts, _UNIT[tensor.element_size()]])
         for output, part in zip(outputs, gathered.split(counts), strict=True):
             output.detach().copy_(part.view(output.shape))
 

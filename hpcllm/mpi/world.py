@@ -74,9 +74,7 @@ def join():
         ) from None
 
     comm = MPI.COMM_WORLD.Dup()
-    library = (
-        MPI.Get_library_version().split("\n")[0].split(", package:")[0].rstrip("\x00 ").replace("\t", " ")
-    )
+    library = MPI.Get_library_version().split("\n")[0].split(", package:")[0].rstrip("\x00 ").replace("\t", " ")
     path = _library_path()
     sentence = launcher.lone_world(started_by, started, comm.size, library, path)
     if sentence:
@@ -130,9 +128,7 @@ def init(device="auto"):
     ):
         os.environ.setdefault(name, str(value))
     process_group.register(world.comm)
-    dist.init_process_group(
-        process_group.BACKEND, store=dist.HashStore(), rank=world.rank, world_size=world.size
-    )
+    dist.init_process_group(process_group.BACKEND, store=dist.HashStore(), rank=world.rank, world_size=world.size)
     _world = World(**{**world.__dict__, "device": chosen})
     return _world
 
@@ -143,9 +139,7 @@ def _library_path():
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             for line in maps:
                 path = line.split(maxsplit=5)[-1].strip()
-                if os.path.basename(path).startswith(
-                    ("libmpi.so", "libmpich.so", "libmpi_cray", "libmpifort")
-                ):
+                if os.path.basename(path).startswith(("libmpi.so", "libmpich.so", "libmpi_cray", "libmpifort")):
                     return path
     except OSError:
         pass
