@@ -292,13 +292,7 @@ class MpiProcessGroup(dist.ProcessGroup):
     def _reduce_scatter(self, output, blocks, options):
         """blocks: contiguous CPU tensor whose first dim has one entry a rank."""
         kind, factor = reduce.kind_of(options.reduceOp)
-        reduce.check(output.dtype, kind)
-        received = torch.empty_like(blocks)
-        count = blocks[0].numel()
-        unit = _UNIT[blocks.element_size()]
-        self.comm.Alltoall([_units(blocks)[0], count, unit], [_units(received)[0], count, unit])
-        total = reduce.fold(list(received.unbind(0)), kind, factor)
-        output.detach().copy_(total.view(output.shape))
+        output.detach().copy_(reduce.reduce_scatter(self.comm, blocks, kind, factor).view(output.shape))
 
     @_timed
     def reduce_scatter(self, outputs, inputs, options):
