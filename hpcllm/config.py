@@ -1,0 +1,224 @@
+"""The run file: a TOML file of typed sections, every key with its unit, and the checks that need several keys.
+
+`load` reads a file and `key=value` overrides; unknown keys, wrong types and impossible combinations are a
+`UsageError` that names them. Checks against the data (sequence length, samples) stand where the data is opened.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import MissingInput, UsageError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class Run(Section):
+    output_dir: str
+    """Folder for everything that the run writes: config.toml, metrics.jsonl, checkpoint-<step>/."""
+    seed: int = Field(1234, ge=0, lt=2**63)
+    """Decides initial weights, sample order, masking and dropout; the same at any number of ranks."""
+
+
+class Data(Section):
+    train: str
+    """Folder of training shards that `hpcllm prepare` wrote."""
+    validation: str | None = None
+    """Folder of validation shards; no evaluation without it."""
+    tokenizer: str | None = None
+    """Tokenizer folder in Hugging Face's layout; by default `tokenizer` beside the training folder."""
+    reader: Literal["mapped", "mpio"] = "mapped"
+    """mapped: each rank maps the shards itself; mpio: collective reads through an h5py built with MPI."""
+    mlm_probability: float = Field(0.15, gt=0, lt=1)
+    """masked_lm: fraction of the tokens that are targets."""
+
+    @property
+    def tokenizer_dir(self):
+        return self.tokenizer or str(Path(self.train).parent / "tokenizer")
+
+
+class Model(Section):
+    task: Literal["masked_lm", "causal_lm"]
+    """What is learnt: masked_lm (BERT and its kin) or causal_lm (GPT-2, Llama and their kin)."""
+    config: dict[str, Any] | None = None
+    """A transformers configuration: model_type and any of its arguments. Weights start at random."""
+    init_from: str | None = None
+    """Folder in Hugging Face's layout whose weights to start from, instead of config."""
+
+    @model_validator(mode="after")
+    def one_source(self):
+        if (self.config is None) == (self.init_from is None):
+            raise ValueError("give either config (a new model) or init_from (a folder with weights)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError('config needs a model_type, e.g. { model_type = "bert", hidden_size = 256 }')
+        return self
+
+
+class Parallel(Section):
+    tensor: int = Field(1, ge=1)
+    """Ranks that share each layer."""
+    pipeline: int = Field(1, ge=1)
+    """Ranks that share the stack of layers."""
+    context: int = Field(1, ge=1)
+    """Ranks that share each sequence."""
+    sharding: Literal["none"] = "none"
+    """none: every data-parallel rank holds the whole model and optimizer (DDP)."""
+    backend: Literal["mpi"] = "mpi"
+    """Who carries gradients and parameters; ranks always come from MPI."""
+
+    @model_validator(mode="after")
+    def data_axis_only(self):
+        for axis in ("tensor", "pipeline", "context"):
+            if getattr(self, axis) != 1:
+                raise ValueError(f"{axis} = {getattr(self, axis)}: this version runs the data axis only; set it to 1")
+        return self
+
+
+class Train(Section):
+    max_steps: int = Field(ge=1)
+    """Optimizer steps of the whole run, restarts included."""
+    global_batch_size: int = Field(ge=1)
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int = Field(ge=1)
+    """Sequences per forward and backward of one rank; what is missing to the global batch is accumulated."""
+    sequence_length: int = Field(ge=8)
+    """Tokens per sequence, special tokens included."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate, reached at the end of the warm-up."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls to zero between warm-up and max_steps."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from zero."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled decay per step (times the learning rate); biases and norms are exempt."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    sgd_momentum: float = Field(0.0, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Largest global 2-norm of the gradient; beyond it the gradient is scaled down. 0 switches it off."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of forward and backward; weights, gradients' sum and optimizer state stay fp32."""
+    log_every_steps: int = Field(10, ge=1)
+    """Steps between lines in a batch log; metrics.jsonl has every step."""
+    eval_every_steps: int = Field(0, ge=0)
+    """Steps between evaluations; 0 evaluates after the last step only."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def steps_and_batches(self):
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than max_steps ({self.max_steps})")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) is not a multiple of "
+                f"micro_batch_size ({self.micro_batch_size})"
+            )
+        return self
+
+    def accumulation(self, size):
+        """Micro-batches per rank and optimizer step on `size` data-parallel ranks. Raises UsageError."""
+        if self.global_batch_size % (self.micro_batch_size * size):
+            raise UsageError(
+                f"train: global_batch_size ({self.global_batch_size}) is not divisible by micro_batch_size "
+                f"({self.micro_batch_size}) x {size} ranks = {self.micro_batch_size * size}"
+            )
+        return self.global_batch_size // (self.micro_batch_size * size)
+
+
+class Checkpoint(Section):
+    every_steps: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 saves after the last step only."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep; older ones are deleted once a newer one is complete."""
+
+
+class Config(Section):
+    """A whole run file."""
+
+    run: Run
+    data: Data
+    model: Model
+    parallel: Parallel = Parallel()
+    train: Train
+    checkpoint: Checkpoint = Checkpoint()
+
+    def toml(self):
+        """The resolved run file, defaults filled in."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def load(path, overrides=()):
+    """Read the run file at `path` (or take a dict) and apply "section.key=value" overrides; returns a Config."""
+    values = path if isinstance(path, dict) else _read(path)
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("\n  ".join(_sentence(detail) for detail in error.errors())) from None
+
+
+def _read(path):
+    try:
+        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise MissingInput(f"run file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"run file {path} cannot be read: {error}") from None
+
+
+def _override(values, override):
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts) or len(parts) < 2:
+        raise UsageError(f'"{override}" is not of the form section.key=value')
+    if parts[0] not in Config.model_fields:
+        raise UsageError(_unknown(parts[0], "", Config))
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: run.output_dir=runs/a
+    for part in parts[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise UsageError(f'"{override}": {part} is a value, not a section')
+    values[parts[-1]] = value
+
+
+def _section_of(location):
+    """The Section class that a pydantic error location lies in."""
+    section = Config
+    for part in location:
+        field = section.model_fields.get(part)
+        kind = field.annotation if field else None
+        if isinstance(kind, type) and issubclass(kind, Section):
+            section = kind
+    return section
+
+
+def _unknown(key, where, section):
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f' (did you mean "{near[0]}"?)' if near else ""
+    return f'{where}unknown key "{key}"{hint}; known: {", ".join(known)}'
+
+
+def _sentence(detail):
+    location = [str(part) for part in detail["loc"]]
+    if detail["type"] == "extra_forbidden":
+        where = ".".join(location[:-1])
+        return _unknown(location[-1], f"{where}: " if where else "", _section_of(location[:-1]))
+    message = detail["msg"].removeprefix("Value error, ")
+    given = detail.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{'.'.join(location)}: {message}{shown}"

@@ -1,0 +1,100 @@
+"""Samples to micro-batches: which rows a rank computes in a step, made one step ahead in a thread.
+
+A global batch is a fixed list of micro-batches, whatever the number of ranks; rank r of n takes every n-th, starting
+with the r-th. So each micro-batch, with its masking and its dropout, is the same computation at any rank count.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+from . import order
+
+_VALIDATION = -1  # the "epoch" of evaluation: its masking never changes
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward's input. input_ids, labels: int64 tensors [B, sequence_length]; seed: for dropout."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    seed: int
+
+    @property
+    def targets(self):
+        return int((self.labels != -100).sum())
+
+
+@dataclass(frozen=True)
+class Source:
+    """The samples that a task sees in one set of shards.
+
+    stream: data.shards.TokenStream; task: module of hpcllm.tasks; vocabulary: model.Vocabulary.
+    """
+
+    stream: Any
+    task: Any
+    vocabulary: Any
+    sequence_length: int
+    mlm_probability: float
+    seed: int
+
+    def __len__(self):
+        """Whole samples in the stream; the tokens after the last one are not used."""
+        taken, stride = self.task.span(self.sequence_length)
+        return max(0, (self.stream.token_count - taken) // stride + 1)
+
+    def micro_batch(self, samples, epochs):
+        """Rows for int64 arrays [B] of sample numbers and their epochs."""
+        taken, stride = self.task.span(self.sequence_length)
+        keys = order.key(self.seed, epochs, samples)
+        tokens = self.stream.gather(samples * stride, taken)
+        input_ids, labels = self.task.rows(tokens, keys, self.vocabulary, self.mlm_probability)
+        seed = int(order.key(self.seed, *keys[:1], 4)) >> 1 if len(keys) else 0
+        return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels), seed)
+
+    def training_step(self, position, rank, size, train):
+        """This rank's micro-batches of the global batch that starts after `position` consumed samples."""
+        samples, epochs = order.samples(position, train.global_batch_size, len(self), self.seed)
+        width = train.micro_batch_size
+        starts = range(rank * width, train.global_batch_size, size * width)
+        return [self.micro_batch(samples[s : s + width], epochs[s : s + width]) for s in starts]
+
+    def validation(self, rank, size, width):
+        """Yield this rank's micro-batches of one pass, each sample on exactly one rank, in equal numbers of calls.
+
+        The last ones may be short or empty, so that collective readers are called equally often everywhere.
+        """
+        for start in range(0, len(self), size * width):
+            first = start + rank * width
+            samples = np.arange(min(first, len(self)), min(first + width, len(self)), dtype=np.int64)
+            yield self.micro_batch(samples, np.full(len(samples), _VALIDATION, dtype=np.int64))
+
+
+def require(source, wanted, what):
+    """Raise DataError when `source` has fewer than `wanted` samples; `what` says who wants them."""
+    if len(source) < wanted:
+        raise DataError(
+            f"{what} {wanted} samples of {source.sequence_length} tokens, but the shards hold {len(source)} "
+            f"({source.stream.token_count} tokens in {source.stream.document_count} documents)"
+        )
+
+
+def ahead(load, items, threaded=True):
+    """Yield load(item) for each item, the next one being loaded in a thread meanwhile. Errors arrive in order."""
+    if not threaded:
+        yield from map(load, items)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="hpcllm-data") as pool:
+        coming = None
+        for item in items:
+            ready, coming = coming, pool.submit(load, item)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()

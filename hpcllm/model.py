@@ -1,0 +1,120 @@
+"""A transformers model in: from a configuration or a folder; and what the data path must know of a tokenizer.
+
+The only importer of transformers beside `tasks` and `data.tokenizer`. Nothing is fetched from a hub, no code from a
+model folder is run, and only safetensors weights are read.
+"""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .errors import DataError, MissingInput, UsageError
+from .tasks import TASKS
+
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids with a meaning; None where the tokenizer has none. special, ordinary: int64 arrays of ids."""
+
+    size: int
+    cls: int | None
+    sep: int | None
+    mask: int | None
+    pad: int | None
+    bos: int | None
+    eos: int | None
+    special: np.ndarray
+    ordinary: np.ndarray
+
+
+def vocabulary(tokenizer):
+    """Vocabulary of a transformers tokenizer."""
+    size = len(tokenizer)
+    special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
+    names = ("cls", "sep", "mask", "pad", "bos", "eos")
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
+    return Vocabulary(size, **ids, special=special, ordinary=np.setdiff1d(np.arange(size), special))
+
+
+def build(section, words, sequence_length, seed):
+    """The model that the run file's [model] section describes, fp32, on the CPU, the same on every rank.
+
+    section: config.Model. words: Vocabulary. Raises UsageError for a configuration that transformers does not know or
+    that does not fit vocabulary or sequence length, MissingInput and DataError for an unusable folder.
+    """
+    if section.init_from:
+        model = load(section.init_from, section.task, strict=False)
+    else:
+        configuration = _configuration(section.config, words)
+        torch.manual_seed(seed)
+        try:
+            model = TASKS[section.task].model_class().from_config(configuration, dtype=torch.float32)
+        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+            raise UsageError(f"model.config: transformers cannot build this model: {error}") from None
+    check_fits(model, words, sequence_length)
+    return model
+
+
+def _configuration(given, words):
+    from transformers import CONFIG_MAPPING
+
+    given = dict(given)
+    kind = given.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
+        raise UsageError(f'model.config: transformers knows no model_type "{kind}" (near: {", ".join(near) or "none"})')
+    family = CONFIG_MAPPING[kind]
+    plain = family()
+    known = set(plain.to_dict()) | set(family.attribute_map)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f' (did you mean "{near[0]}"?)' if near else ""
+            raise UsageError(f'model.config: {kind} has no argument "{name}"{hint}')
+    given.setdefault("vocab_size", words.size)
+    for name in ("pad", "bos", "eos"):
+        if f"{name}_token_id" in known:
+            given.setdefault(f"{name}_token_id", getattr(words, name))
+    # The caches of generation are of no use in training, and cost memory there.
+    return family(**given, use_cache=False) if "use_cache" in known else family(**given)
+
+
+def load(folder, task, *, strict=True):
+    """A model in Hugging Face's layout for `task`, fp32 on the CPU.
+
+    strict: every weight must be there and used (a checkpoint); otherwise a missing head starts at random.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise MissingInput(f"{folder} is not a model folder in Hugging Face's layout: it has no config.json")
+    try:
+        model, report = (
+            TASKS[task]
+            .model_class()
+            .from_pretrained(
+                folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **LOCAL
+            )
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(f"{folder}: the model cannot be loaded for {task}: {error}") from None
+    wrong = sorted(report["mismatched_keys"]) + sorted(report["missing_keys"] if strict else [])
+    if wrong:
+        raise DataError(f"{folder}: weights missing or of another shape: {', '.join(map(str, wrong[:5]))}")
+    return model
+
+
+def check_fits(model, words, sequence_length):
+    """Raise UsageError where tokens would have no embedding or no position."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < words.size:
+        raise UsageError(f"model: {rows} embeddings (vocab_size) are too few for the tokenizer's {words.size} tokens")
+    places = getattr(model.config, "max_position_embeddings", None)
+    if places is not None and sequence_length > places:
+        raise UsageError(
+            f"train: sequence_length ({sequence_length}) is more than the model's max_position_embeddings ({places})"
+        )

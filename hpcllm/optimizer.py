@@ -1,0 +1,48 @@
+"""The optimizer and its learning rate. The rate is a function of the step, so there is no scheduler to save."""
+
+import math
+
+import torch
+
+
+def build(model, train):
+    """torch optimizer for the parameters of `model` as the run file's [train] section says.
+
+    Biases and norms (parameters of one dim) are exempt from weight decay. AdamW: Loshchilov and Hutter 2019, decoupled
+    decay; SGD: decay added to the gradient. Both use torch's fused kernels.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=train.learning_rate, momentum=train.sgd_momentum, fused=True)
+    return torch.optim.AdamW(
+        groups,
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        fused=True,
+    )
+
+
+def learning_rate(step, train):
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then linear, cosine or no decay.
+
+    The last step of the warm-up has the full rate; the rate would reach zero at step max_steps.
+    """
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, train.max_steps - train.warmup_steps)
+    if train.lr_scheduler_type == "constant":
+        return train.learning_rate
+    if train.lr_scheduler_type == "linear":
+        return train.learning_rate * max(0.0, 1.0 - progress)
+    return train.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer, value):
+    for group in optimizer.param_groups:
+        group["lr"] = value

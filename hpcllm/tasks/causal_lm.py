@@ -1,0 +1,26 @@
+"""Causal language modelling: predict each token from those before it (Radford et al. 2018).
+
+A row is a slice of the token stream, which may run across documents (each ends with the separator). Rows overlap by
+one token, so that every token of the stream but the first is a target once an epoch. No padding.
+"""
+
+from . import masked_lm
+
+loss_sum = masked_lm.loss_sum  # labels are shifted here, in `rows`, so the loss is that of any token classifier
+
+
+def model_class():
+    """The transformers class that builds and loads models for this task."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+def span(sequence_length):
+    """(tokens that a sample takes from the stream, distance between the starts of two samples)."""
+    return sequence_length + 1, sequence_length
+
+
+def rows(tokens, keys, vocabulary, mlm_probability):
+    """(input_ids, labels), int64 [B, sequence_length]: labels[:, t] is the token after input_ids[:, t]."""
+    return tokens[:, :-1].copy(), tokens[:, 1:].copy()
