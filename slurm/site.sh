@@ -1,0 +1,58 @@
+# shellcheck shell=bash
+# All that differs from one centre to the next. The job scripts beside this file source it and start their ranks
+# with its function `launch`. Edit it here, or edit a copy and set HPCLLM_SITE=/path/to/your_site.sh.
+
+# --- Modules: the MPI library and whatever else hpcllm was installed with ---
+# module purge
+# module load gcc openmpi
+
+# --- What starts a rank on every task of a Slurm job ---
+slurm_launcher=(
+    srun
+    --mpi=pmix         # Open MPI. MPICH and Intel MPI: pmi2, Cray MPICH: cray_shasta. `srun --mpi=list` shows yours
+    --cpu-bind=cores   # each rank keeps to its own cores. By hand: --cpu-bind=mask_cpu:0xfe,0xfe00,...
+    # --gpus-per-task=1 --gpu-bind=closest   # each rank sees one GPU, the nearest. NCCL wants them all: leave it out
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}"   # since 22.05 srun does not take it from the job
+    --kill-on-bad-exit=1                          # a rank that dies ends the others
+)
+
+# --- What starts ranks elsewhere: on a workstation, or under another scheduler ---
+other_launcher=(mpirun -np "${HPCLLM_RANKS:-4}")
+
+# --- Environment of the ranks ---
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"   # compute nodes have no internet: fail at once, do not wait for it
+export TRANSFORMERS_OFFLINE="${TRANSFORMERS_OFFLINE:-1}"
+export HDF5_USE_FILE_LOCKING="${HDF5_USE_FILE_LOCKING:-FALSE}"   # locks fail on many parallel file systems
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}"
+# export MPI4PY_LIBMPI=/opt/openmpi/lib/libmpi.so.40   # the MPI library, where mpi4py finds a wrong one
+# Cray, GPUs and MPI:   export MPICH_GPU_SUPPORT_ENABLED=1
+#                       export LD_PRELOAD=$CRAY_MPICH_ROOTDIR/gtl/lib/libmpi_gtl_cuda.so   # AMD: libmpi_gtl_hsa.so
+# NCCL or RCCL:         export MPICH_GPU_SUPPORT_ENABLED=0   # both at once can hang
+#                       export NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3 NCCL_NET_GDR_LEVEL=PHB
+# Slingshot (libfabric): export FI_CXI_DEFAULT_CQ_SIZE=131072 FI_CXI_RX_MATCH_MODE=software
+
+# --- The same everywhere: nothing to edit from here on ---
+
+ulimit -c 0   # no core files: a thousand ranks write a thousand of them
+
+# The .venv beside the folder of the job script, unless a module or the user's PATH offers hpcllm already.
+command -v hpcllm >/dev/null || PATH=$(cd "${here:-.}/.." && pwd)/.venv/bin:$PATH
+command -v hpcllm >/dev/null || { echo "site.sh: no hpcllm: run 'make venv' or 'module load hpcllm'" >&2 && exit 2; }
+
+# launch COMMAND...: run COMMAND on every rank, say so in the log, and return the exit code of the whole.
+launch() {
+    local command=("${slurm_launcher[@]}" "$@")
+    if [ -z "${SLURM_JOB_ID:-}" ]; then
+        command=("${other_launcher[@]}" "$@")
+        # More ranks than cores are welcome. Variables, since each MPI has other options: Open MPI 4, then 5.
+        export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
+        export PRTE_MCA_rmaps_default_mapping_policy=:OVERSUBSCRIBE PRTE_MCA_hwloc_default_binding_policy=none
+        if [ "$(id -u)" = 0 ]; then
+            export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+            export PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1
+        fi
+    fi
+    printf '%s %s, start %s:%s\n' "$(date +%FT%T)" "${SLURM_JOB_NODELIST:-$(hostname)}" \
+        "$((${SLURM_RESTART_COUNT:-0} + 1))" "$(printf ' %q' "${command[@]}")"
+    "${command[@]}"
+}
