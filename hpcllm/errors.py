@@ -42,3 +42,9 @@ class IOFailure(Refusal):
     """Reading or writing failed: disk full, quota, lost file system."""
 
     code = 74
+
+
+class Diverged(Refusal):
+    """The loss is no longer a number; starting again would only repeat it, so the job must not be requeued."""
+
+    code = 93

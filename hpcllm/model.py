@@ -96,9 +96,7 @@ def load(folder, task, *, strict=True):
         model, report = (
             TASKS[task]
             .model_class()
-            .from_pretrained(
-                folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **LOCAL
-            )
+            .from_pretrained(folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **LOCAL)
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(f"{folder}: the model cannot be loaded for {task}: {error}") from None

@@ -55,7 +55,7 @@ class Source:
         keys = order.key(self.seed, epochs, samples)
         tokens = self.stream.gather(samples * stride, taken)
         input_ids, labels = self.task.rows(tokens, keys, self.vocabulary, self.mlm_probability)
-        seed = int(order.key(self.seed, *keys[:1], 4)) >> 1 if len(keys) else 0
+        seed = int(order.key(keys[0], 4)) >> 1 if len(keys) else 0
         return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels), seed)
 
     def training_step(self, position, rank, size, train):

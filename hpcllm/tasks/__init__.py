@@ -1,4 +1,4 @@
-"""What is learnt, one file a task. A task module has the four functions that `masked_lm` documents."""
+"""What is learnt, one file a task. A task module has the functions that `masked_lm` documents."""
 
 from . import causal_lm, masked_lm
 

@@ -20,6 +20,16 @@ def model_class():
     return AutoModelForMaskedLM
 
 
+def check(vocabulary):
+    """Raise UsageError for a tokenizer that lacks what this task needs."""
+    missing = [name for name in ("cls", "sep", "mask") if getattr(vocabulary, name) is None]
+    if missing:
+        raise UsageError(
+            f"masked_lm needs a tokenizer with cls, sep and mask tokens; this one has no {', '.join(missing)} "
+            "(hpcllm prepare --tokenizer-kind wordpiece makes one)"
+        )
+
+
 def span(sequence_length):
     """(tokens that a sample takes from the stream, distance between the starts of two samples)."""
     return sequence_length - 2, sequence_length - 2
@@ -31,11 +41,6 @@ def rows(tokens, keys, vocabulary, mlm_probability):
     tokens: int64 [B, span]. keys: uint64 [B], all randomness of a sample comes from its key. Labels are -100
     where there is no target. Special tokens are never targets.
     """
-    if vocabulary.mask is None or vocabulary.cls is None or vocabulary.sep is None:
-        raise UsageError(
-            "masked_lm needs a tokenizer with mask, cls and sep tokens; this one has "
-            f"mask={vocabulary.mask}, cls={vocabulary.cls}, sep={vocabulary.sep} (prepare with --tokenizer-kind wordpiece)"
-        )
     count, length = tokens.shape
     chosen = order.uniform(order.key(keys, 1), length) < mlm_probability
     chosen &= ~np.isin(tokens, vocabulary.special)

@@ -1,0 +1,186 @@
+"""The command line: `hpcllm COMMAND`, `python -m hpcllm COMMAND`, alone or under mpirun or srun.
+
+Parses arguments and ends the job; the work is in the modules that the commands import when they run, so that
+`--help` needs neither MPI nor torch.
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+
+from . import __version__
+from .errors import MissingInput, Refusal, UsageError
+from .mpi import launcher
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints come from one process of the job, not from all."""
+
+    def error(self, message):
+        if launcher.speaks():
+            self.print_usage(sys.stderr)
+            print(f"hpcllm: error: {message}", file=sys.stderr)
+        raise SystemExit(UsageError.code)
+
+
+def parser():
+    top = Parser(prog="hpcllm", description="Train language models on supercomputers, started by mpirun or srun.")
+    top.add_argument("--version", action="version", version=f"hpcllm {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    p = commands.add_parser("prepare", help="text to tokens: a folder of HDF5 shards and a tokenizer")
+    p.add_argument("--input", nargs="+", required=True, metavar="FILE_OR_GLOB", help="plain text or JSONL, also .gz")
+    p.add_argument("--output", required=True, metavar="DIR", help="gets train/, validation/ and tokenizer/")
+    p.add_argument(
+        "--tokenizer", metavar="DIR", help="a tokenizer folder in Hugging Face's layout (default: train one)"
+    )
+    p.add_argument("--tokenizer-kind", choices=("wordpiece", "bpe"), default="wordpiece", help="(default: %(default)s)")
+    p.add_argument("--vocab-size", type=int, default=30522, metavar="N", help="tokens to train (default: %(default)s)")
+    p.add_argument("--jsonl-field", metavar="NAME", help="the input is JSONL and this field holds the text")
+    p.add_argument(
+        "--document-separator",
+        choices=("newline", "blank-line"),
+        default="newline",
+        help="where a document of plain text ends (default: %(default)s)",
+    )
+    p.add_argument("--validation-fraction", type=float, default=0.0, metavar="F", help="part of the documents held out")
+    p.add_argument(
+        "--shard-tokens", type=int, default=1 << 28, metavar="N", help="largest shard in tokens (default: %(default)s)"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+
+    p = commands.add_parser("train", help="train or go on training as a run file says")
+    p.add_argument("run_file", metavar="RUN.toml")
+    p.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.max_steps=5")
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    p.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+
+    p = commands.add_parser("evaluate", help="loss, perplexity and accuracy of a checkpoint on prepared shards")
+    p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN")
+    p.add_argument("--data", metavar="DIR", help="folder of shards (default: the run's validation folder)")
+    p.add_argument("--output", metavar="FILE", help="write the scores as JSON")
+
+    p = commands.add_parser("predict", help="fill [MASK] or continue texts with a checkpoint")
+    p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN")
+    p.add_argument("--text", action="append", default=[], help="a text (may be repeated)")
+    p.add_argument("--input", metavar="FILE", help="a file with a text a line")
+    p.add_argument("--output", metavar="FILE", help="write the answers as JSONL")
+    p.add_argument("--top-k", type=int, default=5, metavar="K", help="guesses for each mask (default: %(default)s)")
+    p.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="longest continuation")
+    return top
+
+
+def prepare(args):
+    from . import mpi
+    from .data.prepare import prepare
+
+    names = ("output", "tokenizer", "tokenizer_kind", "vocab_size", "jsonl_field", "document_separator")
+    names += ("validation_fraction", "shard_tokens", "overwrite")
+    world = mpi.join()
+    summary = prepare(world, inputs=args.input, **{name: getattr(args, name) for name in names})
+    if world.is_root:
+        print(json.dumps(summary, indent=2))
+
+
+def train(args):
+    from . import config, mpi
+
+    world = mpi.join()
+    settings = mpi.on_root(world.comm, config.load, args.run_file, args.overrides)
+    from .train import train
+
+    world = mpi.init(settings.train.device)
+    results = train(settings, world, resume=args.resume, overwrite=args.overwrite)
+    if world.is_root:
+        print(f"done: {json.dumps(results)}")
+
+
+def evaluate(args):
+    from . import mpi
+
+    world = mpi.join()
+    from . import files, model
+    from .data import batches, shards, tokenizer
+    from .evaluate import evaluate
+    from .tasks import TASKS
+    from .train import run_config
+
+    saved, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
+    world = mpi.init(saved["train"]["device"])
+    data = args.data or saved["data"].get("validation")
+    if data is None:
+        raise _on_all(UsageError("the run had no validation folder; name one with --data"))
+    with mpi.together(world.comm):
+        stream = shards.open_folder(data)
+        tokenizer.check_same(stream, folder)
+        net = model.load(folder, saved["model"]["task"]).to(world.device)
+        source = batches.Source(
+            stream,
+            TASKS[saved["model"]["task"]],
+            model.vocabulary(tokenizer.load(folder)),
+            saved["train"]["sequence_length"],
+            saved["data"]["mlm_probability"],
+            saved["run"]["seed"],
+        )
+        batches.require(source, 1, f"{data}: at least one sample is needed:")
+    scores = evaluate(net, source, world, saved["train"]["micro_batch_size"], saved["train"]["precision"])
+    scores = {"checkpoint": str(folder), "data": str(data), **scores}
+    if world.is_root:
+        print(json.dumps(scores, indent=2))
+    if args.output:
+        mpi.on_root(world.comm, files.write_json, args.output, scores)
+
+
+def predict(args):
+    from . import mpi
+
+    world = mpi.join()
+    from . import files
+    from .predict import predict, read_texts, show
+    from .train import run_config
+
+    def texts():
+        if args.input and not os.path.isfile(args.input):
+            raise MissingInput(f"--input {args.input} does not exist")
+        found = args.text + (read_texts(args.input) if args.input else [])
+        if not found:
+            raise UsageError("no text: give --text or --input")
+        return found
+
+    asked = mpi.on_root(world.comm, texts)
+    saved, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
+    world = mpi.init(saved["train"]["device"])
+    answers = predict(saved, folder, asked, world, top_k=args.top_k, max_new_tokens=args.max_new_tokens)
+    if args.output:
+        lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers or [])
+        mpi.on_root(world.comm, files.write_text, args.output, lines)
+    elif world.is_root:
+        for answer in answers:
+            print(show(answer))
+
+
+def _on_all(refusal):
+    refusal.agreed = True
+    return refusal
+
+
+def main(arguments=None):
+    args = parser().parse_args(arguments)
+    # Nothing of a job reaches for the network; libraries that would are told so before they are imported.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    commands = {"prepare": prepare, "train": train, "evaluate": evaluate, "predict": predict}
+    try:
+        commands[args.command](args)
+    except Refusal as refusal:
+        if not refusal.agreed:
+            raise  # only this rank knows: `mpi.abort` prints the sentence and ends the others
+        if launcher.speaks():
+            print(f"hpcllm: error: {refusal}", file=sys.stderr, flush=True)
+        raise SystemExit(refusal.code) from None
+
+
+if __name__ == "__main__":
+    main()

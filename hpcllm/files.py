@@ -1,0 +1,97 @@
+"""Write files so that a crash leaves either the old state or the new one, never half of it."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import IOFailure
+
+
+def sync_folder(folder):
+    """fsync a folder, so that names created or renamed in it survive a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path, text):
+    """Replace the file `path` by `text` in one step, durably."""
+    path = Path(path)
+    with failing_as_io(path):
+        part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            part.write_text(text, encoding="utf-8")
+            sync_file(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(path):
+    """Fill a hidden folder beside `path` and rename it to `path` when the body ends well, durably.
+
+    Yields the hidden folder; removes it when the body raises.
+    """
+    path = Path(path)
+    with failing_as_io(path):
+        hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            hidden.chmod(0o777 & ~_umask())  # mkdtemp is private; the result follows the user's umask
+            yield hidden
+            for file in hidden.rglob("*"):
+                if file.is_file():
+                    sync_file(file)
+            sync_folder(hidden)
+            os.rename(hidden, path)
+            sync_folder(path.parent)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_folder(path):
+    """Remove a folder so that no reader finds it half removed: it is hidden first."""
+    path = Path(path)
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.removed")
+    os.rename(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextmanager
+def failing_as_io(path):
+    """An OSError inside becomes an IOFailure (exit 74) that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise IOFailure(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def digest(path):
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,132 @@
+"""What a run tells: a record a step in metrics.jsonl, events, and a bar on a terminal or plain lines in a log.
+
+Root writes; the numbers of all ranks meet in one small reduction a step (`Clock.collect`).
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from . import files
+from .mpi import process_group
+
+
+class Clock:
+    """Where the time of a step goes on this rank: waiting for data, computing, communicating."""
+
+    def __init__(self):
+        self.start()
+
+    def start(self):
+        self._began = time.perf_counter()
+        self._communicated = process_group.communication_s()
+        self.data_s = 0.0
+
+    @contextmanager
+    def waiting_for_data(self):
+        began = time.perf_counter()
+        yield
+        self.data_s += time.perf_counter() - began
+
+    def collect(self, loss_sum):
+        """(loss summed over ranks, dict of times and memory: the largest over ranks). Collective; ends the step."""
+        step_s = time.perf_counter() - self._began
+        communication_s = process_group.communication_s() - self._communicated
+        slowest = torch.tensor(
+            [step_s, self.data_s, step_s - self.data_s - communication_s, communication_s, memory_bytes()],
+            dtype=torch.float64,
+        )
+        total = torch.tensor([float(loss_sum)], dtype=torch.float64)
+        dist.all_reduce(total)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        names = ("step_s", "data_s", "compute_s", "communication_s", "memory_bytes")
+        values = dict(zip(names, slowest.tolist(), strict=True))
+        values["memory_bytes"] = int(values["memory_bytes"])
+        return total.item(), values
+
+
+def memory_bytes():
+    """Largest memory this rank has used: device memory on a GPU, resident memory otherwise."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def terminal():
+    """The terminal the user watches, opened for writing, or None in a batch job.
+
+    Not `isatty`: mpirun gives every rank a pseudo-terminal or a pipe whatever its own output is. A process with a
+    controlling terminal can open /dev/tty; one under a batch system cannot. HPCLLM_PROGRESS=lines|bar decides by hand.
+    """
+    if os.environ.get("HPCLLM_PROGRESS") == "lines":
+        return None
+    try:
+        return open("/dev/tty", "w", encoding="utf-8")
+    except OSError:
+        return sys.stderr if os.environ.get("HPCLLM_PROGRESS") == "bar" else None
+
+
+class Progress:
+    """A bar for `total` units of work on a terminal; in a log, the lines that `line` is given."""
+
+    def __init__(self, what, total, done=0, quiet=False):
+        self._bar = None
+        self.quiet = quiet
+        tty = None if quiet else terminal()
+        if tty is not None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(file=tty))
+            self._bar.start()
+            self._task = self._bar.add_task(what, total=total, completed=done, text="")
+
+    def update(self, done, text, line=True):
+        """Show `done` units and `text`; `line` says whether a log gets a line too."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, text=text)
+        elif line:
+            self.say(text)
+
+    def say(self, text):
+        """A line that stays: above the bar, or in the log."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        elif not self.quiet:
+            print(text, flush=True)
+
+    def close(self):
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Journal:
+    """metrics.jsonl and events.jsonl of a run, appended to on root and silent elsewhere.
+
+    A record is one line, written at once. After a restart the steps since the checkpoint come again; of several
+    records of a step the last counts (`restart` tells them apart).
+    """
+
+    def __init__(self, output_dir, restart, is_root):
+        self._folder = Path(output_dir) if is_root else None
+        self._restart = restart
+
+    def metrics(self, record):
+        self._append("metrics.jsonl", {**record, "restart": self._restart})
+
+    def event(self, name, **details):
+        self._append("events.jsonl", {"event": name, **details, "restart": self._restart})
+
+    def _append(self, name, record):
+        if self._folder is None:
+            return
+        with files.failing_as_io(self._folder / name), open(self._folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")

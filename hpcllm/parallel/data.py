@@ -1,0 +1,19 @@
+"""Data parallelism: every rank holds the whole model and computes its part of the global batch."""
+
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def replicate(model, group=None):
+    """Wrap `model` so that root's weights are everybody's, and backward leaves the *sum* of all ranks' gradients.
+
+    The sum, not DDP's mean: the loss is divided once, by the global number of targets, so nothing else may divide.
+    """
+    replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+    replica.register_comm_hook(group, _sum)
+    return replica
+
+
+def _sum(group, bucket):
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])

@@ -1,0 +1,294 @@
+"""Training, from a run file to a trained model: the story in `train`, its parts below it in the order they appear."""
+
+import contextlib
+import itertools
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from . import checkpoint, evaluate, files, model, monitor, optimizer
+from .data import batches
+from .errors import CannotCreate, DataError, Diverged
+from .mpi import on_root, together
+from .parallel.data import replicate
+from .tasks import TASKS
+
+
+def train(config, world, *, resume=False, overwrite=False):
+    """Train as `config` (config.Config) says on all ranks of `world` (mpi.World); returns the results dict.
+
+    resume: continue from the newest complete checkpoint in run.output_dir, from the start if there is none.
+    overwrite: replace a run that is there. Without either, an output folder that holds a run is refused (exit 73).
+    Everything that can be refused is refused before anything is written.
+    """
+    plan = config.train
+    plan.accumulation(world.size)
+    source, validation, tokenizer_dir = open_sources(config, world)
+    batches.require(source, plan.global_batch_size, "a global batch needs")
+    last = on_root(world.comm, find_start, config, resume, overwrite)
+    state = checkpoint.read_state(last) if last else {"step": 0, "samples": 0, "restart": -1}
+    check_same_run(config, source, state)
+
+    with together(world.comm):
+        net = load_or_build(config, last, source.vocabulary).to(world.device)
+    adjust = optimizer.build(net, plan)
+    if last:
+        checkpoint.load_optimizer(last, net, adjust)
+    on_root(world.comm, open_output, config, resume, overwrite)
+    replica = replicate(net)
+    journal = monitor.Journal(config.run.output_dir, state["restart"] + 1, world.is_root)
+    journal.event("start", step=state["step"], ranks=world.size, hosts=world.hosts, library=world.library)
+    progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)
+    progress.say(describe(config, world, net, source, validation, state))
+
+    def save():
+        kept = {
+            "samples": state["samples"],
+            "restart": state["restart"] + 1,
+            "ranks": world.size,
+            "data_digest": source.stream.digest,
+            "config": config.model_dump(exclude_none=True),
+        }
+        arguments = (config.run.output_dir, state["step"], net, adjust, tokenizer_dir, kept, config.checkpoint.keep)
+        path = on_root(world.comm, checkpoint.save, *arguments)
+        journal.event("checkpoint", step=state["step"], path=str(path))
+        return path
+
+    def measure():
+        if validation is None:
+            return {}
+        scores = evaluate.evaluate(net, validation, world, plan.micro_batch_size, plan.precision)
+        journal.metrics({"step": state["step"], "samples": state["samples"], **scores})
+        progress.say(f"step {state['step']} eval_loss={scores['eval_loss']:.4f} accuracy={scores['eval_accuracy']:.4f}")
+        return scores
+
+    clock, path, scores = monitor.Clock(), last, {}
+    positions = itertools.count(state["samples"], plan.global_batch_size)
+    todo = itertools.islice(positions, plan.max_steps - state["step"])
+    steps = batches.ahead(
+        lambda position: source.training_step(position, world.rank, world.size, plan),
+        todo,
+        config.data.reader != "mpio",
+    )
+    while state["step"] < plan.max_steps:
+        clock.start()
+        with clock.waiting_for_data():
+            micro_batches = next(steps)
+        rate = optimizer.learning_rate(state["step"], plan)
+        loss_sum, targets, grad_norm = one_step(replica, adjust, micro_batches, rate, config, world.device)
+        loss_sum, times = clock.collect(loss_sum)
+        state["step"] += 1
+        state["samples"] += plan.global_batch_size
+        report(journal, progress, plan, state, loss_sum / targets, rate, grad_norm, times, path)
+        done = state["step"] == plan.max_steps
+        if done or due(state["step"], plan.eval_every_steps):
+            scores = measure()
+        if done or due(state["step"], config.checkpoint.every_steps):
+            path = save()
+    progress.close()
+    results = {"step": state["step"], "samples": state["samples"], "checkpoint": str(path), **scores}
+    on_root(world.comm, files.write_json, Path(config.run.output_dir) / "results.json", results)
+    journal.event("end", **results)
+    return results
+
+
+def open_sources(config, world):
+    """(training Source, validation Source or None, tokenizer folder), checked against each other. Collective."""
+    from .data import shards, tokenizer
+
+    folder, plan = config.data.tokenizer_dir, config.train
+    collective = {"reader": config.data.reader, "comm": world.comm if config.data.reader == "mpio" else None}
+    sources = []
+    with together(world.comm):
+        vocabulary = model.vocabulary(tokenizer.load(folder))
+        if config.data.reader != "mpio":
+            streams = [shards.open_folder(p, **collective) for p in _folders(config)]
+    if config.data.reader == "mpio":
+        streams = [shards.open_folder(p, **collective) for p in _folders(config)]
+    with together(world.comm):
+        for path, stream in zip(_folders(config), streams, strict=True):
+            tokenizer.check_same(stream, folder)
+            task = TASKS[config.model.task]
+            source = batches.Source(
+                stream, task, vocabulary, plan.sequence_length, config.data.mlm_probability, config.run.seed
+            )
+            batches.require(source, 1, f"{path}: at least one sample is needed:")
+            task.check(vocabulary)
+            sources.append(source)
+    return sources[0], sources[1] if len(sources) > 1 else None, folder
+
+
+def _folders(config):
+    return [p for p in (config.data.train, config.data.validation) if p is not None]
+
+
+def find_start(config, resume, overwrite):
+    """The checkpoint to continue from, verified, or None. Refuses an output folder that is in the way. Root only."""
+    output = Path(config.run.output_dir)
+    if resume:
+        found = checkpoint.find(output)
+        if found:
+            checkpoint.verify(found[-1])
+        return found[-1] if found else None
+    if output.exists() and not output.is_dir():
+        raise CannotCreate(f"run.output_dir: {output} is a file")
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / "config.toml").is_file():
+            raise CannotCreate(
+                f"run.output_dir: {output} is not empty and holds no run of hpcllm; choose another folder"
+            )
+        if not overwrite:
+            newest = checkpoint.find(output)[-1:]
+            raise CannotCreate(
+                f"run.output_dir: {output} holds a run already (newest checkpoint: "
+                f"{newest[0].name if newest else 'none'}); "
+                "continue it with --resume, replace it with --overwrite, or choose another folder"
+            )
+    return None
+
+
+def check_same_run(config, source, state):
+    """Refuse to continue a run whose data, model or order the run file has changed since."""
+    saved = state.get("config")
+    if saved is None:
+        return
+    now = config.model_dump(exclude_none=True)
+    fixed = (
+        ("run", "seed"),
+        ("model", "task"),
+        ("model", "config"),
+        ("train", "sequence_length"),
+        ("train", "optimizer"),
+    )
+    for section, key in fixed:
+        was, is_ = saved[section].get(key), now[section].get(key)
+        if was != is_:
+            raise _agreed(
+                DataError(f"--resume: {section}.{key} was {was} when the checkpoint was written and is {is_} now")
+            )
+    if state["data_digest"] != source.stream.digest:
+        raise _agreed(
+            DataError(
+                f"--resume: the shards of {config.data.train} are not those of the checkpoint "
+                f"(digest {source.stream.digest[:12]}, checkpoint {state['data_digest'][:12]})"
+            )
+        )
+
+
+def _agreed(refusal):
+    refusal.agreed = True  # every rank compares the same files
+    return refusal
+
+
+def load_or_build(config, last, vocabulary):
+    """The model of the newest checkpoint, or a new one."""
+    if last is None:
+        return model.build(config.model, vocabulary, config.train.sequence_length, config.run.seed)
+    net = model.load(last, config.model.task)
+    model.check_fits(net, vocabulary, config.train.sequence_length)
+    return net
+
+
+_OURS = ("config.toml", "metrics.jsonl", "events.jsonl", "results.json")
+
+
+def open_output(config, resume, overwrite):
+    """Make the output folder, emptied of an older run where that was asked for, and write config.toml. Root only."""
+    output = Path(config.run.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotCreate(f"run.output_dir: {output} cannot be created: {error.strerror}") from None
+    if overwrite and not resume:
+        for old in checkpoint.find(output):
+            files.remove_folder(old)
+        for name in _OURS:
+            (output / name).unlink(missing_ok=True)
+    files.write_text(output / "config.toml", config.toml())
+
+
+def describe(config, world, net, source, validation, state):
+    """The lines at the head of a run: who runs what on how much."""
+    parameters = sum(p.numel() for p in net.parameters())
+    plan = config.train
+    epochs = plan.max_steps * plan.global_batch_size / len(source)
+    evaluated = f", {len(validation)} validation samples" if validation else ""
+    return (
+        f"{world.describe()}\n"
+        f"{config.model.task}: {type(net).__name__}, {parameters / 1e6:.1f} M parameters, {plan.precision} on "
+        f"{world.device}\n"
+        f"{len(source)} samples of {plan.sequence_length} tokens{evaluated}; {plan.max_steps} steps of "
+        f"{plan.global_batch_size} sequences = {epochs:.2f} epochs; {plan.accumulation(world.size)} micro-batches of "
+        f"{plan.micro_batch_size} per rank and step"
+        + (f"\ncontinuing from step {state['step']}" if state["step"] else "")
+    )
+
+
+def one_step(replica, adjust, micro_batches, rate, config, device):
+    """Forward and backward of this rank's micro-batches and one optimizer step.
+
+    Returns (loss summed over this rank's targets, targets of all ranks, gradient norm before clipping). Each rank's
+    loss is a sum, divided by the global number of targets; gradients are summed over ranks (parallel.data).
+    """
+    replica.train()
+    count = torch.tensor(sum(batch.targets for batch in micro_batches), dtype=torch.int64)
+    dist.all_reduce(count)
+    targets = max(1, int(count))
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    optimizer.set_learning_rate(adjust, rate)
+    adjust.zero_grad()
+    for last, batch in zip(_is_last(micro_batches), micro_batches, strict=True):
+        torch.manual_seed(batch.seed)  # dropout belongs to the micro-batch, not to the rank
+        with contextlib.nullcontext() if last else replica.no_sync():
+            with evaluate.arithmetic(config.train.precision, device):
+                loss, _ = TASKS[config.model.task].loss_sum(
+                    replica, batch.input_ids.to(device), batch.labels.to(device)
+                )
+            (loss / targets).backward()
+        loss_sum += loss.detach()
+    bound = config.train.max_grad_norm or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(replica.parameters(), bound)
+    adjust.step()
+    return loss_sum, targets, float(grad_norm)
+
+
+def _is_last(items):
+    return [False] * (len(items) - 1) + [True]
+
+
+def due(step, every):
+    return every > 0 and step % every == 0
+
+
+def report(journal, progress, plan, state, loss, rate, grad_norm, times, path):
+    """One record and, every log_every_steps, one line: greppable key=value pairs."""
+    tokens_per_s = plan.global_batch_size * plan.sequence_length / times["step_s"]
+    record = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, "tokens_per_s": tokens_per_s, **times}
+    journal.metrics({"step": state["step"], "samples": state["samples"], **record})
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        error = Diverged(
+            f"step {state['step']}: loss {loss}, gradient norm {grad_norm}: the run has diverged at learning rate "
+            f"{rate:.3g}; newest checkpoint: {path or 'none'}"
+        )
+        raise _agreed(error)  # the numbers are those of all ranks
+    text = (
+        f"step {state['step']}/{plan.max_steps} loss={loss:.4f} lr={rate:.3e} grad_norm={grad_norm:.3f} "
+        f"tokens/s={tokens_per_s:.0f} step_s={times['step_s']:.3f} data_s={times['data_s']:.3f} "
+        f"communication_s={times['communication_s']:.3f} memory_MiB={times['memory_bytes'] >> 20}"
+    )
+    line = due(state["step"], plan.log_every_steps) or state["step"] in (1, plan.max_steps)
+    progress.update(state["step"], text, line)
+
+
+def run_config(path):
+    """(configuration as a dict, checkpoint folder) of a checkpoint, or of the newest one in a run folder."""
+    folder = Path(path)
+    if not (folder / "trainer_state.json").is_file():
+        found = checkpoint.find(folder)
+        if not found:
+            raise DataError(f"{folder} is neither a checkpoint nor a run folder with a complete checkpoint")
+        folder = found[-1]
+    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["config"], folder

@@ -1,0 +1,96 @@
+"""The run file: what is accepted, what is refused, and in which words."""
+
+import copy
+import tomllib
+
+import pytest
+
+from hpcllm import config
+from hpcllm.errors import MissingInput, UsageError
+
+GOOD = {
+    "run": {"output_dir": "runs/a"},
+    "data": {"train": "corpus/train"},
+    "model": {"task": "masked_lm", "config": {"model_type": "bert"}},
+    "train": {
+        "max_steps": 50,
+        "global_batch_size": 12,
+        "micro_batch_size": 2,
+        "sequence_length": 64,
+        "learning_rate": "1e-3",
+    },
+}
+
+
+def load(*overrides):
+    return config.load(copy.deepcopy(GOOD), overrides)
+
+
+def test_a_learning_rate_written_as_1e_3_is_a_number():
+    assert load().train.learning_rate == 1e-3
+
+
+def test_overrides_have_toml_types_and_bare_words_are_strings():
+    settings = load("train.max_steps=5", "run.output_dir=runs/b c", 'model.config={model_type="gpt2", n_layer=2}')
+    assert settings.train.max_steps == 5
+    assert settings.run.output_dir == "runs/b c"
+    assert settings.model.config == {"model_type": "gpt2", "n_layer": 2}
+
+
+def test_the_resolved_file_reads_back_as_itself():
+    settings = load("checkpoint.keep=3")
+    assert config.load(tomllib.loads(settings.toml())) == settings
+
+
+def test_the_tokenizer_lies_beside_the_training_shards():
+    assert load().data.tokenizer_dir == "corpus/tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lerning_rate=1", ['unknown key "lerning_rate"', 'did you mean "learning_rate"', "max_steps"]),
+        ("trian.max_steps=1", ['unknown key "trian"', 'did you mean "train"']),
+        ("train.max_steps=0", ["train.max_steps", "greater than or equal to 1", "0"]),
+        ("train.max_steps=many", ["train.max_steps", "valid integer", "many"]),
+        ("train.learning_rate=-1", ["train.learning_rate", "greater than 0"]),
+        ("train.learning_rate=inf", ["train.learning_rate", "finite"]),
+        ("train.warmup_steps=51", ["warmup_steps (51)", "max_steps (50)"]),
+        ("train.micro_batch_size=5", ["global_batch_size (12)", "micro_batch_size (5)"]),
+        ("train.precision=fp8", ["train.precision", "'fp32' or 'bf16'"]),
+        ("model.init_from=a", ["model:", "either config", "or init_from"]),
+        ("model.config={hidden_size=8}", ["model_type"]),
+        ("parallel.tensor=2", ["tensor = 2", "data axis only"]),
+        ("max_steps=3", ["section.key=value"]),
+        ("train.max_steps", ["section.key=value"]),
+        ("run.seed.deep=1", ["run.seed", "integer"]),
+    ],
+)
+def test_a_bad_key_or_value_is_named(override, words):
+    with pytest.raises(UsageError) as refused:
+        load(override)
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b"[run\n", b"\xff\xfe[run]", b"[run]\nseed = 1\nseed = 2\n", b""])
+def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
+    (tmp_path / "run.toml").write_bytes(content)
+    with pytest.raises(UsageError):
+        config.load(tmp_path / "run.toml")
+
+
+def test_a_missing_run_file_is_input_missing(tmp_path):
+    with pytest.raises(MissingInput, match=r"nowhere.toml"):
+        config.load(tmp_path / "nowhere.toml")
+
+
+def test_a_byte_order_mark_is_no_obstacle(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf" + load().toml().encode())
+    assert config.load(tmp_path / "run.toml") == load()
+
+
+def test_accumulation_follows_from_batches_and_ranks():
+    assert [load().train.accumulation(size) for size in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(UsageError, match=r"\(12\) is not divisible by micro_batch_size \(2\) x 4 ranks = 8"):
+        load().train.accumulation(4)
