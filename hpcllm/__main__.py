@@ -170,6 +170,7 @@ def main(arguments=None):
     args = parser().parse_args(arguments)
     # Nothing of a job reaches for the network; libraries that would are told so before they are imported.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     commands = {"prepare": prepare, "train": train, "evaluate": evaluate, "predict": predict}
     try:

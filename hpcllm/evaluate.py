@@ -29,7 +29,7 @@ def evaluate(net, source, world, width, precision):
         with arithmetic(precision, world.device):
             loss, right = source.task.loss_sum(net, batch.input_ids.to(world.device), batch.labels.to(world.device))
         sums += torch.tensor([loss.item(), right.item(), batch.targets, len(batch.input_ids)], dtype=torch.float64)
-    dist.all_reduce(sums)
+    dist.all_reduce(sums, group=world.group)
     net.train(training)
     loss, right, targets, samples = sums.tolist()
     mean = loss / max(targets, 1)

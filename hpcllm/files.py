@@ -56,10 +56,13 @@ def new_folder(path):
     with failing_as_io(path):
         hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
-            hidden.chmod(0o777 & ~_umask())  # mkdtemp is private; the result follows the user's umask
             yield hidden
+            # mkdtemp and safetensors make private files; the result follows the user's umask.
+            mask = _umask()
+            hidden.chmod(0o777 & ~mask)
             for file in hidden.rglob("*"):
                 if file.is_file():
+                    file.chmod(0o666 & ~mask)
                     sync_file(file)
             sync_folder(hidden)
             os.rename(hidden, path)

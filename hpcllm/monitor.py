@@ -21,7 +21,8 @@ from .mpi import process_group
 class Clock:
     """Where the time of a step goes on this rank: waiting for data, computing, communicating."""
 
-    def __init__(self):
+    def __init__(self, group):
+        self._group = group
         self.start()
 
     def start(self):
@@ -44,8 +45,8 @@ class Clock:
             dtype=torch.float64,
         )
         total = torch.tensor([float(loss_sum)], dtype=torch.float64)
-        dist.all_reduce(total)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(total, group=self._group)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self._group)
         names = ("step_s", "data_s", "compute_s", "communication_s", "memory_bytes")
         values = dict(zip(names, slowest.tolist(), strict=True))
         values["memory_bytes"] = int(values["memory_bytes"])

@@ -38,7 +38,7 @@ def train(config, world, *, resume=False, overwrite=False):
     if last:
         checkpoint.load_optimizer(last, net, adjust)
     on_root(world.comm, open_output, config, resume, overwrite)
-    replica = replicate(net)
+    replica = replicate(net, world.group)
     journal = monitor.Journal(config.run.output_dir, state["restart"] + 1, world.is_root)
     journal.event("start", step=state["step"], ranks=world.size, hosts=world.hosts, library=world.library)
     progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)
@@ -65,7 +65,7 @@ def train(config, world, *, resume=False, overwrite=False):
         progress.say(f"step {state['step']} eval_loss={scores['eval_loss']:.4f} accuracy={scores['eval_accuracy']:.4f}")
         return scores
 
-    clock, path, scores = monitor.Clock(), last, {}
+    clock, path, scores = monitor.Clock(world.group), last, {}
     positions = itertools.count(state["samples"], plan.global_batch_size)
     todo = itertools.islice(positions, plan.max_steps - state["step"])
     steps = batches.ahead(
@@ -78,7 +78,7 @@ def train(config, world, *, resume=False, overwrite=False):
         with clock.waiting_for_data():
             micro_batches = next(steps)
         rate = optimizer.learning_rate(state["step"], plan)
-        loss_sum, targets, grad_norm = one_step(replica, adjust, micro_batches, rate, config, world.device)
+        loss_sum, targets, grad_norm = one_step(replica, adjust, micro_batches, rate, config, world)
         loss_sum, times = clock.collect(loss_sum)
         state["step"] += 1
         state["samples"] += plan.global_batch_size
@@ -227,15 +227,16 @@ def describe(config, world, net, source, validation, state):
     )
 
 
-def one_step(replica, adjust, micro_batches, rate, config, device):
+def one_step(replica, adjust, micro_batches, rate, config, world):
     """Forward and backward of this rank's micro-batches and one optimizer step.
 
     Returns (loss summed over this rank's targets, targets of all ranks, gradient norm before clipping). Each rank's
     loss is a sum, divided by the global number of targets; gradients are summed over ranks (parallel.data).
     """
+    device = world.device
     replica.train()
     count = torch.tensor(sum(batch.targets for batch in micro_batches), dtype=torch.int64)
-    dist.all_reduce(count)
+    dist.all_reduce(count, group=world.group)
     targets = max(1, int(count))
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     optimizer.set_learning_rate(adjust, rate)

@@ -5,6 +5,6 @@ world = hpcllm.mpi.init()        # under mpirun or srun; torch.distributed now r
 model = DistributedDataParallel(model.to(world.device))
 """
 
-from .world import World, agree, init, join, on_root, together
+from .world import World, agree, alone, init, join, on_root, together
 
-__all__ = ["World", "agree", "init", "join", "on_root", "together"]
+__all__ = ["World", "agree", "alone", "init", "join", "on_root", "together"]

@@ -8,7 +8,7 @@ which must not happen for `--help`.
 import os
 import socket
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import Refusal, UsageError
@@ -25,7 +25,7 @@ class World:
     local_rank, local_size: rank within the host and ranks on the host, from a shared-memory split.
     launcher: how the processes were started, in words.
     library, library_path: version line and file of the MPI library.
-    device: torch.device chosen by `init`; None after `join` alone.
+    device, group: torch.device and torch process group, chosen by `init`; None after `join` alone.
     """
 
     comm: Any = field(repr=False)
@@ -39,6 +39,7 @@ class World:
     library: str
     library_path: str
     device: Any = None
+    group: Any = None
 
     @property
     def is_root(self):
@@ -129,8 +130,19 @@ def init(device="auto"):
         os.environ.setdefault(name, str(value))
     process_group.register(world.comm)
     dist.init_process_group(process_group.BACKEND, store=dist.HashStore(), rank=world.rank, world_size=world.size)
-    _world = World(**{**world.__dict__, "device": chosen})
+    _world = replace(world, device=chosen, group=dist.group.WORLD)
     return _world
+
+
+def alone(world):
+    """The `World` of this rank by itself, for code written for a world that one rank is to run. After `init`."""
+    import torch.distributed as dist
+    from mpi4py import MPI
+
+    group = dist.new_group([world.rank], use_local_synchronization=True)
+    return replace(
+        world, comm=MPI.COMM_SELF, rank=0, size=1, hosts=(world.host,), local_rank=0, local_size=1, group=group
+    )
 
 
 def _library_path():

@@ -4,7 +4,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
-def replicate(model, group=None):
+def replicate(model, group):
     """Wrap `model` so that root's weights are everybody's, and backward leaves the *sum* of all ranks' gradients.
 
     The sum, not DDP's mean: the loss is divided once, by the global number of targets, so nothing else may divide.
