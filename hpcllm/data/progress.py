@@ -1,0 +1,129 @@
+"""How far all ranks together are, shown by root while it works itself; and a rank's failure stops the others.
+
+Ranks send root small messages between pieces of work and never wait for each other until `finish`. On a terminal
+root shows a bar, in a log it prints a line now and then. Not for training steps, which every rank ends together.
+"""
+
+import os
+import sys
+import time
+
+_REPORT_EVERY_S = 0.5
+_LINE_EVERY_S = 30.0
+_POLL_S = 0.005
+_TO_ROOT, _FROM_ROOT = 7001, 7002
+
+
+class Progress:
+    """Collective to make and to `finish`; between them `advance` talks to root without waiting.
+
+    what: a word for the line; total_bytes: of all ranks together.
+    """
+
+    def __init__(self, comm, what, total_bytes):
+        self._comm, self._what, self._total = comm, what, total_bytes
+        self._state = {comm.rank: (0, 0)}  # on root: rank -> (bytes, tokens) so far
+        self._done = set()
+        self._request = None
+        self._told_to_stop = False
+        self._began = self._reported = self._said = time.monotonic()
+        self._bar = _bar(what, total_bytes) if comm.rank == 0 else None
+
+    def advance(self, done_bytes, done_tokens):
+        """Tell how far this rank is, in all. Returns False once another rank has failed and work should stop."""
+        self._state[self._comm.rank] = (done_bytes, done_tokens)
+        now = time.monotonic()
+        if now - self._reported < _REPORT_EVERY_S:
+            return True
+        self._reported = now
+        if self._comm.rank == 0:
+            self._listen()
+            self._show()
+            return not self._told_to_stop
+        if self._request is None or self._request.test()[0]:
+            self._request = self._comm.isend((done_bytes, done_tokens, None), 0, _TO_ROOT)
+        return not self._comm.iprobe(0, _FROM_ROOT)
+
+    def finish(self, failed=False):
+        """Wait for every rank to finish, showing how far they are; a failed one makes the others' `advance` False."""
+        comm = self._comm
+        if comm.rank == 0:
+            if failed:
+                self._stop_the_others()
+            self._done.add(0)
+            while len(self._done) < comm.size:
+                self._listen()
+                self._show()
+                time.sleep(_POLL_S)
+            self._stop_the_others()
+            self._show(last=not failed)
+            for request in self._stops:
+                request.wait()
+            if self._bar is not None:
+                self._bar.stop()
+        else:
+            if self._request is not None:
+                self._request.wait()
+            comm.isend((*self._state[comm.rank], failed), 0, _TO_ROOT).wait()
+            while not comm.iprobe(0, _FROM_ROOT):
+                time.sleep(_POLL_S)
+            comm.recv(source=0, tag=_FROM_ROOT)
+
+    def _listen(self):
+        for rank in range(1, self._comm.size):
+            while rank not in self._done and self._comm.iprobe(rank, _TO_ROOT):
+                done_bytes, done_tokens, failed = self._comm.recv(source=rank, tag=_TO_ROOT)
+                self._state[rank] = (done_bytes, done_tokens)
+                if failed is not None:
+                    self._done.add(rank)
+                if failed:
+                    self._stop_the_others()
+
+    def _stop_the_others(self):
+        # Each rank gets this message exactly once: in the middle when a rank failed, else when all are done.
+        if not self._told_to_stop:
+            self._told_to_stop = True
+            self._stops = [self._comm.isend(None, rank, _FROM_ROOT) for rank in range(1, self._comm.size)]
+
+    def _show(self, last=False):
+        done = sum(state[0] for state in self._state.values())
+        tokens = sum(state[1] for state in self._state.values())
+        now = time.monotonic()
+        rate = tokens / max(now - self._began, 1e-9)
+        if self._bar is not None:
+            text = f"{tokens / 1e6:.1f} M tokens, {rate / 1e6:.2f} M/s"
+            self._bar.update(0, completed=self._total if last else done, text=text)
+        elif last or now - self._said >= _LINE_EVERY_S:
+            self._said = now
+            share = 100 if last else 100 * done / self._total
+            print(
+                f"{self._what}: {done / 1e6:.1f} of {self._total / 1e6:.1f} MB ({share:.0f} %), "
+                f"{tokens / 1e6:.1f} M tokens, {rate / 1e6:.2f} M tokens/s on {self._comm.size} ranks",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _bar(what, total_bytes):
+    terminal = _terminal()
+    if terminal is None:
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    bar = Bar(*columns, TextColumn("{task.fields[text]}"), console=Console(file=terminal))
+    bar.add_task(what, total=total_bytes, text="")
+    bar.start()
+    return bar
+
+
+def _terminal():
+    """The terminal of the user or None, by the rule of `monitor.terminal`, which would import torch here."""
+    if os.environ.get("HPCLLM_PROGRESS") == "lines":
+        return None
+    try:
+        return open("/dev/tty", "w", encoding="utf-8")
+    except OSError:
+        return sys.stderr if os.environ.get("HPCLLM_PROGRESS") == "bar" else None

@@ -1,0 +1,397 @@
+"""Token shards: the HDF5 file format, the manifest of a folder of shards, and reading them in parallel.
+
+The only importer of h5py. A shard is an ordinary HDF5 file whose data sets are contiguous and without filters, so
+that the place of every token in the file is known: ranks write a shard side by side without parallel HDF5, and a
+reader maps it. HDF5's own checksums need chunks; a shard carries a CRC-32 of each 1 MiB of tokens instead.
+What goes into which shard is decided in `prepare`, the order of samples in `order`.
+
+    shard-00000.h5
+      tokens            uint16 or uint32 [token_count], at a file offset that is a multiple of 1 MiB
+      document_offsets  int64 [document_count + 1], where each document begins in `tokens`; its end last
+      token_crc32       uint32 [blocks], zlib.crc32 of each BLOCK_BYTES of `tokens` (the last may be shorter)
+      attributes        format, version, tokenizer_hash, vocab_size, highest_id, separator_id, token_count,
+                        document_count, complete (1; written last)
+    manifest.json       the same for the folder, and of each shard its size, counts, SHA-256 and, of the bytes
+                        around `tokens`, a CRC-32; written after all shards
+"""
+
+import hashlib
+import json
+import os
+import zlib
+
+import numpy as np
+
+from ..errors import DataError, MissingInput, UsageError
+from .stream import BLOCK_BYTES, CollectiveStream, TokenStream
+
+FORMAT = "hpcllm tokens"
+VERSION = 1
+MANIFEST = "manifest.json"
+# One value for every open: a second one in the same process is an error in HDF5, and locks fail on Lustre and GPFS.
+LOCKING = False
+# Fixed, so that any HDF5 since 1.8 reads the files and every HDF5 writes the same bytes.
+LIBVER = ("v108", "v108")
+# Allocations from this size on begin at a multiple of BLOCK_BYTES; HDF5's own header blocks are smaller.
+_ALIGNED_FROM_BYTES = 4096
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_ATTRIBUTES = {
+    "version": np.int64,
+    "vocab_size": np.int64,
+    "highest_id": np.int64,
+    "separator_id": np.int64,
+    "token_count": np.int64,
+    "document_count": np.int64,
+    "complete": np.uint8,
+}
+
+
+def token_dtype(vocab_size):
+    """The smallest of uint16 and uint32 that holds every id below `vocab_size`."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def name(index):
+    return f"shard-{index:05d}.h5"
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def create(path, *, token_count, document_count, vocab_size, separator_id, tokenizer_hash):
+    """Make a shard of its final size, its data still unwritten and `complete` 0; fails if `path` exists.
+
+    Returns {data set: its byte offset in the file}: afterwards any process may write there, see `write_at`.
+    """
+    import h5py
+    from h5py import h5d, h5p, h5s, h5t
+
+    dtype = token_dtype(vocab_size)
+    blocks = -(-token_count * dtype.itemsize // BLOCK_BYTES)
+    plain = h5p.create(h5p.DATASET_CREATE)
+    plain.set_layout(h5d.CONTIGUOUS)
+    plain.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    plain.set_fill_time(h5d.FILL_TIME_NEVER)
+    plain.set_obj_track_times(False)  # a time in the file would make every run's bytes differ
+    threshold = min(_ALIGNED_FROM_BYTES, token_count * dtype.itemsize)
+    with h5py.File(
+        path, "w-", libver=LIBVER, locking=LOCKING, alignment_threshold=threshold, alignment_interval=BLOCK_BYTES
+    ) as file:
+        values = {
+            "version": VERSION,
+            "vocab_size": vocab_size,
+            "highest_id": 0,
+            "separator_id": separator_id,
+            "token_count": token_count,
+            "document_count": document_count,
+            "complete": 0,
+        }
+        file.attrs["format"] = np.bytes_(FORMAT)
+        file.attrs["tokenizer_hash"] = np.bytes_(tokenizer_hash)
+        for attribute, kind in _ATTRIBUTES.items():
+            file.attrs[attribute] = kind(values[attribute])
+        offsets = {}
+        for label, kind, count in (
+            ("tokens", dtype, token_count),
+            ("document_offsets", np.dtype("<i8"), document_count + 1),
+            ("token_crc32", np.dtype("<u4"), blocks),
+        ):
+            space = h5s.create_simple((count,))
+            made = h5d.create(file.id, label.encode(), h5t.py_create(kind), space, plain)
+            offsets[label] = made.get_offset()
+    return offsets
+
+
+def write_at(descriptor, array, offset):
+    """Write a contiguous array at byte `offset` of an open file, all of it."""
+    left = memoryview(array).cast("B")
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        left, offset = left[written:], offset + written
+
+
+def scan(path, offset, dtype, token_count, first, last):
+    """(CRC-32s, highest id) of the token blocks [first, last) as they are on disk."""
+    crcs, highest = [], 0
+    end = token_count * dtype.itemsize
+    with open(path, "rb", buffering=0) as file:
+        for block in range(first, last):
+            size = min(BLOCK_BYTES, end - block * BLOCK_BYTES)
+            content = os.pread(file.fileno(), size, offset + block * BLOCK_BYTES)
+            if len(content) != size:
+                raise DataError(f"data: {path} ends within its tokens while it is being written")
+            crcs.append(zlib.crc32(content))
+            highest = max(highest, int(np.frombuffer(content, dtype).max()))
+    return crcs, highest
+
+
+def finish(path, crcs, highest_id):
+    """Store block CRCs and highest id, then, once those are on disk, `complete`; returns the file's manifest entry."""
+    import h5py
+
+    with h5py.File(path, "r+", libver=LIBVER, locking=LOCKING) as file:
+        file["token_crc32"][:] = np.asarray(crcs, np.uint32)
+        file.attrs.modify("highest_id", np.int64(highest_id))
+    _sync(path)
+    with h5py.File(path, "r+", libver=LIBVER, locking=LOCKING) as file:
+        file.attrs.modify("complete", np.uint8(1))
+    _sync(path)
+    return entry(path)
+
+
+def entry(path):
+    """What the manifest says of the shard at `path`, computed from the file."""
+    import h5py
+
+    with h5py.File(path, "r", locking=LOCKING) as file:
+        tokens = file["tokens"]
+        result = {
+            "name": os.path.basename(path),
+            "size_bytes": os.path.getsize(path),
+            "token_count": int(tokens.shape[0]),
+            "document_count": int(file.attrs["document_count"]),
+            "highest_id": int(file.attrs["highest_id"]),
+            "tokens_offset": int(tokens.id.get_offset()),
+            "tokens_bytes": int(tokens.id.get_storage_size()),
+        }
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while content := file.read(8 * BLOCK_BYTES):
+            digest.update(content)
+    return {**result, "sha256": digest.hexdigest(), "crc32_without_tokens": _crc_without_tokens(path, result)}
+
+
+def write_manifest(folder, entries, *, vocab_size, separator_id, tokenizer_hash):
+    """Write `folder`/manifest.json, atomically and last of all; returns what it holds. `entries` in shard order."""
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": token_dtype(vocab_size).name,
+        "vocab_size": vocab_size,
+        "separator_id": separator_id,
+        "tokenizer_hash": tokenizer_hash,
+        "highest_id": max(shard["highest_id"] for shard in entries),
+        "token_count": sum(shard["token_count"] for shard in entries),
+        "document_count": sum(shard["document_count"] for shard in entries),
+        "shards": entries,
+    }
+    manifest["digest"] = _digest(manifest)
+    path = os.path.join(folder, MANIFEST)
+    with open(path + ".partial", "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".partial", path)
+    _sync(folder)
+    return manifest
+
+
+def _digest(manifest):
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _crc_without_tokens(path, shard):
+    crc, after = 0, shard["tokens_offset"] + shard["tokens_bytes"]
+    with open(path, "rb", buffering=0) as file:
+        for start, stop in ((0, shard["tokens_offset"]), (after, shard["size_bytes"])):
+            file.seek(start)
+            while start < stop and (content := file.read(min(BLOCK_BYTES, stop - start))):
+                crc = zlib.crc32(content, crc)
+                start += len(content)
+    return crc
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- checking ----------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder):
+    """The manifest of `folder`, checked. Raises MissingInput (66) or DataError (65)."""
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.isdir(folder):
+        raise MissingInput(f"data: there is no folder {folder}")
+    if not os.path.isfile(path):
+        raise MissingInput(
+            f"data: {folder} has no {MANIFEST}, so `hpcllm prepare` did not finish it or did not write it"
+        )
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        version = (manifest["format"], manifest["version"])
+        if version != (FORMAT, VERSION):
+            raise DataError(
+                f"data: {path} is {version[0]!r} version {version[1]}, this program reads {FORMAT!r} {VERSION}"
+            )
+        if manifest["digest"] != _digest(manifest):
+            raise DataError(f"data: {path} was changed after it was written (its digest does not fit its content)")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"data: {path} is not a manifest of shards ({type(error).__name__}: {error})") from None
+    names = [shard["name"] for shard in manifest["shards"]]
+    missing = [label for label in names if not os.path.isfile(os.path.join(folder, label))]
+    if missing:
+        listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        raise MissingInput(f"data: {len(missing)} of the {len(names)} shards of {folder} are missing: {listed}")
+    if manifest["highest_id"] >= manifest["vocab_size"]:
+        raise DataError(
+            f"data: {folder} holds the id {manifest['highest_id']}, its vocabulary has {manifest['vocab_size']} entries"
+        )
+    return manifest
+
+
+def check(folder, shard, manifest):
+    """Raise DataError (65) unless the file of manifest entry `shard` is whole and a shard of this format.
+
+    Every byte but the tokens is compared with a CRC before HDF5 is let near the file; tokens are checked as read.
+    """
+    path = os.path.join(folder, shard["name"])
+    size = os.path.getsize(path)
+    if size != shard["size_bytes"]:
+        raise DataError(f"data: {path} has {size} bytes, the manifest says {shard['size_bytes']}")
+    with open(path, "rb") as file:
+        if file.read(len(_SIGNATURE)) != _SIGNATURE:
+            raise DataError(f"data: {path} is not an HDF5 file")
+    crc = _crc_without_tokens(path, shard)
+    if crc != shard["crc32_without_tokens"]:
+        raise DataError(
+            f"data: {path} is damaged outside its tokens (CRC-32 {crc:08x}, "
+            f"the manifest says {shard['crc32_without_tokens']:08x})"
+        )
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=LOCKING) as file:
+            _check_content(path, file, shard, manifest)
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise DataError(f"data: {path} cannot be read as HDF5: {error}") from None
+
+
+def _check_content(path, file, shard, manifest):
+    import h5py
+    from h5py import h5d
+
+    def refuse(what):
+        raise DataError(f"data: {path} {what}")
+
+    attributes = {key: file.attrs[key] for key in file.attrs}
+    kind = bytes(attributes.get("format", b"")).decode("utf-8", "replace") if "format" in attributes else None
+    if kind != FORMAT:
+        refuse(f"is an HDF5 file but not of the format {FORMAT!r}")
+    if attributes.get("version") != VERSION:
+        refuse(f"has format version {attributes.get('version')}, this program reads version {VERSION}")
+    if attributes.get("complete") != 1:
+        refuse("is incomplete: the run that wrote it did not finish")
+    dtype, tokens = token_dtype(manifest["vocab_size"]), shard["token_count"]
+    expected = {
+        "tokens": (dtype, tokens),
+        "document_offsets": (np.dtype("<i8"), shard["document_count"] + 1),
+        "token_crc32": (np.dtype("<u4"), -(-tokens * dtype.itemsize // BLOCK_BYTES)),
+    }
+    for label, (wanted, count) in expected.items():
+        link = file.get(label, getlink=True)
+        if link is None:
+            refuse(f"has no data set {label!r}")
+        if not isinstance(link, h5py.HardLink):
+            refuse(f"keeps {label!r} behind an external or soft link; shards hold their own data")
+        data = file[label]
+        if not isinstance(data, h5py.Dataset):
+            refuse(f"has a group where the data set {label!r} belongs")
+        creation = data.id.get_create_plist()
+        if data.is_virtual or data.external or creation.get_layout() != h5d.CONTIGUOUS:
+            refuse(f"does not store {label!r} contiguously in itself (chunked, compact, virtual or external)")
+        if creation.get_nfilters():
+            refuse(f"has a filter on {label!r}")
+        if data.dtype != wanted:
+            refuse(f"has {data.dtype} {label}, expected {wanted}")
+        if data.shape != (count,):
+            refuse(f"has {label} of shape {data.shape}, the manifest says ({count},)")
+    if file["tokens"].id.get_offset() != shard["tokens_offset"] or shard["tokens_offset"] % BLOCK_BYTES:
+        offset = file["tokens"].id.get_offset()
+        refuse(f"has its tokens at byte {offset}, not at the {shard['tokens_offset']} of the manifest")
+    for key in ("token_count", "document_count", "highest_id"):
+        if attributes.get(key) != shard[key]:
+            refuse(f"says {key} {attributes.get(key)}, the manifest {shard[key]}")
+    for key in ("vocab_size", "separator_id"):
+        if attributes.get(key) != manifest[key]:
+            refuse(f"says {key} {attributes.get(key)}, the manifest {manifest[key]}")
+    if bytes(attributes.get("tokenizer_hash", b"")).decode() != manifest["tokenizer_hash"]:
+        refuse("was made with another tokenizer than the manifest says")
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def open_folder(folder, *, reader="mapped", comm=None):
+    """Open a folder that `hpcllm prepare` wrote and return a `TokenStream`.
+
+    reader: "mapped" (each process by itself) or "mpio" (collective, needs a parallel h5py and `comm`).
+    comm: an mpi4py communicator; with it the call is collective, the ranks share the checking of shards, and all
+    raise alike. Raises MissingInput (66), DataError (65), UsageError (2).
+    """
+    folder = os.fspath(folder)
+    if reader not in ("mapped", "mpio"):
+        raise UsageError(f'reader: "{reader}" is not one of "mapped", "mpio"')
+    if comm is None:
+        manifest = read_manifest(folder)
+        for shard in manifest["shards"]:
+            check(folder, shard, manifest)
+    else:
+        from ..mpi import on_root, together
+
+        manifest = on_root(comm, read_manifest, folder)
+        with together(comm):
+            for shard in manifest["shards"][comm.rank :: comm.size]:
+                check(folder, shard, manifest)
+    if reader == "mapped":
+        return TokenStream(folder, manifest, _locate)
+    import h5py
+
+    if not h5py.get_config().mpi:
+        raise UsageError(
+            f'reader: "mpio" needs an h5py built with parallel HDF5; this one ({h5py.__version__}, HDF5 '
+            f'{h5py.version.hdf5_version}) was built without. Use "mapped", which reads at least as fast'
+        )
+    if comm is None:
+        raise UsageError('reader: "mpio" reads collectively and needs the communicator of the ranks that read')
+
+    def open_shard(path):
+        file = h5py.File(path, "r", driver="mpio", comm=comm, locking=LOCKING)
+        return file, file["token_crc32"][:]
+
+    return CollectiveStream(folder, manifest, comm, open_shard, _read_collectively)
+
+
+def _locate(path):
+    """(byte offset of the tokens, CRC-32 of each block) of a shard; leaves no HDF5 file open."""
+    import h5py
+
+    with h5py.File(path, "r", locking=LOCKING) as file:
+        return file["tokens"].id.get_offset(), file["token_crc32"][:]
+
+
+def _read_collectively(file, intervals, dtype):
+    """Read the tokens in sorted, disjoint `intervals`, one after the other, in one collective call (none is fine)."""
+    from h5py import h5fd, h5p, h5s, h5t
+
+    count = sum(stop - start for start, stop in intervals)
+    content = np.empty(count, dtype)
+    data = file["tokens"].id
+    in_file, in_memory = data.get_space(), h5s.create_simple((max(count, 1),))
+    in_file.select_none()
+    if not intervals:
+        in_memory.select_none()
+    for start, stop in intervals:
+        in_file.select_hyperslab((start,), (stop - start,), op=h5s.SELECT_OR)
+    transfer = h5p.create(h5p.DATASET_XFER)
+    transfer.set_dxpl_mpio(h5fd.MPIO_COLLECTIVE)
+    target = content if count else np.empty(1, dtype)
+    data.read(in_memory, in_file, target, h5t.py_create(dtype), transfer)
+    return content

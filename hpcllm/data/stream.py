@@ -1,0 +1,215 @@
+"""A folder of shards as one long stream of tokens, from which samples are gathered a micro-batch at a time.
+
+Two readers with the same answers: `TokenStream` maps the shards, each process by itself; `CollectiveStream` has
+all ranks read together through parallel HDF5. Which sample comes when is `order`'s business. Knows nothing of HDF5:
+`shards.open_folder` makes these and hands in how to open a shard.
+"""
+
+import bisect
+import mmap
+import os
+import zlib
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from ..errors import DataError
+
+BLOCK_BYTES = 1 << 20
+
+
+class TokenStream:
+    """All tokens of a folder, in order, mapped into memory; made by `shards.open_folder`.
+
+    token_count, document_count, vocab_size, highest_id, separator_id: as in the manifest.
+    tokenizer_hash, digest: 64 hex digits; which tokenizer made the tokens, and which data set this is.
+    Nothing is mapped before it is first needed, and no HDF5 file stays open. A process forked from this one maps
+    the shards anew.
+    """
+
+    def __init__(self, folder, manifest, locate):
+        """locate(path) -> (byte offset of the tokens, CRC-32 of each block), by whatever reads the format."""
+        self.folder = folder
+        for key in ("token_count", "document_count", "vocab_size", "highest_id", "separator_id"):
+            setattr(self, key, manifest[key])
+        self.tokenizer_hash, self.digest = manifest["tokenizer_hash"], manifest["digest"]
+        self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        self._paths = [os.path.join(folder, shard["name"]) for shard in manifest["shards"]]
+        counts = [shard["token_count"] for shard in manifest["shards"]]
+        self._borders = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._locate = locate
+        self._pid = os.getpid()
+        self._opened = {}
+
+    def gather(self, starts, length):
+        """The samples [start, start + length) for each of `starts` (int64 [B], B may be 0) as int64 [B, length].
+
+        Positions count tokens of the whole folder; a sample may cross shards. Raises IndexError outside the
+        stream, DataError when a block read for the first time does not have its CRC.
+        """
+        starts = self._checked_starts(starts, length)
+        out = np.empty((len(starts), length), np.int64)
+        if not out.size:
+            return out
+        if os.getpid() != self._pid:
+            self._opened, self._pid = {}, os.getpid()
+        first = np.searchsorted(self._borders, starts, side="right") - 1
+        inside = starts + length <= self._borders[first + 1]
+        for shard in np.unique(first[inside]).tolist():
+            rows = np.flatnonzero(inside & (first == shard))
+            tokens = self._verified(shard, starts[rows] - self._borders[shard], length)
+            # One call copies all rows; a window is a view, so rows are plain memory copies.
+            samples = sliding_window_view(tokens, length)[starts[rows] - self._borders[shard]]
+            if len(rows) == len(starts):
+                return samples.astype(np.int64)
+            out[rows] = samples
+        for row in np.flatnonzero(~inside).tolist():
+            for shard, begin, count, column in self._pieces(int(starts[row]), length):
+                tokens = self._verified(shard, np.array([begin]), count)
+                out[row, column : column + count] = tokens[begin : begin + count]
+        return out
+
+    def close(self):
+        """Forget the mapped shards; memory is returned when the last array that looks at it goes."""
+        self._opened = {}
+
+    def _checked_starts(self, starts, length):
+        starts = np.asarray(starts, np.int64).reshape(-1)
+        if length < 0 or (len(starts) and (starts.min() < 0 or starts.max() + length > self.token_count)):
+            raise IndexError(
+                f"samples of {length} tokens between {starts.min()} and {starts.max() + length} are not all within "
+                f"the {self.token_count} tokens of {self.folder}"
+            )
+        return starts
+
+    def _pieces(self, start, length):
+        """Yield (shard, first token within it, token count, column) of one sample."""
+        column, shard = 0, bisect.bisect_right(self._borders, start) - 1
+        while column < length:
+            begin = start + column - int(self._borders[shard])
+            count = min(length - column, int(self._borders[shard + 1]) - start - column)
+            if count > 0:
+                yield shard, begin, count, column
+            column, shard = column + count, shard + 1
+
+    def _verified(self, shard, starts, length):
+        """The tokens of a shard, after checking the blocks that hold [start, start + length) for each start."""
+        if shard not in self._opened:
+            self._opened[shard] = self._map(shard)
+        tokens, crcs, checked, mapped, skip = self._opened[shard]
+        per_block = BLOCK_BYTES // self._dtype.itemsize
+        first, last = starts // per_block, (starts + max(length, 1) - 1) // per_block
+        if checked[first].all() and checked[last].all() and (last - first).max() <= 1:
+            return tokens
+        for begin, end in zip(first.tolist(), last.tolist(), strict=True):
+            for block in range(begin, end + 1):
+                if not checked[block]:
+                    start = skip + block * BLOCK_BYTES
+                    stop = min(start + BLOCK_BYTES, len(mapped))
+                    # A cold parallel file system then delivers the block in one request, not page by page.
+                    mapped.madvise(mmap.MADV_WILLNEED, start - start % mmap.PAGESIZE, stop - start)
+                    _check_block(self._paths[shard], block, memoryview(mapped)[start:stop], crcs)
+                    checked[block] = True
+        return tokens
+
+    def _map(self, shard):
+        path = self._paths[shard]
+        offset, crcs = self._locate(path)
+        count = int(self._borders[shard + 1] - self._borders[shard])
+        skip = offset % mmap.ALLOCATIONGRANULARITY
+        with open(path, "rb") as file:
+            size = skip + count * self._dtype.itemsize
+            if offset - skip + size > os.fstat(file.fileno()).st_size:
+                raise DataError(f"data: {path} was cut short after it was opened")
+            mapped = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, offset=offset - skip)
+        tokens = np.frombuffer(mapped, self._dtype, count, skip)
+        return tokens, crcs, np.zeros(len(crcs), bool), mapped, skip
+
+
+class CollectiveStream(TokenStream):
+    """As TokenStream, but `gather` is collective over `comm`: every rank calls it equally often, with any B.
+
+    For each shard that some rank needs, all ranks make one collective read; a rank that needs nothing of it
+    selects nothing. Blocks are read whole the first time, to check their CRC.
+    """
+
+    def __init__(self, folder, manifest, comm, open_shard, read_intervals):
+        """open_shard(path) -> (handle, CRCs); read_intervals(handle, [(start, stop)], dtype) -> 1-d array."""
+        super().__init__(folder, manifest, locate=None)
+        self._comm, self._open_shard, self._read_intervals = comm, open_shard, read_intervals
+
+    def gather(self, starts, length):
+        starts = self._checked_starts(starts, length)
+        if os.getpid() != self._pid:
+            raise RuntimeError("a forked process cannot read collectively; open the folder after the fork")
+        out = np.empty((len(starts), length), np.int64)
+        needed = {}
+        for row, start in enumerate(starts.tolist()):
+            for shard, begin, count, column in self._pieces(start, length):
+                needed.setdefault(shard, []).append((begin, count, row, column))
+        from ..mpi import agree
+
+        error = None
+        for shard in sorted(set().union(*self._comm.allgather(set(needed)))):
+            try:
+                self._read(shard, needed.get(shard, []), out)
+            except DataError as damaged:  # told after the last collective read, so that no rank waits in one
+                error = error or damaged
+        agree(self._comm, error)
+        return out
+
+    def close(self):
+        """Close the shards; collective."""
+        for shard in sorted(self._opened):
+            self._opened[shard][0].close()
+        self._opened = {}
+
+    def _read(self, shard, pieces, out):
+        if shard not in self._opened:
+            handle, crcs = self._open_shard(self._paths[shard])
+            self._opened[shard] = handle, crcs, np.zeros(len(crcs), bool)
+        handle, crcs, checked = self._opened[shard]
+        per_block = BLOCK_BYTES // self._dtype.itemsize
+        end = int(self._borders[shard + 1] - self._borders[shard])
+        touched = {
+            block
+            for begin, count, _, _ in pieces
+            for block in range(begin // per_block, (begin + count - 1) // per_block + 1)
+        }
+        fresh = sorted(block for block in touched if not checked[block])
+        whole = [(block * per_block, min((block + 1) * per_block, end)) for block in fresh]
+        intervals = merge([(begin, begin + count) for begin, count, _, _ in pieces] + whole)
+        content = self._read_intervals(handle, intervals, self._dtype)
+        # Where each interval begins in `content`.
+        places = np.concatenate([[0], np.cumsum([stop - start for start, stop in intervals], dtype=np.int64)])
+
+        def cut(begin, count):
+            interval = bisect.bisect_right(intervals, (begin, end + 1)) - 1
+            place = int(places[interval]) + begin - intervals[interval][0]
+            return content[place : place + count]
+
+        for block, (start, stop) in zip(fresh, whole, strict=True):
+            _check_block(self._paths[shard], block, cut(start, stop - start), crcs)
+            checked[block] = True
+        for begin, count, row, column in pieces:
+            out[row, column : column + count] = cut(begin, count)
+
+
+def merge(intervals):
+    """The union of half-open intervals as sorted, disjoint ones: [(0, 2), (1, 5), (7, 8)] -> [(0, 5), (7, 8)]."""
+    merged = []
+    for start, stop in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _check_block(path, block, content, crcs):
+    crc = zlib.crc32(content)
+    if crc != int(crcs[block]):
+        raise DataError(
+            f"data: {path} is damaged in block {block} of its tokens "
+            f"(CRC-32 {crc:08x}, written as {int(crcs[block]):08x})"
+        )
