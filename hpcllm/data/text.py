@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from ..errors import DataError, MissingInput, UsageError
 
-# Small enough to balance a few ranks on a few files, large enough that a unit's own cost does not show.
-UNIT_BYTES = 8 << 20
+# At most: enough units to balance many ranks; at least: a unit's own cost does not show.
+_UNITS = 512
+_UNIT_BYTES = (64 << 10, 8 << 20)
 _READ_BYTES = 1 << 20
 # How much more work a byte of a compressed file is, for balancing: English text shrinks to about a third.
 _GZIP_WEIGHT = 3
@@ -67,11 +68,15 @@ def find_inputs(patterns):
     return list(found.values())
 
 
-def cut(paths, unit_bytes=UNIT_BYTES):
-    """The units of the files at `paths`, in order. Raises DataError when there is not one byte of input."""
+def cut(paths, unit_bytes=None):
+    """The units of the files at `paths`, in order. Raises DataError when there is not one byte of input.
+
+    unit_bytes: length of a unit; by default a part of the input between 64 KiB and 8 MiB.
+    """
     units = []
-    for path in paths:
-        size = os.path.getsize(path)
+    sizes = [os.path.getsize(path) for path in paths]
+    unit_bytes = unit_bytes or min(max(sum(sizes) // _UNITS, _UNIT_BYTES[0]), _UNIT_BYTES[1])
+    for path, size in zip(paths, sizes, strict=True):
         step = size if path.endswith(".gz") else unit_bytes
         for start in range(0, size, max(1, step)):
             units.append(Unit(path, start, min(start + step, size), size))

@@ -1,0 +1,152 @@
+"""Spooled documents to shards: which document goes where, and writing the files on all ranks side by side.
+
+Shard borders are a function of the documents' lengths alone. HDF5 makes each file in its final size on one rank;
+then every rank writes its own tokens at their place in the file, which needs no parallel HDF5. The format of a file
+is `shards`'.
+"""
+
+import os
+
+import numpy as np
+
+from ..mpi import on_root, together
+from . import shards
+from .scratch import COPY_BYTES, disk
+
+# Blocks whose CRCs a rank computes in one turn.
+_SCAN_BLOCKS = 64
+
+
+def runs(first_token, lengths, shard_tokens):
+    """Group a unit's documents by shard: a list of (slot, first document, end document).
+
+    first_token: where the unit begins in the stream of all tokens. A document belongs to the slot in which its
+    first token falls, slot k being [k, k + 1) * shard_tokens of that stream; so every rank places its documents
+    knowing only how many tokens come before them. Slots in which no document begins become no shard.
+    """
+    starts = first_token + np.cumsum(lengths) - lengths
+    slots, begins = np.unique(starts // shard_tokens, return_index=True)
+    return list(zip(slots.tolist(), begins.tolist(), [*begins[1:].tolist(), len(lengths)], strict=True))
+
+
+def write_part(comm, folder, part, spool, unit_count, facts, shard_tokens):
+    """Write the shards and the manifest of `folder`/`part` from the spools of all ranks; returns the manifest.
+
+    spool: this rank's `tokenise.Spool`; facts: vocab_size, separator_id, tokenizer_hash. Collective. Raises
+    IOFailure, the same on every rank.
+    """
+    target = os.path.join(folder, part)
+    on_root(comm, _make_folder, target)
+    unit_begins = _begins(comm, {unit: _size(lengths) for unit, (_, lengths) in spool.units[part].items()}, unit_count)
+    placed = []  # (slot, tokens, documents, first token, first document, unit, document of the unit)
+    for unit, (_, lengths) in sorted(spool.units[part].items()):
+        first_token, first_document = unit_begins[unit].tolist()
+        for slot, begin, end in runs(first_token, lengths, shard_tokens):
+            token = first_token + int(lengths[:begin].sum())
+            placed.append((slot, *_size(lengths[begin:end]), token, first_document + begin, unit, begin))
+    slot_count = 1 + max([-1, *(slot for slot, *_ in placed)])
+    slot_count = max(comm.allgather(slot_count))
+    sizes = np.zeros((slot_count, 2), np.int64)
+    for slot, tokens, documents, *_ in placed:
+        sizes[slot] += (tokens, documents)
+    sizes = comm.allreduce(sizes)
+    slots = np.flatnonzero(sizes[:, 1])
+    shard_of = {slot: index for index, slot in enumerate(slots.tolist())}
+    sizes = sizes[slots]
+    begins = np.cumsum(sizes, axis=0) - sizes
+
+    paths = [os.path.join(target, shards.name(index)) for index in range(len(slots))]
+    offsets = _create(comm, target, paths, sizes, facts)
+    with together(comm), disk(target), open(spool.paths[part], "rb", buffering=0) as source:
+        # In the order of shards, so that each is opened once and reaches the disk once.
+        for index, mine in _by_shard(placed, shard_of):
+            with open(paths[index], "r+b", buffering=0) as file:
+                for tokens, documents, token, document, unit, begin in mine:
+                    spooled, lengths = spool.units[part][unit]
+                    source.seek((spooled + int(lengths[:begin].sum())) * spool.dtype.itemsize)
+                    at = offsets[index]["tokens"] + (token - int(begins[index, 0])) * spool.dtype.itemsize
+                    _copy(source, file, tokens * spool.dtype.itemsize, at)
+                    lengths = lengths[begin : begin + documents]
+                    starts = token - begins[index, 0] + np.cumsum(lengths) - lengths
+                    at = offsets[index]["document_offsets"] + 8 * (document - int(begins[index, 1]))
+                    shards.write_at(file.fileno(), starts.astype("<i8"), at)
+                os.fsync(file.fileno())
+        os.unlink(spool.paths[part])
+    entries = _finish(comm, target, paths, offsets, sizes, spool.dtype)
+    return on_root(comm, _manifest, target, entries, facts)
+
+
+def _size(lengths):
+    return int(lengths.sum()), len(lengths)
+
+
+def _begins(comm, sizes, unit_count):
+    """int64 [unit_count, 2]: tokens and documents before each unit; sizes: {unit: (tokens, documents)} of this rank."""
+    table = np.zeros((unit_count, 2), np.int64)
+    for unit, size in sizes.items():
+        table[unit] = size
+    table = comm.allreduce(table)
+    return np.cumsum(table, axis=0) - table
+
+
+def _by_shard(placed, shard_of):
+    mine = {}
+    for slot, *rest in placed:
+        mine.setdefault(shard_of[slot], []).append(rest)
+    return sorted(mine.items())
+
+
+def _create(comm, target, paths, sizes, facts):
+    """One rank makes each file, its last document offset already in it; returns the data sets' offsets of all files."""
+    made = {}
+    with together(comm), disk(target):
+        for index in range(comm.rank, len(paths), comm.size):
+            tokens, documents = sizes[index].tolist()
+            made[index] = shards.create(paths[index], token_count=tokens, document_count=documents, **facts)
+            with open(paths[index], "r+b", buffering=0) as file:
+                at = made[index]["document_offsets"] + 8 * documents
+                shards.write_at(file.fileno(), np.array([tokens], "<i8"), at)
+                os.fsync(file.fileno())
+    return {index: offsets for each in comm.allgather(made) for index, offsets in each.items()}
+
+
+def _copy(source, target, size_bytes, at):
+    while size_bytes:
+        content = source.read(min(COPY_BYTES, size_bytes))
+        if not content:
+            raise OSError(f"a spool of {target.name} ended {size_bytes} bytes early")
+        shards.write_at(target.fileno(), content, at)
+        at, size_bytes = at + len(content), size_bytes - len(content)
+
+
+def _finish(comm, target, paths, offsets, sizes, dtype):
+    """CRCs by all ranks, some blocks each in turn; then one rank completes each file. Returns all entries, in order."""
+    tasks = []
+    for index, tokens in enumerate(sizes[:, 0].tolist()):
+        blocks = -(-tokens * dtype.itemsize // shards.BLOCK_BYTES)
+        tasks += [(index, first, min(first + _SCAN_BLOCKS, blocks)) for first in range(0, blocks, _SCAN_BLOCKS)]
+    scanned = []
+    with together(comm), disk(target):
+        for index, first, last in tasks[comm.rank :: comm.size]:
+            offset, tokens = offsets[index]["tokens"], int(sizes[index, 0])
+            scanned.append((index, first, *shards.scan(paths[index], offset, dtype, tokens, first, last)))
+    crcs, highest = {}, {}
+    for index, _, part_crcs, part_highest in sorted(task for each in comm.allgather(scanned) for task in each):
+        crcs.setdefault(index, []).extend(part_crcs)
+        highest[index] = max(highest.get(index, 0), part_highest)
+    entries = {}
+    with together(comm), disk(target):
+        for index in range(comm.rank, len(paths), comm.size):
+            entries[index] = shards.finish(paths[index], crcs[index], highest[index])
+    entries = {index: entry for each in comm.allgather(entries) for index, entry in each.items()}
+    return [entries[index] for index in sorted(entries)]
+
+
+def _make_folder(target):
+    with disk(target):
+        os.mkdir(target)
+
+
+def _manifest(target, entries, facts):
+    with disk(target):
+        return shards.write_manifest(target, entries, **facts)

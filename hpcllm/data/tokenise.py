@@ -1,0 +1,135 @@
+"""Documents to token ids: dealing units to ranks, encoding them in bounded memory, and spooling the result.
+
+The spools are scratch files of one run; `layout` makes shards of them. Deals may differ with the number of ranks, what
+a unit's spooled documents are does not.
+"""
+
+import heapq
+import os
+
+import numpy as np
+
+from ..errors import Refusal
+from ..mpi import agree
+from . import shards, text
+from .progress import Progress
+from .scratch import COPY_BYTES, disk
+
+# Characters that go to the tokenizer at once: bounds the memory of its results, about 60 bytes a character.
+BATCH_CHARACTERS = 1 << 20
+
+
+def share(weights, size):
+    """Deal units to ranks, the heaviest first, each to the rank with the least so far: a list of indices per rank."""
+    dealt = [[] for _ in range(size)]
+    loads = [(0, rank) for rank in range(size)]
+    for index in sorted(range(len(weights)), key=lambda index: (-weights[index], index)):
+        load, rank = heapq.heappop(loads)
+        dealt[rank].append(index)
+        heapq.heappush(loads, (load + weights[index], rank))
+    return dealt
+
+
+def pieces(document, characters=BATCH_CHARACTERS):
+    """Cut a very long document before blanks, where tokenizers cut anyway, so that encoding it takes bounded memory."""
+    begin = 0
+    while len(document) - begin > characters:
+        at = document.rfind(" ", begin + characters // 2, begin + characters)
+        end = at if at > begin else begin + characters
+        yield document[begin:end]
+        begin = end
+    yield document[begin:]
+
+
+class Spool:
+    """What this rank tokenised: its tokens in one file per part, and for each unit where they lie.
+
+    units: {part: {unit: (first token in the file, int64 array of document lengths)}}.
+    """
+
+    def __init__(self, folder, rank, parts, dtype):
+        self.dtype, self.empty = dtype, 0
+        self.paths = {part: os.path.join(folder, f"spool-{rank:06d}.{part}") for part in parts}
+        self.units = {part: {} for part in parts}
+        self._files = {}
+        for part, path in self.paths.items():
+            self._files[part] = open(path, "xb", buffering=COPY_BYTES)  # noqa: SIM115 (closed by `close`)
+        self._written = dict.fromkeys(parts, 0)
+        self._lengths = {part: [] for part in parts}
+        self._open_length = 0
+
+    @property
+    def tokens(self):
+        return sum(self._written.values())
+
+    def append(self, part, ids):
+        self._files[part].write(np.array(ids, self.dtype))
+        self._written[part] += len(ids)
+        self._open_length += len(ids)
+
+    def end_document(self, part, separator_id):
+        """Close the document with its separator; one without a single token is left out."""
+        if self._open_length == 0:
+            self.empty += 1
+            return
+        self.append(part, [separator_id])
+        self._lengths[part].append(self._open_length)
+        self._open_length = 0
+
+    def end_unit(self, unit):
+        for part, lengths in self._lengths.items():
+            lengths = np.array(lengths, np.int64)
+            self.units[part][unit] = (self._written[part] - int(lengths.sum()), lengths)
+            self._lengths[part] = []
+
+    def close(self):
+        for file in self._files.values():
+            file.close()
+
+
+def tokenise(comm, folder, units, reading, encoder, facts, split):
+    """Every rank tokenises its units into its spool. An error on one rank stops all of them."""
+    spool, error = None, None
+    mine = share([unit.weight for unit in units], comm.size)[comm.rank]
+    progress = Progress(comm, "prepare", sum(unit.stop - unit.start for unit in units))
+    try:
+        with disk(folder):
+            spool = Spool(folder, comm.rank, split.parts, shards.token_dtype(facts["vocab_size"]))
+            _tokenise_units(spool, mine, units, reading, encoder, facts["separator_id"], split, progress)
+            spool.close()
+    except Refusal as refusal:
+        error = refusal
+    progress.finish(failed=error is not None)
+    agree(comm, error)
+    return spool
+
+
+def _tokenise_units(spool, mine, units, reading, encoder, separator_id, split, progress):
+    done = 0
+    for index in mine:
+        batch, characters = [], 0
+        for document, position in text.documents(units[index], **reading):
+            part = split.part(document)
+            for piece in pieces(document):
+                batch.append((part, piece, False))
+                characters += len(piece)
+                if characters >= BATCH_CHARACTERS:
+                    _encode(encoder, batch, spool, separator_id)
+                    batch, characters = [], 0
+                    if not progress.advance(done + position, spool.tokens):
+                        return
+            batch.append((part, "", True))
+        _encode(encoder, batch, spool, separator_id)
+        spool.end_unit(index)
+        done += units[index].stop - units[index].start
+        if not progress.advance(done, spool.tokens):
+            return
+
+
+def _encode(encoder, batch, spool, separator_id):
+    encodings = encoder.encode_batch_fast([piece for _, piece, _ in batch], add_special_tokens=False)
+    for (part, _, ends), encoding in zip(batch, encodings, strict=True):
+        if ends:
+            spool.end_document(part, separator_id)
+        else:
+            spool.append(part, encoding.ids)
