@@ -26,7 +26,8 @@ def runs(first_token, lengths, shard_tokens):
     """
     starts = first_token + np.cumsum(lengths) - lengths
     slots, begins = np.unique(starts // shard_tokens, return_index=True)
-    return list(zip(slots.tolist(), begins.tolist(), [*begins[1:].tolist(), len(lengths)], strict=True))
+    ends = np.append(begins, len(lengths))[1:]
+    return list(zip(slots.tolist(), begins.tolist(), ends.tolist(), strict=True))
 
 
 def write_part(comm, folder, part, spool, unit_count, facts, shard_tokens):
