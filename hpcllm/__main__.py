@@ -111,7 +111,7 @@ def evaluate(args):
     world = mpi.init(saved["train"]["device"])
     data = args.data or saved["data"].get("validation")
     if data is None:
-        raise _on_all(UsageError("the run had no validation folder; name one with --data"))
+        raise UsageError("the run had no validation folder; name one with --data").known_to_all()
     with mpi.together(world.comm):
         stream = shards.open_folder(data)
         tokenizer.check_same(stream, folder)
@@ -159,11 +159,6 @@ def predict(args):
     elif world.is_root:
         for answer in answers:
             print(show(answer))
-
-
-def _on_all(refusal):
-    refusal.agreed = True
-    return refusal
 
 
 def main(arguments=None):

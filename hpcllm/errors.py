@@ -13,6 +13,11 @@ class Refusal(Exception):
     # Set once every rank is known to raise this same refusal: then root speaks and nobody needs to abort.
     agreed = False
 
+    def known_to_all(self):
+        """Mark a refusal that every rank raises from the same numbers, without having asked the others."""
+        self.agreed = True
+        return self
+
 
 class UsageError(Refusal):
     """A wrong command line, run file or launch."""

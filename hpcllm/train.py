@@ -25,18 +25,18 @@ def train(config, world, *, resume=False, overwrite=False):
     Everything that can be refused is refused before anything is written.
     """
     plan = config.train
-    plan.accumulation(world.size)
-    source, validation, tokenizer_dir = open_sources(config, world)
-    batches.require(source, plan.global_batch_size, "a global batch needs")
-    last = on_root(world.comm, find_start, config, resume, overwrite)
-    state = checkpoint.read_state(last) if last else {"step": 0, "samples": 0, "restart": -1}
-    check_same_run(config, source, state)
-
     with together(world.comm):
+        plan.accumulation(world.size)
+    source, validation, tokenizer_dir = open_sources(config, world)
+    last = on_root(world.comm, find_start, config, resume, overwrite)
+    with together(world.comm):
+        batches.require(source, plan.global_batch_size, "a global batch needs")
+        state = checkpoint.read_state(last) if last else {"step": 0, "samples": 0, "restart": -1}
+        check_same_run(config, source, state)
         net = load_or_build(config, last, source.vocabulary).to(world.device)
-    adjust = optimizer.build(net, plan)
-    if last:
-        checkpoint.load_optimizer(last, net, adjust)
+        adjust = optimizer.build(net, plan)
+        if last:
+            checkpoint.load_optimizer(last, net, adjust)
     on_root(world.comm, open_output, config, resume, overwrite)
     replica = replicate(net, world.group)
     journal = monitor.Journal(config.run.output_dir, state["restart"] + 1, world.is_root)
@@ -170,17 +170,10 @@ def check_same_run(config, source, state):
                 DataError(f"--resume: {section}.{key} was {was} when the checkpoint was written and is {is_} now")
             )
     if state["data_digest"] != source.stream.digest:
-        raise _agreed(
-            DataError(
-                f"--resume: the shards of {config.data.train} are not those of the checkpoint "
-                f"(digest {source.stream.digest[:12]}, checkpoint {state['data_digest'][:12]})"
-            )
+        raise DataError(
+            f"--resume: the shards of {config.data.train} are not those of the checkpoint "
+            f"(digest {source.stream.digest[:12]}, checkpoint {state['data_digest'][:12]})"
         )
-
-
-def _agreed(refusal):
-    refusal.agreed = True  # every rank compares the same files
-    return refusal
 
 
 def load_or_build(config, last, vocabulary):
@@ -270,11 +263,10 @@ def report(journal, progress, plan, state, loss, rate, grad_norm, times, path):
     record = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, "tokens_per_s": tokens_per_s, **times}
     journal.metrics({"step": state["step"], "samples": state["samples"], **record})
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        error = Diverged(
+        raise Diverged(
             f"step {state['step']}: loss {loss}, gradient norm {grad_norm}: the run has diverged at learning rate "
             f"{rate:.3g}; newest checkpoint: {path or 'none'}"
-        )
-        raise _agreed(error)  # the numbers are those of all ranks
+        ).known_to_all()
     text = (
         f"step {state['step']}/{plan.max_steps} loss={loss:.4f} lr={rate:.3e} grad_norm={grad_norm:.3f} "
         f"tokens/s={tokens_per_s:.0f} step_s={times['step_s']:.3f} data_s={times['data_s']:.3f} "

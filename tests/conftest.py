@@ -5,6 +5,7 @@
 passes on every rank, and a rank that fails names itself.
 """
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -60,6 +61,35 @@ def pytest_runtest_makereport(item, call):
 def world():
     """This process's `hpcllm.mpi.World`, torch.distributed running over it."""
     return hpcllm.mpi.init(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A folder that `hpcllm prepare` wrote, small, WordPiece; shared by all ranks. Text: docstrings of Python itself."""
+    from hpcllm.data.prepare import prepare
+
+    world = hpcllm.mpi.join()
+    base = Path(world.comm.bcast(str(tmp_path_factory.mktemp("prepared"))))
+    if world.is_root:
+        texts = {inspect.getdoc(value) for value in vars(str).values()} | {
+            inspect.getdoc(value) for value in vars(os).values()
+        }
+        (base / "text.txt").write_text("\n".join(" ".join(text.split()) for text in sorted(filter(None, texts))))
+    world.comm.Barrier()
+    prepare(
+        world,
+        inputs=[str(base / "text.txt")],
+        output=str(base / "data"),
+        tokenizer=None,
+        tokenizer_kind="wordpiece",
+        vocab_size=600,
+        jsonl_field=None,
+        document_separator="newline",
+        validation_fraction=0.1,
+        shard_tokens=5000,
+        overwrite=False,
+    )
+    return base / "data"
 
 
 def clean_environment(**extra):

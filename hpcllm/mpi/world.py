@@ -7,6 +7,7 @@ which must not happen for `--help`.
 
 import os
 import socket
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -79,9 +80,7 @@ def join():
     path = _library_path()
     sentence = launcher.lone_world(started_by, started, comm.size, library, path)
     if sentence:
-        error = UsageError(sentence)
-        error.agreed = True  # every process sees the same numbers, and one of them speaks
-        raise error
+        raise UsageError(sentence).known_to_all()
 
     host = socket.gethostname()
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -161,20 +160,21 @@ def _library_path():
 def agree(comm, error):
     """Raise on every rank of `comm` the error of its lowest failing rank; return if no rank has one.
 
-    error: this rank's exception, or None. Collective. A Refusal comes back marked as agreed.
+    error: this rank's exception, or None. Collective. A Refusal comes back marked as agreed; any other exception is
+    raised as it is where it happened, and as a RuntimeError that quotes its traceback on the other ranks.
     """
     first = comm.allreduce(comm.rank if error is not None else comm.size, op=_minimum())
     if first == comm.size:
         return
-    if comm.rank == first and not isinstance(error, Refusal):
-        raise error  # a fault of the program: the rank that has the traceback shows it, and `abort` ends the rest
     sent = None
     if comm.rank == first:
-        sent = (type(error), str(error))
-    kind, sentence = comm.bcast(sent, root=first)
-    agreed = kind(sentence)
-    agreed.agreed = True
-    raise agreed
+        refused = isinstance(error, Refusal)
+        text = str(error) if refused else "".join(traceback.format_exception(error))
+        sent = (type(error) if refused else None, text)
+    kind, text = comm.bcast(sent, root=first)
+    if kind is not None:
+        raise kind(text).known_to_all()
+    raise error if comm.rank == first else RuntimeError(f"rank {first} failed:\n{text}")
 
 
 def _minimum():
