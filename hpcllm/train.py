@@ -166,9 +166,7 @@ def check_same_run(config, source, state):
     for section, key in fixed:
         was, is_ = saved[section].get(key), now[section].get(key)
         if was != is_:
-            raise _agreed(
-                DataError(f"--resume: {section}.{key} was {was} when the checkpoint was written and is {is_} now")
-            )
+            raise DataError(f"--resume: {section}.{key} was {was} when the checkpoint was written and is {is_} now")
     if state["data_digest"] != source.stream.digest:
         raise DataError(
             f"--resume: the shards of {config.data.train} are not those of the checkpoint "

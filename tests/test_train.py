@@ -1,0 +1,247 @@
+"""Training: the same run at any number of ranks, continued exactly, refused before it starts when it cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hpcllm.mpi
+from hpcllm import config, evaluate, train
+from hpcllm.data import batches
+from hpcllm.errors import CannotCreate, DataError, Diverged, Refusal, UsageError
+
+SMALL = {
+    "bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "llama": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+    },
+}
+TASK = {"bert": "masked_lm", "gpt2": "causal_lm", "llama": "causal_lm"}
+
+
+def settings(prepared, output, kind="bert", **changes):
+    values = {
+        "run": {"output_dir": str(output), "seed": 7},
+        "data": {"train": f"{prepared}/train", "validation": f"{prepared}/validation"},
+        "model": {"task": TASK[kind], "config": {"model_type": kind, **SMALL[kind]}},
+        "train": {
+            "max_steps": 6,
+            "global_batch_size": 12,
+            "micro_batch_size": 1,
+            "sequence_length": 32,
+            "learning_rate": 1e-2,
+            "warmup_steps": 2,
+        },
+        "checkpoint": {},
+    }
+    return config.load(values, [f"{key}={value}" for key, value in changes.items()])
+
+
+def losses(output):
+    records = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def weights(output, step):
+    folder = Path(output) / f"checkpoint-{step}"
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+
+
+def shared(world, path):
+    return Path(world.comm.bcast(str(path)))
+
+
+@pytest.mark.mpi()
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("bert", {}),
+        ("bert", {"train.optimizer": "sgd", "train.sgd_momentum": 0.9, "train.learning_rate": 0.3}),
+        ("gpt2", {"train.lr_scheduler_type": "cosine"}),
+        ("gpt2", {"train.optimizer": "sgd", "train.learning_rate": 0.3}),
+        ("llama", {}),
+    ],
+)
+def test_losses_do_not_depend_on_the_number_of_ranks(world, prepared, tmp_path, kind, changes):
+    # Dropout is on: it belongs to the micro-batch, so it is the same too.
+    run = settings(prepared, shared(world, tmp_path) / "together", kind, **changes)
+    train.train(run, world)
+    by_itself = settings(prepared, tmp_path / "alone", kind, **changes)
+    train.train(by_itself, hpcllm.mpi.alone(world))
+    ours, reference = losses(run.run.output_dir), losses(by_itself.run.output_dir)
+    assert len(ours) == 6
+    assert reference[-1] < reference[0] - 0.05
+    assert max(abs(a / b - 1) for a, b in zip(ours, reference, strict=True)) < 1e-5
+
+
+@pytest.mark.mpi()
+def test_bf16_follows_fp32(world, prepared, tmp_path):
+    base = shared(world, tmp_path)
+    curves = []
+    for precision in ("fp32", "bf16"):
+        run = settings(prepared, base / precision, **{"train.precision": precision})
+        train.train(run, world)
+        curves.append(losses(run.run.output_dir))
+    assert curves[0] != curves[1]
+    assert max(abs(a / b - 1) for a, b in zip(*curves, strict=True)) < 0.02
+
+
+@pytest.mark.mpi()
+def test_a_run_stopped_by_an_error_continues_bit_for_bit(world, prepared, tmp_path, monkeypatch):
+    base = shared(world, tmp_path)
+    whole = settings(prepared, base / "whole", **{"checkpoint.every_steps": 3})
+    train.train(whole, world)
+
+    stopped = settings(prepared, base / "stopped", **{"checkpoint.every_steps": 3})
+    one_step, steps = train.one_step, []
+
+    def failing(*arguments):
+        steps.append(None)
+        if len(steps) == 5:
+            raise RuntimeError("provoked")
+        return one_step(*arguments)
+
+    monkeypatch.setattr(train, "one_step", failing)
+    with pytest.raises(RuntimeError, match="provoked"):
+        train.train(stopped, world)
+    monkeypatch.setattr(train, "one_step", one_step)
+    results = train.train(stopped, world, resume=True)
+
+    assert results["step"] == 6
+    ours, expected = weights(stopped.run.output_dir, 6), weights(whole.run.output_dir, 6)
+    assert ours.keys() == expected.keys()
+    assert any(".exp_avg_sq" in name for name in ours)
+    differing = [name for name in ours if not torch.equal(ours[name], expected[name])]
+    assert differing == []
+    records = [json.loads(line) for line in (base / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["restart"]) for r in records if "loss" in r] == [
+        (1, 0), (2, 0), (3, 0), (4, 0), (4, 1), (5, 1), (6, 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.mpi()
+def test_every_validation_sample_counts_once(world, prepared, tmp_path):
+    run = settings(prepared, shared(world, tmp_path) / "run", **{"train.max_steps": 2})
+    results = train.train(run, world)
+    source, validation, _ = train.open_sources(run, world)
+    net = train.model.load(results["checkpoint"], "masked_lm")
+    for width in (1, 5, 1000):
+        scores = evaluate.evaluate(net, validation, world, width, "fp32")
+        reference = evaluate.evaluate(net, validation, hpcllm.mpi.alone(world), 3, "fp32")
+        assert scores["eval_samples"] == reference["eval_samples"] == len(validation)
+        assert scores["eval_targets"] == reference["eval_targets"] == results["eval_targets"]
+        assert scores["eval_accuracy"] == reference["eval_accuracy"]
+        assert scores["eval_loss"] == pytest.approx(reference["eval_loss"], rel=1e-6)
+    assert results["eval_loss"] == pytest.approx(reference["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.mpi()
+def test_ranks_share_the_global_batch_without_overlap(world, prepared, tmp_path):
+    run = settings(prepared, shared(world, tmp_path))
+    source, _, _ = train.open_sources(run, world)
+    mine = source.training_step(24, world.rank, world.size, run.train)
+    alone = source.training_step(24, 0, 1, run.train)
+    everybody = world.comm.allgather([(b.seed, b.input_ids.tolist(), b.labels.tolist()) for b in mine])
+    dealt = [everybody[m % world.size][m // world.size] for m in range(12)]
+    assert dealt == [(b.seed, b.input_ids.tolist(), b.labels.tolist()) for b in alone]
+
+
+@pytest.mark.mpi()
+@pytest.mark.parametrize(
+    ("changes", "refusal", "words"),
+    [
+        ({"train.global_batch_size": 100_008}, DataError, "a global batch needs 100008 samples"),
+        ({"train.sequence_length": 600}, UsageError, r"sequence_length \(600\).*max_position_embeddings \(512\)"),
+        ({"model.config.vocab_size": 10}, UsageError, "10 embeddings .* too few for the tokenizer's"),
+        ({"model.config.hiden_size": 10}, UsageError, 'no argument "hiden_size".*"hidden_size"'),
+        ({"model.config.model_type": "birt"}, UsageError, 'no model_type "birt"'),
+        ({"data.train": "nowhere"}, Refusal, "nowhere"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(world, prepared, tmp_path, changes, refusal, words):
+    output = shared(world, tmp_path) / "run"
+    tokenizer = {"data.tokenizer": f"{prepared}/tokenizer"}
+    with pytest.raises(refusal, match=words):
+        train.train(settings(prepared, output, **{**tokenizer, **changes}), world)
+    assert not output.exists()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_batch_that_ranks_cannot_share_is_refused_with_the_numbers(world, prepared, tmp_path):
+    run = settings(prepared, shared(world, tmp_path) / "run", **{"train.micro_batch_size": 12})
+    with pytest.raises(
+        UsageError, match=rf"\(12\) is not divisible .* \(12\) x {world.size} ranks = {12 * world.size}"
+    ):
+        train.train(run, world)
+
+
+@pytest.mark.mpi()
+def test_a_run_is_not_overwritten_unasked(world, prepared, tmp_path):
+    run = settings(prepared, shared(world, tmp_path) / "run", **{"train.max_steps": 2})
+    train.train(run, world)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes() if world.is_root else None
+    with pytest.raises(CannotCreate, match=r"holds a run already \(newest checkpoint: checkpoint-2\).*--resume"):
+        train.train(run, world)
+    if world.is_root:
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    world.comm.Barrier()
+    train.train(run, world, overwrite=True)
+    assert len(losses(run.run.output_dir)) == 2
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(world, prepared, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CannotCreate, match="holds no run of hpcllm"):
+        train.train(settings(prepared, tmp_path), world, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.mpi()
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"run.seed": 8}, "run.seed was 7 .* and is 8"),
+        ({"train.sequence_length": 16}, "train.sequence_length was 32"),
+        ({"model.config.hidden_size": 64}, "model.config was"),
+        ({"data.train": "VALIDATION"}, "are not those of the checkpoint"),
+    ],
+)
+def test_a_run_is_not_continued_with_other_data_or_another_model(world, prepared, tmp_path, changes, words):
+    base = shared(world, tmp_path) / "run"
+    few = {"train.global_batch_size": world.size, "train.max_steps": 1, "train.warmup_steps": 0}
+    train.train(settings(prepared, base, **few), world)
+    changes = {key: f"{prepared}/validation" if value == "VALIDATION" else value for key, value in changes.items()}
+    with pytest.raises(DataError, match=words):
+        train.train(settings(prepared, base, **few, **changes), world, resume=True)
+
+
+@pytest.mark.mpi()
+def test_a_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(world, prepared, tmp_path):
+    run = settings(prepared, shared(world, tmp_path) / "run", **{
+        "train.optimizer": "sgd", "train.learning_rate": 1e30, "train.max_grad_norm": 0, "train.warmup_steps": 0,
+        "train.lr_scheduler_type": "constant", "checkpoint.every_steps": 1,
+    })  # fmt: skip
+    with pytest.raises(Diverged, match=r"diverged at learning rate 1e\+30; newest checkpoint: "):
+        train.train(run, world)
+    for saved in (tmp_path / "run").glob("checkpoint-*") if world.is_root else []:
+        assert all(bool(torch.isfinite(t).all()) for t in load_file(saved / "model.safetensors").values())
+
+
+def test_the_step_ahead_is_loaded_in_order_and_errors_arrive_in_their_place():
+    def load(item):
+        if item == 3:
+            raise DataError("damaged")
+        return item * 10
+
+    for threaded in (True, False):
+        loaded = batches.ahead(load, iter(range(5)), threaded)
+        assert [next(loaded) for _ in range(3)] == [0, 10, 20]
+        with pytest.raises(DataError, match="damaged"):
+            next(loaded)
