@@ -189,12 +189,14 @@ def separator_id(tokenizer, folder):
 
 
 def tokenizer_hash(tokenizer):
-    """SHA-256, as 64 hex digits, of what decides the ids of a text: normalizer, pre-tokenizer, model, added tokens.
+    """SHA-256, as 64 hex digits, of what decides the ids in a shard: normalizer, pre-tokenizer, model, added words.
 
-    Not of files: saving a tokenizer beside a checkpoint may reorder or extend its files without changing an id.
+    Not of files: saving a tokenizer beside a checkpoint may reorder or extend them without changing an id. Special
+    tokens count only as the separator, for text never becomes one (see `prepare`): a padding token may be added.
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    deciding = {name: parts.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    deciding = {name: parts.get(name) for name in ("normalizer", "pre_tokenizer", "model")}
+    deciding["added_tokens"] = [token for token in parts["added_tokens"] if not token["special"]]
     deciding["separator"] = separator_id(tokenizer, "this tokenizer")
     text = json.dumps(deciding, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
