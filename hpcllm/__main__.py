@@ -162,7 +162,13 @@ def predict(args):
 
 
 def main(arguments=None):
-    args = parser().parse_args(arguments)
+    args, rest = parser().parse_known_args(arguments)
+    # argparse stops collecting overrides at the first option; key=value may stand anywhere after the run file.
+    if args.command == "train":
+        args.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
     # Nothing of a job reaches for the network; libraries that would are told so before they are imported.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")

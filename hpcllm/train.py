@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from . import checkpoint, evaluate, files, model, monitor, optimizer
 from .data import batches
-from .errors import CannotCreate, DataError, Diverged
+from .errors import CannotCreate, DataError, Diverged, MissingInput
 from .mpi import on_root, together
 from .parallel.data import replicate
 from .tasks import TASKS
@@ -280,6 +280,6 @@ def run_config(path):
     if not (folder / "trainer_state.json").is_file():
         found = checkpoint.find(folder)
         if not found:
-            raise DataError(f"{folder} is neither a checkpoint nor a run folder with a complete checkpoint")
+            raise MissingInput(f"{folder} is neither a checkpoint nor a run folder with a complete checkpoint")
         folder = found[-1]
     return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["config"], folder

@@ -120,6 +120,7 @@ def init(device="auto"):
 
     chosen = devices.choose(world, device)
     devices.bind_threads(world)
+    devices.keep_memory()
     for name, value in (
         ("RANK", world.rank),
         ("WORLD_SIZE", world.size),

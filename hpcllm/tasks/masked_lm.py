@@ -57,8 +57,23 @@ def rows(tokens, keys, vocabulary, mlm_probability):
 
 
 def loss_sum(model, input_ids, labels):
-    """(sum of the cross entropy over all targets in nats, targets predicted right), scalar tensors."""
-    logits = model(input_ids=input_ids).logits.float().flatten(0, 1)
+    """(sum of the cross entropy over all targets in nats, targets predicted right), scalar tensors.
+
+    Only the rows of targets reach the vocabulary: with 15 % of the tokens masked that saves 85 % of the logits.
+    """
     targets = labels.flatten()
+    rows = (targets != -100).nonzero().squeeze(1)
+
+    def only_targets(_, arguments):
+        return (arguments[0].flatten(0, -2).index_select(0, rows), *arguments[1:])
+
+    # `model` may be the module itself or a wrapper that calls it (DDP).
+    head = getattr(model, "module", model).get_output_embeddings()
+    hook = head.register_forward_pre_hook(only_targets)
+    try:
+        logits = model(input_ids=input_ids).logits.float()
+    finally:
+        hook.remove()
+    targets = targets.index_select(0, rows)
     right = (logits.detach().argmax(-1) == targets).sum()
-    return cross_entropy(logits, targets, ignore_index=-100, reduction="sum"), right
+    return cross_entropy(logits, targets, reduction="sum"), right
