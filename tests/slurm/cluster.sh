@@ -6,7 +6,7 @@
 #
 #   cluster.sh up N DIR               start nodes n1 ... nN; configuration, state and logs in DIR (no blanks)
 #   cluster.sh login DIR COMMAND...   run COMMAND on the cluster's login node (sbatch, scontrol, ...)
-#   cluster.sh kill NODE DIR          node failure: every process of NODE dies at once, slurmd included
+#   cluster.sh kill NODE DIR          power failure: NODE says no more, and all its processes are dead
 #   cluster.sh cut NODE               network failure: the link of NODE goes down
 #   cluster.sh heal NODE DIR          NODE comes back: link up, slurmd started if it is dead
 #   cluster.sh down DIR               end everything; also cleans up after a crashed run
@@ -89,8 +89,11 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=${SLURMD_TIMEOUT:-15}
+# A dead node is noticed, and a job started, in seconds rather than minutes.
+SlurmdTimeout=10
+MessageTimeout=5
 KillWait=3
+SchedulerParameters=batch_sched_delay=0
 # Scratch files of the jobs go with the cluster.
 TaskProlog=$2/prolog.sh
 # Nodes claim four CPUs whatever the machine has: the tests place two ranks on a node.
@@ -156,7 +159,10 @@ down() { # DIR
 
 case "${1:-} $#" in
 "up 3") up "$2" "$3" ;;
-"kill 3") kill_all "hpcllm-$2" ;;
+"kill 3")
+    ip -n $ctl link set "v-$2" down # first, or the kernel would close the connections of the dead in good order
+    kill_all "hpcllm-$2"
+    ;;
 "cut 2") ip -n $ctl link set "v-$2" down ;;
 "heal 3")
     ip -n $ctl link set "v-$2" up

@@ -98,9 +98,9 @@ def short_folder():
 
 @pytest.fixture(scope="module")
 def cluster(short_folder):
-    """A cluster of two nodes, n1 and n2, for one file of tests."""
+    """A cluster of three nodes, n1 to n3, for one file of tests; a job of two gets n1 and n2 while they live."""
     cluster = Cluster(short_folder)
-    cluster.control("up", "2", short_folder)
+    cluster.control("up", "3", short_folder)
     yield cluster
     cluster.control("down", short_folder)
 
@@ -111,3 +111,10 @@ def job_folder(tmp_path):
     folder = tmp_path / "my jobs"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(scope="session")
+def module_load():
+    """Shell commands with which a user of a centre starts: `module load hpcllm`."""
+    init = f"{os.environ['HPCLLM_MODULE_TOOLS']}/environment-modules/usr/share/modules/init/bash"
+    return f"source {shlex.quote(init)}; module use {shlex.quote(str(ROOT / 'modules'))}; module load hpcllm"

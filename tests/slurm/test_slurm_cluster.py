@@ -40,7 +40,7 @@ def test_down_leaves_the_machine_as_it_was_also_after_a_crash(cluster):
     assert "idle" in cluster.login("sinfo").stdout
     cluster.control("down", cluster.folder)
     assert traces() == before
-    cluster.control("up", "2", cluster.folder)
+    cluster.control("up", "3", cluster.folder)
 
 
 def test_each_node_is_a_host_of_its_own(cluster, job_folder):

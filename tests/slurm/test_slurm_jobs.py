@@ -1,0 +1,122 @@
+"""Claims about jobs under a real Slurm of two nodes: who runs where, what a failure costs, what a job ends with."""
+
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
+
+pytestmark = pytest.mark.slurm
+
+# A user's own batch script: the site profile and hpcllm.mpi, nothing else of hpcllm.
+SCRIPT = """#!/bin/bash
+#SBATCH --output=%x-%j.out --job-name=own
+here=$HPCLLM_ROOT/slurm
+source "$here/site.sh"
+launch python own.py
+exit $?
+"""
+
+
+@pytest.fixture
+def submit_python(cluster, job_folder, module_load):
+    """Submit a Python program on 2 nodes x 2 ranks through the site profile; returns the ended job and its seconds."""
+
+    def submit(program):
+        (job_folder / "own.sbatch").write_text(SCRIPT)
+        (job_folder / "own.py").write_text(program)
+        number = cluster.submit(*TWO_BY_TWO, "own.sbatch", cwd=job_folder, before=module_load)
+        start = time.monotonic()
+        return cluster.wait(number, timeout_s=60), time.monotonic() - start
+
+    return submit
+
+
+def test_three_lines_make_torch_run_on_all_ranks_of_all_nodes(submit_python):
+    job, _ = submit_python(
+        "import torch, torch.distributed as dist, hpcllm.mpi\n"
+        "world = hpcllm.mpi.init()\n"
+        "total = torch.tensor([1 << world.rank])\n"
+        "dist.all_reduce(total)\n"
+        "print('rank', world.rank, world.host, world.local_rank, world.local_size, total.item(), flush=True)\n"
+        "if world.is_root: print(world.describe(), flush=True)\n"
+    )
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), job["log"]
+    lines = sorted(line for line in job["log"].splitlines() if line.startswith("rank "))
+    assert lines == ["rank 0 n1 0 2 15", "rank 1 n1 1 2 15", "rank 2 n2 0 2 15", "rank 3 n2 1 2 15"]
+    assert "4 ranks on 2 hosts (n1, n2), started by srun, Open MPI" in job["log"]
+    assert "start 1: srun --mpi=pmix" in job["log"]
+
+
+def test_an_exception_on_one_rank_ends_the_job_with_one_traceback(submit_python):
+    job, seconds = submit_python(
+        "import time, hpcllm.mpi\n"
+        "world = hpcllm.mpi.join()\n"
+        "world.comm.Barrier()\n"
+        "if world.rank == 2: raise ValueError('two is a bad number')\n"
+        "world.comm.Barrier()\n"
+    )
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "1:0"), job["log"]
+    assert seconds < 20
+    assert job["log"].count("ValueError: two is a bad number") == 1
+    assert "hpcllm: rank 2 of 4 on n2: uncaught ValueError" in job["log"]
+
+
+def test_the_exit_code_of_one_rank_is_the_exit_code_of_the_job(submit_python):
+    job, seconds = submit_python(
+        "import sys, hpcllm.mpi\n"
+        "world = hpcllm.mpi.join()\n"
+        "world.comm.Barrier()\n"
+        "if world.rank == 3: sys.exit(65)\n"
+        "world.comm.Barrier()\n"
+    )
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "65:0"), job["log"]
+    assert seconds < 20
+
+
+def test_an_unknown_key_fails_the_job_with_2_and_sbatch_options_win(cluster, module_load, job_folder):
+    options = (*TWO_BY_TWO, "--job-name=other", "--time=7", "--output=other name.log", "--cpus-per-task=2")
+    number = cluster.submit(
+        *options, ROOT / "slurm/train_bert.sbatch", "train.max_step=3", cwd=job_folder, before=module_load
+    )
+    job = cluster.wait(number, timeout_s=60)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), job["log"]
+    assert job["log"].count('unknown key "max_step" (did you mean "max_steps"?)') == 1
+    assert (job["JobName"], job["TimeLimit"], job["NumNodes"], job["NumTasks"]) == ("other", "00:07:00", "2", "4")
+    assert "--cpus-per-task=2" in job["log"]
+    assert (job_folder / "other name.log").exists() and not (job_folder / "runs").exists()
+
+
+def test_without_the_module_the_job_finds_the_repository_it_was_submitted_from(cluster, job_folder):
+    for folder in (ROOT, ROOT / "slurm"):
+        script = ROOT.joinpath("slurm/train_gpt.sbatch").relative_to(folder)
+        number = cluster.submit(f"--output={job_folder}/%x.out", script, "run.oops=1", cwd=folder)
+        job = cluster.wait(number, timeout_s=60)
+        assert job["ExitCode"] == "2:0" and 'run: unknown key "oops"' in job["log"], job["log"]
+
+
+def test_a_launcher_that_mpi_does_not_know_is_refused_with_the_cure(cluster, module_load, job_folder):
+    site = (ROOT / "slurm/site.sh").read_text()
+    assert "--mpi=pmix" in site
+    (job_folder / "my site.sh").write_text(site.replace("--mpi=pmix", "--mpi=none"))
+    number = cluster.submit(
+        *TWO_BY_TWO,
+        ROOT / "slurm/train_bert.sbatch",
+        cwd=job_folder,
+        before=f"{module_load}; export HPCLLM_SITE={shlex.quote(str(job_folder / 'my site.sh'))}",
+    )
+    start = time.monotonic()
+    job = cluster.wait(number, timeout_s=60)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), job["log"]
+    assert job["log"].count("start with `srun --mpi=pmix` (Open MPI)") == 1
+    assert time.monotonic() - start < 5
+
+
+def test_a_job_script_that_is_copied_away_says_what_it_misses(cluster, job_folder):
+    (job_folder / "train_bert.sbatch").write_text((ROOT / "slurm/train_bert.sbatch").read_text())
+    job = cluster.wait(cluster.submit("train_bert.sbatch", cwd=job_folder), timeout_s=30)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), job["log"]
+    assert "site.sh: No such file or directory" in job["log"]
