@@ -130,7 +130,7 @@ def test_a_run_stopped_by_an_error_continues_bit_for_bit(world, prepared, tmp_pa
 def test_every_validation_sample_counts_once(world, prepared, tmp_path):
     run = settings(prepared, shared(world, tmp_path) / "run", **{"train.max_steps": 2})
     results = train.train(run, world)
-    source, validation, _ = train.open_sources(run, world)
+    _, validation, _ = train.open_sources(run, world)
     net = train.model.load(results["checkpoint"], "masked_lm")
     for width in (1, 5, 1000):
         scores = evaluate.evaluate(net, validation, world, width, "fp32")

@@ -1,0 +1,153 @@
+"""Checkpoints and files: whole or not there, exact, verified, never the only one deleted."""
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+
+from hpcllm import checkpoint, config, files, model, optimizer
+from hpcllm.errors import DataError, IOFailure
+
+TINY = BertConfig(
+    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
+)  # fmt: skip
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """(model, optimizer after two steps, tokenizer folder)."""
+    net = BertForMaskedLM(TINY)
+    plan = config.Train(max_steps=2, global_batch_size=1, micro_batch_size=1, sequence_length=8, learning_rate=1e-3)
+    adjust = optimizer.build(net, plan)
+    for _ in range(2):
+        net(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        adjust.step()
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    return net, adjust, tmp_path / "tokenizer"
+
+
+def save(tmp_path, trained, step, keep=2):
+    return checkpoint.save(tmp_path / "run", step, *trained, {"samples": step * 10}, keep)
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path, trained, run):
+    path = save(tmp_path, trained, 2)
+    net, adjust, _ = trained
+    checkpoint.verify(path)
+    assert checkpoint.read_state(path)["samples"] == 20
+    again = model.load(path, "masked_lm")
+    assert again.state_dict().keys() == net.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in net.state_dict().items())
+    plan = config.Train(max_steps=2, global_batch_size=1, micro_batch_size=1, sequence_length=8, learning_rate=1e-3)
+    fresh = optimizer.build(again, plan)
+    checkpoint.load_optimizer(path, again, fresh)
+    for mine, theirs in zip(again.parameters(), net.parameters(), strict=True):
+        assert fresh.state[mine].keys() == adjust.state[theirs].keys()
+        assert all(torch.equal(fresh.state[mine][key], value) for key, value in adjust.state[theirs].items())
+
+
+def test_transformers_loads_the_folder_as_it_is(tmp_path, trained, run):
+    path = save(tmp_path, trained, 1)
+    theirs = AutoModelForMaskedLM.from_pretrained(path, local_files_only=True)
+    shown = torch.arange(8)[None]
+    trained[0].eval()
+    assert torch.equal(theirs(input_ids=shown).logits, trained[0](input_ids=shown).logits)
+
+
+def test_the_newest_are_kept_by_step_and_not_by_name_or_time(tmp_path, trained, run):
+    for step in (9, 10, 100):
+        save(tmp_path, trained, step)
+    os.utime(run / "checkpoint-10", (2e9, 2e9))
+    assert [path.name for path in checkpoint.find(run)] == ["checkpoint-10", "checkpoint-100"]
+    assert sorted(os.listdir(run)) == ["checkpoint-10", "checkpoint-100"]
+
+
+def test_a_folder_that_was_never_finished_does_not_count(tmp_path, trained, run):
+    save(tmp_path, trained, 1)
+    save(tmp_path, trained, 2)
+    (run / "checkpoint-2" / ".complete").unlink()
+    (run / "checkpoint-x").mkdir()
+    assert [path.name for path in checkpoint.find(run)] == ["checkpoint-1"]
+
+
+def test_a_save_that_fails_leaves_the_older_checkpoint_and_nothing_else(tmp_path, trained, run, monkeypatch):
+    save(tmp_path, trained, 1, keep=1)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(IOFailure, match=r"checkpoint-2 cannot be written: No space left on device"):
+        save(tmp_path, trained, 2, keep=1)
+    assert os.listdir(run) == ["checkpoint-1"]
+    checkpoint.verify(run / "checkpoint-1")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "config.json", "trainer_state.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_every_damage_is_found_and_the_file_named(tmp_path, trained, run, name, damage):
+    path = save(tmp_path, trained, 1)
+    content = bytearray((path / name).read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    (path / name).write_bytes(content[:-1] if damage == "cut" else content)
+    if damage == "remove":
+        (path / name).unlink()
+    with pytest.raises(DataError, match=name):
+        checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"files": {"a": 1}}', '{"files": {"../../etc/passwd": {}}}', "[]"])
+def test_a_marker_that_says_nothing_is_refused(tmp_path, trained, run, content):
+    path = save(tmp_path, trained, 1)
+    (path / ".complete").write_text(content)
+    with pytest.raises(DataError, match=r"\.complete"):
+        checkpoint.verify(path)
+
+
+def test_a_pickle_is_never_read(tmp_path, trained, run):
+    path = save(tmp_path, trained, 1)
+    torch.save(trained[0].state_dict(), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(DataError, match="cannot be loaded"):
+        model.load(path, "masked_lm")
+
+
+def test_a_checkpoint_with_missing_weights_is_not_completed_at_random(tmp_path, trained, run):
+    path = save(tmp_path, trained, 1)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    tensors.pop("bert.embeddings.LayerNorm.weight")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"LayerNorm\.weight"):
+        model.load(path, "masked_lm")
+
+
+def test_files_follow_the_users_umask(tmp_path, trained, run):
+    before = os.umask(0o027)
+    try:
+        path = save(tmp_path, trained, 1)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
+
+
+def test_a_text_is_replaced_whole(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    files.write_json(tmp_path / "a.json", {"a": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 2}
+    assert os.listdir(tmp_path) == ["a.json"]
+    with pytest.raises(IOFailure, match=r"nowhere/a\.json cannot be written: No such file"):
+        files.write_text(tmp_path / "nowhere" / "a.json", "x")

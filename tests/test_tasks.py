@@ -1,0 +1,118 @@
+"""Tasks: what is shown, what is asked, and that the loss is transformers' own."""
+
+import numpy as np
+import pytest
+import torch
+
+from hpcllm import model
+from hpcllm.data import order
+from hpcllm.errors import UsageError
+from hpcllm.tasks import TASKS, causal_lm, masked_lm
+
+WORDS = model.Vocabulary(
+    size=100,
+    cls=2,
+    sep=3,
+    mask=4,
+    pad=0,
+    bos=None,
+    eos=None,
+    special=np.arange(5),
+    ordinary=np.arange(5, 100),
+)
+
+
+def tokens(count, length, seed=0):
+    drawn = np.random.default_rng(seed).integers(5, 100, (count, length))
+    drawn[:, ::10] = 3  # separators between documents
+    return drawn
+
+
+def test_masked_lm_masks_as_bert_did():
+    shown = tokens(400, 126)
+    input_ids, labels = masked_lm.rows(shown, order.key(1, 0, np.arange(400)), WORDS, 0.15)
+    assert input_ids.shape == labels.shape == (400, 128)
+    assert (input_ids[:, 0] == 2).all() and (input_ids[:, -1] == 3).all()
+    asked = labels != -100
+    assert (labels[:, 1:-1][asked[:, 1:-1]] == shown[asked[:, 1:-1]]).all()
+    assert not np.isin(labels[asked], WORDS.special).any()
+    assert (input_ids[:, 1:-1][~asked[:, 1:-1]] == shown[~asked[:, 1:-1]]).all()
+    ordinary = (~np.isin(shown, WORDS.special)).sum()
+    assert asked.sum() / ordinary == pytest.approx(0.15, abs=0.005)
+    masked, kept = (input_ids == 4)[asked].mean(), (input_ids == labels)[asked].mean()
+    assert masked == pytest.approx(0.8, abs=0.015)
+    assert kept == pytest.approx(0.1 + 0.1 / 95, abs=0.015)
+    replaced = input_ids[asked & (input_ids != 4) & (input_ids != labels)]
+    assert set(replaced) == set(range(5, 100))
+
+
+def test_masking_belongs_to_the_sample_and_the_epoch():
+    shown = tokens(6, 62)
+    whole = masked_lm.rows(shown, order.key(1, 0, np.arange(6)), WORDS, 0.15)
+    part = masked_lm.rows(shown[2:4], order.key(1, 0, np.arange(2, 4)), WORDS, 0.15)
+    np.testing.assert_array_equal(whole[0][2:4], part[0])
+    np.testing.assert_array_equal(whole[1][2:4], part[1])
+    other = masked_lm.rows(shown, order.key(1, 1, np.arange(6)), WORDS, 0.15)
+    assert (whole[1] != other[1]).any()
+
+
+def test_masked_lm_needs_a_tokenizer_that_can_mask():
+    without = model.Vocabulary(**{**WORDS.__dict__, "mask": None, "cls": None})
+    with pytest.raises(UsageError, match="this one has no cls, mask"):
+        masked_lm.check(without)
+    masked_lm.check(WORDS)
+
+
+def test_causal_lm_asks_for_every_token_but_the_first_once():
+    stream = np.arange(1, 1 + 3 * 16 + 1)
+    taken, stride = causal_lm.span(16)
+    cut = np.stack([stream[start : start + taken] for start in range(0, len(stream) - taken + 1, stride)])
+    input_ids, labels = causal_lm.rows(cut, None, WORDS, 0.15)
+    np.testing.assert_array_equal(labels.ravel(), stream[1:])
+    np.testing.assert_array_equal(input_ids.ravel(), stream[:-1])
+
+
+CONFIGS = {
+    "bert": ("masked_lm", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}),
+    "roberta": ("masked_lm", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}),
+    "distilbert": ("masked_lm", {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}),
+    "gpt2": ("causal_lm", {"n_embd": 32, "n_layer": 1, "n_head": 2}),
+    "llama": ("causal_lm", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_loss_is_that_of_transformers_summed(kind):
+    task, arguments = CONFIGS[kind]
+    section = type("Section", (), {"init_from": None, "task": task, "config": {"model_type": kind, **arguments}})
+    net = model.build(section, WORDS, 32, seed=0).eval()
+    taken, _ = TASKS[task].span(32)
+    rows = TASKS[task].rows(tokens(4, taken), order.key(5, 0, np.arange(4)), WORDS, 0.15)
+    input_ids, labels = (torch.from_numpy(row) for row in rows)
+    loss, right = TASKS[task].loss_sum(net, input_ids, labels)
+    loss.backward()
+    gradient = net.get_input_embeddings().weight.grad.clone()
+
+    logits = net(input_ids=input_ids).logits
+    asked = labels != -100
+    assert int(right) == int((logits.argmax(-1) == labels)[asked].sum())
+    net.zero_grad()
+    if task == "masked_lm":
+        reference = net(input_ids=input_ids, labels=labels).loss * asked.sum()
+    else:  # transformers shifts the labels itself: hand it the whole slice
+        whole = torch.cat([input_ids, labels[:, -1:]], 1)
+        reference = net(input_ids=whole, labels=whole).loss * asked.sum()
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, net.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_is_the_same_whenever_it_is_built():
+    section = type(
+        "Section", (), {"init_from": None, "task": "causal_lm", "config": {"model_type": "gpt2", "n_layer": 1}}
+    )
+    torch.manual_seed(5)
+    first = model.build(section, WORDS, 16, seed=3).state_dict()
+    torch.manual_seed(6)
+    second = model.build(section, WORDS, 16, seed=3).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
