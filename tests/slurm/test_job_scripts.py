@@ -1,0 +1,123 @@
+"""Claims about the job scripts that need no Slurm: what they hold, and that they run as plain bash on a workstation."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpcllm import config
+
+SLURM = Path(__file__).resolve().parents[2] / "slurm"
+SCRIPTS = sorted(SLURM.glob("*.sbatch"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_each_option_is_explained_and_the_exit_code_is_that_of_the_ranks(script):
+    lines = script.read_text().splitlines()
+    options = [line for line in lines if re.match(r"#+SBATCH", line)]
+    assert all(re.search(r"\S {2,}# \w", line) for line in options)
+    wanted = {"job-name", "nodes", "ntasks-per-node", "cpus-per-task", "time", "output", "open-mode"}
+    assert wanted <= {re.match(r"#+SBATCH --([\w-]+)", line)[1] for line in options}
+    assert lines[-3].startswith("launch hpcllm ") and lines[-2:] == ["rc=$?", "exit $rc"]
+    # Slurm does not make the folder of a log, and drops the log without a word where it is missing.
+    assert not any(re.search(r"--output=\S*/", line) for line in options)
+
+
+def test_nothing_prints_secrets_or_reaches_for_another_mpi():
+    for script in [*SCRIPTS, SLURM / "site.sh"]:
+        code = [line.split("# ")[0] for line in script.read_text().splitlines() if not line.startswith("#")]
+        assert not [line for line in code if re.search(r"set -\w*x|\benv\b|printenv|TOKEN|LD_LIBRARY_PATH", line)]
+
+
+def test_the_two_training_scripts_differ_in_the_name_alone():
+    bert, gpt = ((SLURM / f"train_{name}.sbatch").read_text() for name in ("bert", "gpt"))
+    same = bert.replace("BERT", "GPT").replace("bert", "gpt")
+    assert [line.split() for line in same.splitlines()] == [line.split() for line in gpt.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["train_bert", "train_gpt"])
+def test_the_run_file_fits_the_job_script_beside_it(name):
+    settings = config.load(SLURM / f"{name}.toml")
+    script = (SLURM / f"{name}.sbatch").read_text()
+    ranks = int(re.search(r"--nodes=(\d+)", script[script.index("#SBATCH") :])[1])
+    ranks *= int(re.search(r"--ntasks-per-node=(\d+)", script)[1])
+    assert settings.train.accumulation(ranks) >= 1
+    # The example in the script's head: more nodes and a larger batch.
+    more = re.search(r"--nodes=(\d+) slurm/\S+ (.*)", script)
+    assert config.load(SLURM / f"{name}.toml", more[2].split()).train.accumulation(ranks * int(more[1])) >= 1
+
+
+def bash(script, *arguments, cwd, ranks, path=f"{sys.prefix}/bin:", **env):
+    """Run a job script as a user on a workstation would, with the commands of `path` before those of the system."""
+    return subprocess.run(
+        ["bash", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env={
+            "HOME": str(cwd),
+            "PATH": f"{path}/usr/local/bin:/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "HPCLLM_PROGRESS": "lines",
+            "HPCLLM_RANKS": str(ranks),
+            **env,
+        },
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_without_slurm_the_same_scripts_prepare_and_train_with_mpirun(tmp_path):
+    here = tmp_path / "my workstation"
+    here.mkdir()
+    ranks = 2 * os.cpu_count() if os.cpu_count() <= 2 else 3  # more than cores, where that is cheap
+    texts = "".join(
+        json.dumps({"text": f"The {n} of {n * n} is {n * n * n}, said rank {n % 7}."}) + "\n" for n in range(999)
+    )
+    (here / "texts.jsonl").write_text(texts)
+    done = bash(
+        SLURM / "prepare.sbatch",
+        *("--input", "texts.jsonl", "--jsonl-field", "text", "--output", "corpus/prepared"),
+        *("--vocab-size", "300", "--validation-fraction", "0.05"),
+        cwd=here,
+        ranks=2,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = bash(
+        SLURM / "train_bert.sbatch",
+        *("train.max_steps=3", "train.warmup_steps=0", f"train.global_batch_size={2 * ranks}"),
+        *("train.micro_batch_size=2", "train.sequence_length=16", "train.log_every_steps=1"),
+        cwd=here,
+        ranks=ranks,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{ranks} ranks on 1 host" in done.stdout and "start 1: mpirun -np" in done.stdout
+    assert (here / "runs/bert/checkpoint-3/.complete").is_file()
+
+
+@pytest.mark.skipif(not (SLURM.parent / ".venv/bin/hpcllm").exists(), reason="no .venv in the repository (make venv)")
+def test_a_script_finds_the_venv_of_its_repository_and_ends_with_the_exit_code_of_a_refusal(tmp_path):
+    done = bash(SLURM / "train_gpt.sbatch", "train.max_step=3", cwd=tmp_path, ranks=2, path="")
+    assert done.returncode == 2
+    assert done.stderr.count('unknown key "max_step"') == 1
+
+
+def test_a_site_of_your_own_takes_the_place_of_the_one_in_the_repository(tmp_path):
+    (tmp_path / "mine.sh").write_text("launch() { printf '<%s>' \"$@\"; return 7; }\n")
+    done = bash(SLURM / "train_gpt.sbatch", "run.output_dir=my runs", cwd=tmp_path, ranks=2, HPCLLM_SITE="mine.sh")
+    expected = f"<hpcllm><train><{SLURM}/train_gpt.toml><run.output_dir=my runs><--resume>"
+    assert (done.returncode, done.stdout) == (7, expected)
+
+
+def test_other_launchers_than_srun_and_mpirun_are_one_line_of_the_site_profile(tmp_path):
+    site = (SLURM / "site.sh").read_text()
+    mine = site.replace('other_launcher=(mpirun -np "${HPCLLM_RANKS:-4}")', "other_launcher=(echo mpiexec --ppn 4)")
+    assert mine != site
+    (tmp_path / "mine.sh").write_text(mine)
+    done = bash(SLURM / "train_gpt.sbatch", "a b", cwd=tmp_path, ranks=2, HPCLLM_SITE="mine.sh")
+    assert done.stdout.splitlines()[-1] == f"mpiexec --ppn 4 hpcllm train {SLURM}/train_gpt.toml a b --resume"
+    assert r"start 1: echo mpiexec --ppn 4 hpcllm train" in done.stdout and r"a\ b" in done.stdout
