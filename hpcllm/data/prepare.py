@@ -14,9 +14,10 @@ import time
 
 from ..errors import CannotCreate, DataError, UsageError
 from ..files import sync_file
-from ..mpi import agree, on_root
+from ..mpi import agree, on_root, together
 from . import scratch, shards, text, tokenizer
 from .layout import write_part
+from .progress import meet
 from .tokenise import pieces, tokenise
 
 TRAIN, VALIDATION, TOKENIZER = "train", "validation", "tokenizer"
@@ -140,7 +141,14 @@ class Split:
 
 def _tokenizer_on_all(comm, folder, choice, units, reading, split):
     """Load or train the tokenizer on root, save it in `folder`; returns (its encoder, facts) on every rank."""
-    serialised, facts = on_root(comm, _make_tokenizer, folder, choice, units, reading, split)
+    made = None
+    with together(comm):
+        try:
+            if comm.rank == 0:
+                made = _make_tokenizer(folder, choice, units, reading, split)
+        finally:
+            meet(comm)  # training takes a while, in which the other ranks leave their cores to root
+    serialised, facts = comm.bcast(made, root=0)
     from tokenizers import Tokenizer
 
     encoder = Tokenizer.from_str(serialised)

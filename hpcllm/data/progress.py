@@ -14,6 +14,13 @@ _POLL_S = 0.005
 _TO_ROOT, _FROM_ROOT = 7001, 7002
 
 
+def meet(comm):
+    """A barrier that sleeps instead of spinning, for waits of seconds on shared cores."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(_POLL_S)
+
+
 class Progress:
     """Collective to make and to `finish`; between them `advance` talks to root without waiting.
 
