@@ -5,6 +5,7 @@ world = hpcllm.mpi.init()        # under mpirun or srun; torch.distributed now r
 model = DistributedDataParallel(model.to(world.device))
 """
 
+from .abort import leave_together
 from .world import World, agree, alone, init, join, on_root, together
 
-__all__ = ["World", "agree", "alone", "init", "join", "on_root", "together"]
+__all__ = ["World", "agree", "alone", "init", "join", "leave_together", "on_root", "together"]

@@ -1,66 +1,292 @@
-"""An error on one rank ends the whole job, at once and with the right exit code.
+"""How a rank leaves: an error on one rank ends the whole job, at once, with one traceback and the right exit code.
 
-Without this, Python unwinds the failing rank to MPI_Finalize, which waits for ranks that wait in a
-collective for the failing one, until the time limit. `install` changes what happens to an exception that
-nobody caught (in any thread) and to `sys.exit(n)`; nothing else of the interpreter.
+Without this, Python unwinds the failing rank to MPI_Finalize, which waits for ranks that wait in a collective for
+the failing one, until the time limit. What `install` changes of the interpreter is what happens to an exception
+that nobody caught (in any thread), to `sys.exit` (and the builtins exit and quit), and at the very end:
+
+- uncaught exception: one traceback with rank and host, MPI_Abort(1); KeyboardInterrupt: 130; a Refusal: its sentence
+  and its code, quietly where all ranks agreed on it.
+- `sys.exit(n)`, n not 0: unwinds as always and may be caught. Once it has left the program, the rank looks whether
+  the others are leaving too: then all end quietly, each with its code; otherwise MPI_Abort(n).
+
+Not seen: `raise SystemExit(n)` written out, which says on purpose "only this process" (see `leave_together`), and a
+`sys.exit` imported by name before `hpcllm.mpi.join`. Signals are left as they are: a rank that one kills is noticed
+by the launcher. Children made by fork behave as if nothing had been installed.
 """
 
+import array
+import atexit
+import builtins
+import contextlib
+import fcntl
 import os
+import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
 
 from ..errors import Refusal
+from . import launcher
 
-# A rank waits this long, times its rank, before it speaks. Where all ranks fail alike, rank 0 prints the
-# one traceback and ends the job before the others open their mouths.
-_TURN_S = 0.15
-_LAST_TURN = 10
+# A rank that leaves with an error waits this long for the others to leave too, before it ends them.
+_TOGETHER_S = 1.0
+# Failing ranks of one host settle at once who speaks; the hosts take turns, host 0 first.
+_TURN_S, _LAST_TURN = 0.3, 8
+# A rank that only fails because another one did leaves the word to that one for so long.
+_SECONDARY_S = 2.0
+# MPICH's mpiexec forgets what it has not read when it ends a job.
+_READ_S = 0.2
+# The ranks that do not speak expect to be killed; after this long they end the job themselves.
+_KILLED_S = 8.0
 
 
-def install(world):
-    """Let uncaught exceptions and non-zero `sys.exit` on any rank of `world` abort all of it."""
+class FailedElsewhere(RuntimeError):
+    """Raised on the ranks that have nothing to do with an error, where another rank has the traceback."""
 
-    def abort(code):
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError):
-                pass  # a closed pipe must not keep the job alive
-        world.comm.Abort(code)
-        os._exit(code)  # some libraries return from MPI_Abort before the signal arrives
 
-    def report(kind, error, trace, where=""):
-        time.sleep(_TURN_S * min(world.rank, _LAST_TURN))
-        head = f"hpcllm: rank {world.rank} of {world.size} on {world.host}{where}"
-        if isinstance(error, Refusal):
-            sys.stderr.write(f"{head}: {error}\n")
-            return error.code
-        text = "".join(traceback.format_exception(kind, error, trace))
-        # One write, so that lines of other ranks cannot fall between.
-        sys.stderr.write(f"{head}: uncaught {kind.__name__}; all ranks are being ended\n{text}")
-        return 130 if issubclass(kind, KeyboardInterrupt) else 1
+class Exit(SystemExit):
+    """What `sys.exit` raises once `install` ran. The interpreter reads `code` when it has left the last frame."""
 
-    def excepthook(kind, error, trace):
-        abort(report(kind, error, trace))
+    @property
+    def code(self):
+        status = self.args[0] if self.args else None
+        return _last_word(status) if _outside_the_program() else status
 
-    def thread_excepthook(args):
-        if args.exc_type is not SystemExit:
-            abort(report(args.exc_type, args.exc_value, args.exc_traceback, f", thread {args.thread.name}"))
+    @code.setter
+    def code(self, status):
+        self.args = (status,)
 
-    def leave(code=None):
-        # As the interpreter does: None is success, an integer is the code, anything else is printed.
-        if code is None or code == 0:
-            plain_exit(code)
-        if getattr(leave, "together", False):
-            plain_exit(code)
-        if not isinstance(code, int):
-            sys.stderr.write(f"{code}\n")
-        abort(code if isinstance(code, int) else 1)
 
-    plain_exit = sys.exit
-    sys.excepthook = excepthook
-    threading.excepthook = thread_excepthook
+class _State:
+    world = None  # the World once MPI is up
+    board = None  # descriptor of the file in which the ranks of this host note that one has spoken
+    farewell = None  # a communicator for nothing but leaving
+    statuses = None  # (request, exit codes of all ranks): the farewell under way
+    process = None  # process id in which `install` ran
+
+
+def install():
+    """Take over uncaught exceptions and `sys.exit`. Before MPI is up only Refusals are handled."""
+    if _State.process == os.getpid():
+        return
+    _State.process = os.getpid()
+    sys.excepthook = _excepthook(sys.excepthook)
+    threading.excepthook = _thread_excepthook(threading.excepthook)
     sys.exit = leave
-    return leave
+    for name in ("exit", "quit"):
+        if hasattr(builtins, name):
+            setattr(builtins, name, leave)
+
+
+def joined(world, local):
+    """From now on errors end all ranks of `world`; `local`: communicator of this host's ranks. Collective."""
+    _State.farewell = world.comm.Dup()
+    _State.board = _open_board(local)
+    _State.world = world
+    # MPI is finalised after the functions registered here.
+    atexit.register(_goodbye)
+
+
+def leave(status=None, /):
+    """sys.exit: raise SystemExit(status); what follows when nobody catches it is said at the top of this file."""
+    raise Exit(status)
+
+
+def leave_together(code, sentence=None):
+    """End the program of every rank with exit code `code`, quietly; root prints `sentence` on stderr.
+
+    For what all ranks have agreed on; every rank must call it. Raises SystemExit.
+    """
+    _say_once(sentence)
+    raise SystemExit(code)
+
+
+def _say_once(sentence):
+    if _State.world is not None:
+        speaks = _State.world.rank == 0
+    else:
+        # No MPI, so each process is on its own: give the one that speaks time before the launcher, seeing a
+        # process end with an error, kills the rest.
+        speaks = launcher.speaks()
+        if not speaks:
+            time.sleep(_TOGETHER_S)
+    if speaks and sentence:
+        _write(f"{sentence}\n")
+
+
+def _write(text):
+    """One write, so that lines of other ranks cannot fall between."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        pass  # a closed pipe must not keep the job alive
+
+
+def _alive():
+    """True where MPI is up in this very process."""
+    if _State.world is None or _State.process != os.getpid():
+        return False
+    from mpi4py import MPI
+
+    return not MPI.Is_finalized()
+
+
+def _remove_segments():
+    """Unlink the shared-memory files that MPI has mapped here: an MPI that is aborted leaves them behind."""
+    with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "/dev/shm/" in line}
+        for path in paths:
+            if os.path.basename(path).startswith(("mpich_shm_", "sm_segment.")):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+
+def _abort(code):
+    _write("")
+    if _alive():
+        from mpi4py import MPI
+
+        _remove_segments()
+
+        # Not the world's own communicator: MPICH's mpiexec would often return 9 (the others' SIGKILL) for `code`.
+        MPI.COMM_WORLD.Abort(code)
+    os._exit(code)  # some libraries return from MPI_Abort before the signal arrives
+
+
+# ---- sys.exit and the normal end
+
+
+def _outside_the_program():
+    """True when the caller's caller was called by the interpreter itself, with no Python code below."""
+    try:
+        sys._getframe(2)
+    except ValueError:
+        return threading.current_thread() is threading.main_thread()
+    return False
+
+
+def _all_leave(status, patience_s):
+    """Tell the others that this rank ends with `status`; their codes if all do within `patience_s`, else None."""
+    if _State.statuses is None:
+        codes = array.array("i", [0] * _State.world.size)
+        request = _State.farewell.Iallgather(array.array("i", [status]), codes)
+        _State.statuses = request, codes
+    request, codes = _State.statuses
+    deadline = time.monotonic() + patience_s
+    while not request.Test():
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.002)
+    return list(codes)
+
+
+def _last_word(code):
+    """The exit code of a program that `sys.exit(code)` has ended, read by the interpreter once."""
+    status = 0 if code is None else code & 0xFF if isinstance(code, int) else 1
+    if status == 0 or not _alive():
+        return code
+    codes = _all_leave(status, _TOGETHER_S)
+    if not isinstance(code, int):
+        # Printed by the first of those that end with an error.
+        if codes is None or _State.world.rank == min(r for r, other in enumerate(codes) if other != 0):
+            _write(f"{code}\n")
+        code = status
+    if codes is None:
+        _abort(status)
+    return code
+
+
+def _goodbye():
+    """A rank that has come to its end waits here (and not, as in MPI_Finalize, with a busy core) for the others."""
+    if _alive():
+        _all_leave(0, float("inf"))
+
+
+# ---- uncaught exceptions
+
+
+def _excepthook(before):
+    def excepthook(kind, error, trace):
+        if _State.process != os.getpid():
+            before(kind, error, trace)
+        elif isinstance(error, Refusal) and error.agreed:
+            _say_once(f"hpcllm: error: {error}")
+            raise Exit(error.code)  # the interpreter takes this for the end of the program
+        elif isinstance(error, Refusal) or _alive():
+            _fail(kind, error, trace)
+        else:
+            before(kind, error, trace)
+
+    return excepthook
+
+
+def _thread_excepthook(before):
+    def excepthook(args):
+        if _alive() and args.exc_type is not SystemExit and not issubclass(args.exc_type, Exit):
+            name = args.thread.name if args.thread else "unknown"
+            _fail(args.exc_type, args.exc_value, args.exc_traceback, f", thread {name}")
+        else:
+            before(args)
+
+    return excepthook
+
+
+def _fail(kind, error, trace, where=""):
+    """Print the one traceback of the job, or wait for the rank that does, and end all ranks."""
+    code = error.code if isinstance(error, Refusal) else 130 if issubclass(kind, KeyboardInterrupt) else 1
+    if issubclass(kind, FailedElsewhere):
+        time.sleep(_SECONDARY_S)
+    world = _State.world
+    if world is not None:
+        time.sleep(_TURN_S * min(world.hosts.index(world.host), _LAST_TURN))
+        head = f"hpcllm: rank {world.rank} of {world.size} on {world.host}{where}"
+    else:
+        head = f"hpcllm: {socket.gethostname()}"
+        if not launcher.speaks():
+            time.sleep(_TOGETHER_S)  # by then the launcher has ended this process, if the first one fails like it
+    if not _first_of_host():
+        time.sleep(_KILLED_S)
+    elif isinstance(error, Refusal):
+        _write(f"{head}: {error}\n")
+    else:
+        text = "".join(traceback.format_exception(kind, error, trace))
+        _write(f"{head}: uncaught {kind.__name__}; all ranks are being ended\n{text}")
+    time.sleep(_READ_S)
+    _abort(code)
+
+
+def _open_board(local):
+    """A file that the ranks of one host have open and that has no name any more; None where that cannot be had."""
+    name = None
+    if local.rank == 0:
+        try:
+            handle, name = tempfile.mkstemp(prefix="hpcllm-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+            os.close(handle)
+        except OSError:
+            pass
+    name = local.bcast(name)
+    board = None
+    if name:
+        with contextlib.suppress(OSError):
+            board = os.open(name, os.O_RDWR)
+    local.Barrier()
+    if local.rank == 0 and name:
+        os.unlink(name)
+    return board
+
+
+def _first_of_host():
+    """True in the first process of this host that asks, also when that process has ended since."""
+    if _State.board is None:
+        return True
+    fcntl.lockf(_State.board, fcntl.LOCK_EX)
+    try:
+        first = os.pread(_State.board, 1, 0) == b""
+        os.pwrite(_State.board, b"x", 0)
+        return first
+    finally:
+        fcntl.lockf(_State.board, fcntl.LOCK_UN)

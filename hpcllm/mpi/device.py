@@ -13,28 +13,41 @@ from ..errors import UsageError
 
 
 def choose(world, name="auto"):
-    """The torch.device of this rank: `name` is "auto", "cpu" or "cuda".
+    """The torch.device of this rank: `name` is "auto", "cpu" or "cuda". Collective over the world.
 
     GPUs are counted as this process sees them (schedulers may show each rank only its own), and dealt out by
-    local rank. Raises UsageError where ranks of a host would have to share a GPU, unless HPCLLM_SHARE_GPU=1.
+    local rank. Raises UsageError on every rank where ranks of a host would have to share a GPU, unless
+    HPCLLM_SHARE_GPU=1, and where "cuda" was asked for and a rank has none; "auto" then means the CPU everywhere.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f'device: "{name}" is not one of "auto", "cpu", "cuda"').known_to_all()
+    if name == "cpu":
         return torch.device("cpu")
-    if name not in ("auto", "cuda"):
-        raise UsageError(f'device: "{name}" is not one of "auto", "cpu", "cuda"')
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        raise UsageError(f'device: "cuda" was asked for, but rank {world.rank} on {world.host} sees no GPU')
-    index = world.local_rank % count
-    identity = (world.host, str(torch.cuda.get_device_properties(index).uuid))
-    owners = world.comm.allgather(identity)
-    if len(set(owners)) < len(owners) and os.environ.get("HPCLLM_SHARE_GPU") != "1":
+    index = world.local_rank % count if count else None
+    owners = world.comm.allgather((world.host, _identity(index) if count else None))
+    without = [rank for rank, (_, gpu) in enumerate(owners) if gpu is None]
+    if without and name == "auto":
+        return torch.device("cpu")
+    if without:
+        rank = without[0]
+        raise UsageError(
+            f'device: "cuda" was asked for, but {len(without)} of {world.size} ranks see no GPU, the first of them '
+            f"rank {rank} on {owners[rank][0]}"
+        ).known_to_all()
+    allowed = world.comm.bcast(os.environ.get("HPCLLM_SHARE_GPU") == "1")
+    if len(set(owners)) < len(owners) and not allowed:
         raise UsageError(
             f"{len(owners)} ranks have {len(set(owners))} different GPUs between them, so some would share one. "
             f"Start one rank per GPU, or set HPCLLM_SHARE_GPU=1 to allow it"
-        )
+        ).known_to_all()
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def _identity(index):
+    """What tells one GPU from another, however schedulers number them for this process."""
+    return str(torch.cuda.get_device_properties(index).uuid)
 
 
 def bind_threads(world):
@@ -67,18 +80,26 @@ def keep_memory():
 def to_host(tensor, *, copy_in=True):
     """A contiguous CPU tensor for MPI: `tensor` itself where it is one, else a staging copy.
 
-    copy_in: False where MPI will overwrite all of it, which saves the copy.
+    copy_in: False where MPI will overwrite all of it, which saves the copy. Raises TypeError for tensors whose
+    memory is not one array of elements (sparse, meta).
     """
-    if tensor.device.type == "cpu" and tensor.is_contiguous():
-        return tensor.detach()
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        raise TypeError(f"hpcllm.mpi cannot send a tensor of layout {tensor.layout} on device {tensor.device}")
+    # A conjugated or negated view holds other numbers than it means; copying it resolves that.
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        return tensor
     staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
     if copy_in:
-        # Blocking: ordered after the work on the tensor's current stream, and complete before MPI reads.
-        staged.copy_(tensor.detach())
+        # Blocking: ordered after the work on the current stream of the tensor's device, complete before MPI reads.
+        staged.copy_(tensor)
     return staged
 
 
 def from_host(staged, tensor):
-    """Bring a result back into `tensor`; nothing to do where `to_host` returned the tensor itself."""
+    """Bring a result back into `tensor`; nothing to do where `to_host` returned the tensor itself.
+
+    Blocking, so that the staging copy may go and any stream may read the tensor afterwards.
+    """
     if staged.data_ptr() != tensor.data_ptr() or staged.device != tensor.device:
         tensor.detach().copy_(staged)

@@ -19,15 +19,17 @@ class Launcher:
 
 
 # In the order in which they are believed: `mpirun` inside a Slurm step (or an interactive shell that srun
-# started) inherits Slurm's variables, so the word of an MPI launcher beats that of the scheduler.
-# Names: Open MPI docs (mca environment), MPICH/Hydra and PMI-1, MVAPICH user guide, IBM JSM, Flux, Slurm srun(1).
+# started) inherits Slurm's variables, so the word of an MPI launcher beats that of the scheduler. PMI's own names
+# come last, since MVAPICH, PALS and Flux set them too (PALS has a rank but no size of its own).
+# Names: Open MPI docs (mca environment), MPICH/Hydra and PMI-1, MVAPICH user guide, HPE PALS, IBM JSM, Flux, srun(1).
+PMI = Launcher("mpiexec (PMI)", "PMI_SIZE", "PMI_RANK")
 MPI_LAUNCHERS = (
     Launcher("Open MPI's mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    Launcher("mpiexec (PMI)", "PMI_SIZE", "PMI_RANK"),
     Launcher("MVAPICH's mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
-    Launcher("PALS mpiexec", "PALS_SIZE", "PALS_RANKID"),
+    Launcher("PALS mpiexec", "PMI_SIZE", "PALS_RANKID"),
     Launcher("jsrun", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
     Launcher("flux run", "FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
+    PMI,
 )
 SRUN = Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
 
@@ -38,19 +40,34 @@ def find(environ=os.environ):
     srun counts only inside a job step: the shell of a batch script has SLURM_NTASKS and SLURM_PROCID set
     too, although srun did not start it. An MPI launcher that names a rank but not a size is passed over.
     """
+    step = environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environ
+    tasks = environ.get(SRUN.size) or environ.get("SLURM_NTASKS") or "1"
     for launcher in MPI_LAUNCHERS:
         if environ.get(launcher.size, "").isdigit() and launcher.rank in environ:
-            return launcher, int(environ[launcher.size])
-    if environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environ:
-        tasks = environ.get(SRUN.size) or environ.get("SLURM_NTASKS") or "1"
-        return SRUN, int(tasks)
-    return None, 1
+            # `srun --mpi=pmi2` sets PMI's names as well; Hydra, which srun may have started, says more than they do.
+            by_srun = step and (environ[launcher.size], environ[launcher.rank]) == (tasks, environ["SLURM_PROCID"])
+            if not (launcher.size == PMI.size and by_srun and "MPI_LOCALRANKID" not in environ):
+                return launcher, int(environ[launcher.size])
+    return (SRUN, int(tasks)) if step else (None, 1)
 
 
 def speaks(environ=os.environ):
     """True in the one process that should print before MPI is up: launcher's rank 0, or a lone process."""
     launcher, _ = find(environ)
     return launcher is None or environ.get(launcher.rank, "0") == "0"
+
+
+def foreign(launcher, started, version, path):
+    """The sentence for an MPI library that would end the process as soon as it is started by `launcher`, else None.
+
+    version: all that MPI_Get_library_version says. MPICH speaks PMIx, the protocol of Open MPI's mpirun, only where
+    it was configured to; otherwise its MPI_Init exits with words that nobody understands.
+    """
+    knows_pmix = "mpich configure" not in version.lower() or "pmix" in version.lower()
+    if launcher is not MPI_LAUNCHERS[0] or knows_pmix:
+        return None
+    library = " ".join(version.split("\n")[0].split())
+    return _sentence(launcher, started, "the MPI library cannot be started by it", library, path)
 
 
 def lone_world(launcher, started, size, library, path):
@@ -63,6 +80,10 @@ def lone_world(launcher, started, size, library, path):
         return None
     if launcher is SRUN and size > started and "SLURM_HET_SIZE" in os.environ:
         return None
+    return _sentence(launcher, started, f"MPI sees a world of {size}", library, path)
+
+
+def _sentence(launcher, started, finding, library, path):
     if launcher is SRUN:
         cure = (
             "start with `srun --mpi=pmix` (Open MPI) or `srun --mpi=pmi2` (MPICH, Intel MPI); "
@@ -74,8 +95,8 @@ def lone_world(launcher, started, size, library, path):
             "belongs to this mpirun"
         )
     return (
-        f"{launcher.name} started {started} processes ({launcher.size}={started}), but MPI sees a world of {size}: "
-        f"the launcher and the MPI library do not know each other, so each process would run the whole job alone.\n"
+        f"{launcher.name} started {started} processes ({launcher.size}={started}), but {finding}: "
+        f"the launcher and the MPI library do not know each other, so there would be no job of {started} ranks.\n"
         f"  library: {library} ({path})\n"
         f"  cure: {cure}"
     )

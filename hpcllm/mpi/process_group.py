@@ -6,6 +6,7 @@ send and receive are MPI requests that complete in `wait`. What adds up is in `r
 touch in `device`. Spellings of torch 2.11 to 2.13 are both served, by aliases at the end of the class.
 """
 
+import threading
 import time
 import zlib
 from functools import wraps
@@ -38,8 +39,10 @@ def register(comm):
 
     def create(options, _):
         ranks = list(options.global_ranks_in_group)
+        if options.group_size != (len(ranks) or comm.size):
+            raise ValueError(f"a group of {options.group_size} was asked for in an MPI world of {comm.size}")
         if not ranks or ranks == list(range(comm.size)):
-            return MpiProcessGroup(comm.Dup() if comm.size == options.group_size else comm, options.group_id)
+            return MpiProcessGroup(comm.Dup(), options.group_id)
         members = comm.group.Incl(ranks)
         # Only members call this, so the communicator is made by the members alone; the tag keeps apart
         # groups that are being made at the same time.
@@ -83,7 +86,9 @@ class Done(dist.Work):
         return None
 
     def synchronize(self):
-        pass
+        self.wait()
+
+    block_current_stream = synchronize
 
     def result(self):
         return self._tensors
@@ -103,24 +108,29 @@ class Pending(Done):
         super().__init__([tensor])
         self._host, self._requests, self._receives = host, requests, receives
         self._statuses = [MPI.Status() for _ in requests]
+        # MPI forbids two threads to wait for one request; autograd and the group itself may ask beside the owner.
+        self._asking = threading.Lock()
 
     @_timed
     def wait(self, timeout=None):
-        if self._requests:
-            MPI.Request.Waitall(self._requests, self._statuses)
-            self._finish()
+        with self._asking:
+            if self._requests:
+                MPI.Request.Waitall(self._requests, self._statuses)
+                self._finish()
         return True
 
     def is_completed(self):
-        if self._requests and MPI.Request.Testall(self._requests, self._statuses):
-            self._finish()
-        return not self._requests
+        if not self._asking.acquire(blocking=False):
+            return False  # another thread is waiting
+        try:
+            if self._requests and MPI.Request.Testall(self._requests, self._statuses):
+                self._finish()
+            return not self._requests
+        finally:
+            self._asking.release()
 
     def is_success(self):
         return self.is_completed()
-
-    def synchronize(self):
-        self.wait()
 
     def source_rank(self):
         self.wait()
@@ -141,12 +151,28 @@ def _units(host):
     return [host.reshape(-1).view(torch.uint8).numpy(), host.numel(), _UNIT[size]]
 
 
+def _bytes(tensor):
+    return to_host(tensor).reshape(-1).view(torch.uint8)
+
+
 def _pieces(host):
     """The same, cut into calls that MPI-3 can count."""
     flat = host.view(-1)
     step = MOVE_CHUNK_BYTES // host.element_size()
     for start in range(0, max(flat.numel(), 1), step):
         yield _units(flat[start : start + step])
+
+
+def _same_dtype(what, *tensors):
+    """MPI moves bytes, so tensors of different dtypes would arrive as nonsense."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        raise TypeError(f"{what}: tensors of different dtypes: {', '.join(sorted(map(str, dtypes)))}")
+
+
+def _same_numel(what, given, expected):
+    if given != expected:
+        raise ValueError(f"{what}: {given} elements where {expected} are needed")
 
 
 class MpiProcessGroup(dist.ProcessGroup):
@@ -159,7 +185,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         super().__init__(comm.rank, comm.size)
         self.comm = comm
         self._name, self._description = name, "undefined"
-        self._sent = []
+        self._under_way = []
 
     # ---- names: DeviceMesh and the functional collectives find groups by these
 
@@ -193,6 +219,7 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     def shutdown(self):
         """Free the communicator (collective over the group). Further calls on the group fail."""
+        self._under_way = [pending for pending in self._under_way if not pending.is_completed()]
         if self.comm != MPI.COMM_NULL:
             self.comm.Free()
 
@@ -230,6 +257,8 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     def _all_gather(self, outputs, tensor):
         """outputs: one tensor a rank, sizes may differ."""
+        _same_dtype("all_gather", tensor, *outputs)
+        _same_numel("all_gather: the input", tensor.numel(), outputs[self.comm.rank].numel())
         gathered = torch.empty(sum(o.numel() for o in outputs), dtype=tensor.dtype)
         counts = [output.numel() for output in outputs]
         self.comm.Allgatherv(_units(to_host(tensor)), [_units(gathered)[0], counts, _UNIT[tensor.element_size()]])
@@ -251,8 +280,10 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     @_timed
     def all_gather_single(self, output, tensor, options=None):
-        host = to_host(output, copy_in=False)
         count = tensor.numel()
+        _same_dtype("all_gather", tensor, output)
+        _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
+        host = to_host(output, copy_in=False)
         receive = [_units(host)[0], count, _UNIT[tensor.element_size()]]
         self.comm.Allgather(_units(to_host(tensor)), receive)
         from_host(host, output)
@@ -267,6 +298,10 @@ class MpiProcessGroup(dist.ProcessGroup):
     def gather(self, outputs, inputs, options):
         root = options.rootRank == self.comm.rank
         for i, tensor in enumerate(inputs):
+            if root:
+                _same_dtype("gather", tensor, *outputs[i])
+                for output in outputs[i]:
+                    _same_numel("gather: an output", output.numel(), tensor.numel())
             host = to_host(tensor)
             gathered = torch.empty((self.comm.size, *tensor.shape), dtype=tensor.dtype) if root else None
             receive = [_units(gathered)[0], tensor.numel(), _UNIT[tensor.element_size()]] if root else None
@@ -280,9 +315,13 @@ class MpiProcessGroup(dist.ProcessGroup):
     def scatter(self, outputs, inputs, options):
         root = options.rootRank == self.comm.rank
         for i, output in enumerate(outputs):
+            if root:
+                _same_dtype("scatter", output, *inputs[i])
+                for part in inputs[i]:
+                    _same_numel("scatter: an input", part.numel(), output.numel())
             host = to_host(output, copy_in=False)
-            parts = torch.stack([to_host(part) for part in inputs[i]]) if root else None
-            send = [_units(parts)[0], output.numel(), _UNIT[output.element_size()]] if root else None
+            parts = torch.cat([_bytes(part) for part in inputs[i]]) if root else None
+            send = [parts.numpy(), output.numel(), _UNIT[output.element_size()]] if root else None
             self.comm.Scatter(send, _units(host), root=options.rootRank)
             from_host(host, output)
         return Done(outputs)
@@ -297,6 +336,8 @@ class MpiProcessGroup(dist.ProcessGroup):
     @_timed
     def reduce_scatter(self, outputs, inputs, options):
         for output, parts in zip(outputs, inputs, strict=True):
+            _same_dtype("reduce_scatter", output, *parts)
+            _same_numel("reduce_scatter: the output", output.numel(), parts[self.comm.rank].numel())
             if any(part.numel() != output.numel() for part in parts):
                 # Ranks hold pieces of different sizes: every piece is summed, and each rank keeps its own.
                 kind, factor = reduce.kind_of(options.reduceOp)
@@ -311,6 +352,8 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     @_timed
     def reduce_scatter_single(self, output, tensor, options):
+        _same_dtype("reduce_scatter", output, tensor)
+        _same_numel("reduce_scatter: the input", tensor.numel(), output.numel() * self.comm.size)
         self._reduce_scatter(output, to_host(tensor).view(self.comm.size, -1), options)
         return Done([output])
 
@@ -332,7 +375,8 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     @_timed
     def alltoall(self, outputs, inputs, options=None):
-        sent = torch.cat([to_host(part).reshape(-1) for part in inputs])
+        _same_dtype("all_to_all", *outputs, *inputs)
+        sent = torch.cat([_bytes(part) for part in inputs]).view(inputs[0].dtype)
         counts = [output.numel() for output in outputs]
         received = torch.empty(sum(counts), dtype=sent.dtype)
         self._all_to_all(received, sent, counts, [part.numel() for part in inputs])
@@ -342,13 +386,16 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     @_timed
     def all_to_all_single(self, output, tensor, output_splits, input_splits, options=None):
-        host = to_host(output, copy_in=False)
+        _same_dtype("all_to_all_single", output, tensor)
 
         def counts(splits, whole):
             rows = splits or [whole.shape[0] // self.comm.size] * self.comm.size
+            if len(rows) != self.comm.size or sum(rows) != whole.shape[0]:
+                raise ValueError(f"all_to_all_single: {whole.shape[0]} rows cannot be split as {rows}")
             row = whole[0].numel() if whole.shape[0] else 0
             return [n * row for n in rows]
 
+        host = to_host(output, copy_in=False)
         self._all_to_all(host, to_host(tensor), counts(output_splits, output), counts(input_splits, tensor))
         from_host(host, output)
         return Done([output])
@@ -360,9 +407,11 @@ class MpiProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
         host = to_host(tensor)
         requests = [self.comm.Isend(piece, dest=destination, tag=tag) for piece in _pieces(host)]
-        work = Pending(tensor, host, requests, receives=False)
-        # A caller may drop the handle of a send; the buffer must live until MPI has read it.
-        self._sent = [pending for pending in self._sent if not pending.is_completed()] + [work]
+        return self._keep(Pending(tensor, host, requests, receives=False))
+
+    def _keep(self, work):
+        # A caller may drop the handle; the buffer must live until MPI has read or filled it.
+        self._under_way = [pending for pending in self._under_way if not pending.is_completed()] + [work]
         return work
 
     @_timed
@@ -374,7 +423,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             # The pieces of two senders could interleave.
             raise ValueError(f"a message of {host.nbytes} bytes (> {MOVE_CHUNK_BYTES}) needs a named source")
         requests = [self.comm.Irecv(piece, source=source, tag=tag) for piece in pieces]
-        return Pending(tensor, host, requests, receives=True)
+        return self._keep(Pending(tensor, host, requests, receives=True))
 
     def recv_anysource(self, tensors, tag):
         return self.recv(tensors, MPI.ANY_SOURCE, tag)
@@ -382,6 +431,14 @@ class MpiProcessGroup(dist.ProcessGroup):
     @_timed
     def barrier(self, options=None):
         self.comm.Barrier()
+        return Done([])
+
+    # ---- a block of calls that torch would like to have as one: they are made one by one
+
+    def _start_coalescing(self, device=None):
+        pass
+
+    def _end_coalescing(self, device=None):
         return Done([])
 
     # torch 2.11 and 2.12 call the same operations by these names

