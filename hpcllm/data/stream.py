@@ -9,6 +9,7 @@ import bisect
 import mmap
 import os
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -16,6 +17,19 @@ from numpy.lib.stride_tricks import sliding_window_view
 from ..errors import DataError
 
 BLOCK_BYTES = 1 << 20
+
+
+@dataclass
+class _Mapped:
+    """A shard in memory: the map, where its tokens begin in it, and which blocks have been checked."""
+
+    memory: mmap.mmap
+    skip: int
+    tokens: np.ndarray
+    crcs: np.ndarray
+    checked: list
+    unchecked: int
+    windows: np.ndarray | None = None
 
 
 class TokenStream:
@@ -53,19 +67,16 @@ class TokenStream:
             return out
         if os.getpid() != self._pid:
             self._opened, self._pid = {}, os.getpid()
-        first = np.searchsorted(self._borders, starts, side="right") - 1
+        first = self._borders.searchsorted(starts, side="right") - 1
         inside = starts + length <= self._borders[first + 1]
-        for shard in np.unique(first[inside]).tolist():
-            rows = np.flatnonzero(inside & (first == shard))
-            tokens = self._verified(shard, starts[rows] - self._borders[shard], length)
+        for shard in set(first[inside].tolist()):
+            rows = (inside & (first == shard)).nonzero()[0]
+            local = starts[rows] - self._borders[shard]
             # One call copies all rows; a window is a view, so rows are plain memory copies.
-            samples = sliding_window_view(tokens, length)[starts[rows] - self._borders[shard]]
-            if len(rows) == len(starts):
-                return samples.astype(np.int64)
-            out[rows] = samples
-        for row in np.flatnonzero(~inside).tolist():
+            out[rows] = self._windows(self._verified(shard, local, length), length)[local]
+        for row in (~inside).nonzero()[0].tolist():
             for shard, begin, count, column in self._pieces(int(starts[row]), length):
-                tokens = self._verified(shard, np.array([begin]), count)
+                tokens = self._verified(shard, np.array([begin]), count).tokens
                 out[row, column : column + count] = tokens[begin : begin + count]
         return out
 
@@ -93,24 +104,31 @@ class TokenStream:
             column, shard = column + count, shard + 1
 
     def _verified(self, shard, starts, length):
-        """The tokens of a shard, after checking the blocks that hold [start, start + length) for each start."""
+        """The mapped shard, after checking the blocks that hold [start, start + length) for each start."""
         if shard not in self._opened:
             self._opened[shard] = self._map(shard)
-        tokens, crcs, checked, mapped, skip = self._opened[shard]
+        mapped = self._opened[shard]
+        if mapped.unchecked == 0:
+            return mapped
         per_block = BLOCK_BYTES // self._dtype.itemsize
-        first, last = starts // per_block, (starts + max(length, 1) - 1) // per_block
-        if checked[first].all() and checked[last].all() and (last - first).max() <= 1:
-            return tokens
+        first, last = starts // per_block, (starts + length - 1) // per_block
         for begin, end in zip(first.tolist(), last.tolist(), strict=True):
             for block in range(begin, end + 1):
-                if not checked[block]:
-                    start = skip + block * BLOCK_BYTES
-                    stop = min(start + BLOCK_BYTES, len(mapped))
+                if not mapped.checked[block]:
+                    start = mapped.skip + block * BLOCK_BYTES
+                    stop = min(start + BLOCK_BYTES, len(mapped.memory))
                     # A cold parallel file system then delivers the block in one request, not page by page.
-                    mapped.madvise(mmap.MADV_WILLNEED, start - start % mmap.PAGESIZE, stop - start)
-                    _check_block(self._paths[shard], block, memoryview(mapped)[start:stop], crcs)
-                    checked[block] = True
-        return tokens
+                    mapped.memory.madvise(mmap.MADV_WILLNEED, start - start % mmap.PAGESIZE, stop - start)
+                    _check_block(self._paths[shard], block, memoryview(mapped.memory)[start:stop], mapped.crcs)
+                    mapped.checked[block] = True
+                    mapped.unchecked -= 1
+        return mapped
+
+    def _windows(self, mapped, length):
+        """[start, position] -> token, a view; kept, since making it takes longer than reading a sample."""
+        if mapped.windows is None or mapped.windows.shape[1] != length:
+            mapped.windows = sliding_window_view(mapped.tokens, length)
+        return mapped.windows
 
     def _map(self, shard):
         path = self._paths[shard]
@@ -121,9 +139,9 @@ class TokenStream:
             size = skip + count * self._dtype.itemsize
             if offset - skip + size > os.fstat(file.fileno()).st_size:
                 raise DataError(f"data: {path} was cut short after it was opened")
-            mapped = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, offset=offset - skip)
-        tokens = np.frombuffer(mapped, self._dtype, count, skip)
-        return tokens, crcs, np.zeros(len(crcs), bool), mapped, skip
+            memory = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, offset=offset - skip)
+        tokens = np.frombuffer(memory, self._dtype, count, skip)
+        return _Mapped(memory, skip, tokens, crcs, [False] * len(crcs), len(crcs))
 
 
 class CollectiveStream(TokenStream):

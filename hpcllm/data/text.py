@@ -164,7 +164,7 @@ def _border(file, cut, unit, by_paragraph, limit=None):
         if piece.endswith(b"\n"):
             if not by_paragraph:
                 return offset
-            seen_blank = seen_blank or (line is not None and not has_text)
+            seen_blank = line is not None and not has_text
             line, has_text = offset, False
         elif limit is not None and offset > limit and not seen_blank and (line is None or has_text):
             return None  # inside one line that reaches past `limit`, from where the search goes the same way

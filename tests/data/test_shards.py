@@ -96,6 +96,23 @@ def test_gather_equals_slices_of_h5py(read_twice, data):
         assert np.array_equal(row, tokens[start : start + length])
 
 
+def test_samples_that_end_at_or_just_after_a_border(read_twice):
+    stream, tokens = read_twice
+    for border in (700_000, 700_005, 701_505):
+        starts = np.arange(border - 70, min(border + 3, len(tokens) - 64))
+        expected = np.stack([tokens[start : start + 64] for start in starts])
+        assert np.array_equal(stream.gather(starts, 64), expected)
+
+
+def test_blocks_in_the_middle_of_a_long_sample_are_checked_too(tmp_path):
+    folder = write_shards(tmp_path / "data", [[np.arange(2_000_000) % 900]])
+    flip(folder / "shard-00000.h5", shards.read_manifest(folder)["shards"][0]["tokens_offset"] + (3 << 19))
+    stream = shards.open_folder(folder)
+    stream.gather([0, 1_999_990], 10)
+    with pytest.raises(DataError, match="block 1 of its tokens"):
+        stream.gather([5], 1_999_995)
+
+
 def test_samples_outside_the_stream_are_an_error(three_shards):
     stream = shards.open_folder(three_shards)
     for start in (-1, 701_505 - 9):
