@@ -4,9 +4,7 @@ Root writes; the numbers of all ranks meet in one small reduction a step (`Clock
 """
 
 import json
-import os
 import resource
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import files
+from . import files, terminal
 from .mpi import process_group
 
 
@@ -60,42 +58,19 @@ def memory_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def terminal():
-    """The terminal the user watches, opened for writing, or None in a batch job.
-
-    Not `isatty`: mpirun gives every rank a pseudo-terminal or a pipe whatever its own output is. A process with a
-    controlling terminal can open /dev/tty; one under a batch system cannot. HPCLLM_PROGRESS=lines|bar decides by hand.
-    """
-    if os.environ.get("HPCLLM_PROGRESS") == "lines":
-        return None
-    try:
-        return open("/dev/tty", "w", encoding="utf-8")
-    except OSError:
-        return sys.stderr if os.environ.get("HPCLLM_PROGRESS") == "bar" else None
-
-
 class Progress:
-    """A bar for `total` units of work on a terminal; in a log, the lines that `line` is given."""
+    """A bar for `total` steps on a terminal; in a log, lines. quiet: neither (every rank but root)."""
 
     def __init__(self, what, total, done=0, quiet=False):
-        self._bar = None
+        self._bar = None if quiet else terminal.bar(what, total, done)
         self.quiet = quiet
-        tty = None if quiet else terminal()
-        if tty is not None:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(file=tty))
-            self._bar.start()
-            self._task = self._bar.add_task(what, total=total, completed=done, text="")
-
-    def update(self, done, text, line=True):
-        """Show `done` units and `text`; `line` says whether a log gets a line too."""
+    def update(self, done, line, short):
+        """Show `done` steps: `short` beside the bar, `line` (None: none this time) in a log."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, text=text)
-        elif line:
-            self.say(text)
+            self._bar.update(0, completed=done, text=short)
+        elif line is not None:
+            self.say(line)
 
     def say(self, text):
         """A line that stays: above the bar, or in the log."""

@@ -270,8 +270,8 @@ def report(journal, progress, plan, state, loss, rate, grad_norm, times, path):
         f"tokens/s={tokens_per_s:.0f} step_s={times['step_s']:.3f} data_s={times['data_s']:.3f} "
         f"communication_s={times['communication_s']:.3f} memory_MiB={times['memory_bytes'] >> 20}"
     )
-    line = due(state["step"], plan.log_every_steps) or state["step"] in (1, plan.max_steps)
-    progress.update(state["step"], text, line)
+    told = due(state["step"], plan.log_every_steps) or state["step"] in (1, plan.max_steps)
+    progress.update(state["step"], text if told else None, f"loss {loss:.3f}, {tokens_per_s:.0f} tokens/s")
 
 
 def run_config(path):
