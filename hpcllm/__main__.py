@@ -12,7 +12,7 @@ import warnings
 
 from . import __version__
 from .errors import MissingInput, Refusal, UsageError
-from .mpi import launcher
+from .mpi import launcher, leave_together
 
 
 class Parser(argparse.ArgumentParser):
@@ -179,9 +179,7 @@ def main(arguments=None):
     except Refusal as refusal:
         if not refusal.agreed:
             raise  # only this rank knows: `mpi.abort` prints the sentence and ends the others
-        if launcher.speaks():
-            print(f"hpcllm: error: {refusal}", file=sys.stderr, flush=True)
-        raise SystemExit(refusal.code) from None
+        leave_together(refusal.code, f"hpcllm: error: {refusal}")
 
 
 if __name__ == "__main__":
