@@ -4,9 +4,10 @@ Ranks send root small messages between pieces of work and never wait for each ot
 root shows a bar, in a log it prints a line now and then. Not for training steps, which every rank ends together.
 """
 
-import os
 import sys
 import time
+
+from .. import terminal
 
 _REPORT_EVERY_S = 0.5
 _LINE_EVERY_S = 30.0
@@ -34,7 +35,7 @@ class Progress:
         self._request = None
         self._told_to_stop = False
         self._began = self._reported = self._said = time.monotonic()
-        self._bar = _bar(what, total_bytes) if comm.rank == 0 else None
+        self._bar = terminal.bar(what, total_bytes, in_bytes=True) if comm.rank == 0 else None
 
     def advance(self, done_bytes, done_tokens):
         """Tell how far this rank is, in all. Returns False once another rank has failed and work should stop."""
@@ -109,28 +110,3 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
-
-
-def _bar(what, total_bytes):
-    terminal = _terminal()
-    if terminal is None:
-        return None
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Bar(*columns, TextColumn("{task.fields[text]}"), console=Console(file=terminal))
-    bar.add_task(what, total=total_bytes, text="")
-    bar.start()
-    return bar
-
-
-def _terminal():
-    """The terminal of the user or None, by the rule of `monitor.terminal`, which would import torch here."""
-    if os.environ.get("HPCLLM_PROGRESS") == "lines":
-        return None
-    try:
-        return open("/dev/tty", "w", encoding="utf-8")
-    except OSError:
-        return sys.stderr if os.environ.get("HPCLLM_PROGRESS") == "bar" else None
