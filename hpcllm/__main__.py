@@ -47,7 +47,11 @@ def parser():
     )
     p.add_argument("--validation-fraction", type=float, default=0.0, metavar="F", help="part of the documents held out")
     p.add_argument(
-        "--shard-tokens", type=int, default=1 << 28, metavar="N", help="largest shard in tokens (default: %(default)s)"
+        "--shard-tokens",
+        type=int,
+        default=1 << 28,
+        metavar="N",
+        help="tokens a shard, to the end of its last document (default: %(default)s)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
 
@@ -102,30 +106,18 @@ def evaluate(args):
 
     world = mpi.join()
     from . import files, model
-    from .data import batches, shards, tokenizer
     from .evaluate import evaluate
-    from .tasks import TASKS
-    from .train import run_config
+    from .train import open_source, run_config
 
-    saved, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
-    world = mpi.init(saved["train"]["device"])
-    data = args.data or saved["data"].get("validation")
+    settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
+    data = args.data or settings.data.validation
     if data is None:
         raise UsageError("the run had no validation folder; name one with --data").known_to_all()
+    world = mpi.init(settings.train.device)
+    source = open_source(settings, world, data, folder)
     with mpi.together(world.comm):
-        stream = shards.open_folder(data)
-        tokenizer.check_same(stream, folder)
-        net = model.load(folder, saved["model"]["task"]).to(world.device)
-        source = batches.Source(
-            stream,
-            TASKS[saved["model"]["task"]],
-            model.vocabulary(tokenizer.load(folder)),
-            saved["train"]["sequence_length"],
-            saved["data"]["mlm_probability"],
-            saved["run"]["seed"],
-        )
-        batches.require(source, 1, f"{data}: at least one sample is needed:")
-    scores = evaluate(net, source, world, saved["train"]["micro_batch_size"], saved["train"]["precision"])
+        net = model.load(folder, settings.model.task).to(world.device)
+    scores = evaluate(net, source, world, settings.train.micro_batch_size, settings.train.precision)
     scores = {"checkpoint": str(folder), "data": str(data), **scores}
     if world.is_root:
         print(json.dumps(scores, indent=2))
@@ -150,9 +142,9 @@ def predict(args):
         return found
 
     asked = mpi.on_root(world.comm, texts)
-    saved, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
-    world = mpi.init(saved["train"]["device"])
-    answers = predict(saved, folder, asked, world, top_k=args.top_k, max_new_tokens=args.max_new_tokens)
+    settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
+    world = mpi.init(settings.train.device)
+    answers = predict(settings, folder, asked, world, top_k=args.top_k, max_new_tokens=args.max_new_tokens)
     if args.output:
         lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers or [])
         mpi.on_root(world.comm, files.write_text, args.output, lines)

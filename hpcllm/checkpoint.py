@@ -106,6 +106,6 @@ def load_optimizer(path, model, optimizer):
                 if name not in parameters:
                     raise DataError(f"{file}: state for {name}, which this model does not have")
                 # `step` stays where torch's optimizers want it: beside the parameter when fused.
-                optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+                optimizer.state[parameters[name]][key] = value.to(parameters[name].device, copy=True)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error}") from None

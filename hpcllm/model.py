@@ -103,6 +103,10 @@ def load(folder, task, *, strict=True):
     wrong = sorted(report["mismatched_keys"]) + sorted(report["missing_keys"] if strict else [])
     if wrong:
         raise DataError(f"{folder}: weights missing or of another shape: {', '.join(map(str, wrong[:5]))}")
+    for parameter in model.parameters():
+        # From slices of a mapped file into memory that torch allocates: BLAS sums in another order where the
+        # alignment is another, and a continued run would no longer repeat an uninterrupted one to the bit.
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return model
 
 

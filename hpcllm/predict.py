@@ -7,6 +7,7 @@ import torch
 from . import model
 from .errors import DataError, UsageError
 from .evaluate import arithmetic
+from .mpi import together
 
 BLANK = "[MASK]"  # what a user writes, whatever the tokenizer calls its mask token
 
@@ -14,17 +15,19 @@ BLANK = "[MASK]"  # what a user writes, whatever the tokenizer calls its mask to
 def predict(config, folder, texts, world, *, top_k=5, max_new_tokens=40):
     """Answers to `texts` (list of str) in their order, on root; None on the other ranks. Collective.
 
-    config: dict of the run that trained the checkpoint `folder`. A masked_lm answer is {"text", "masks": [[{"token",
-    "probability"}, ...top_k] for each mask]}; a causal_lm answer {"text", "continuation"}, decoded greedily.
+    config: config.Config of the run that trained the checkpoint `folder`. A masked_lm answer is {"text", "masks":
+    [[{"token", "probability"}, ...top_k] for each mask]}; a causal_lm answer {"text", "continuation"}, decoded greedily.
     """
     from .data import tokenizer
 
     words = tokenizer.load(folder)
-    net = model.load(folder, config["model"]["task"]).to(world.device).eval()
-    answer = {"masked_lm": fill_masks, "causal_lm": continue_text}[config["model"]["task"]]
-    places = getattr(net.config, "max_position_embeddings", None) or config["train"]["sequence_length"]
-    check(texts, words, config["model"]["task"], places - (max_new_tokens if answer is continue_text else 0))
-    with torch.no_grad(), arithmetic(config["train"]["precision"], world.device):
+    task = config.model.task
+    with together(world.comm):
+        net = model.load(folder, task).to(world.device).eval()
+        answer = {"masked_lm": fill_masks, "causal_lm": continue_text}[task]
+        places = getattr(net.config, "max_position_embeddings", None) or config.train.sequence_length
+        check(texts, words, task, places - (max_new_tokens if answer is continue_text else 0))
+    with torch.no_grad(), arithmetic(config.train.precision, world.device):
         mine = [
             answer(net, words, text, world.device, top_k=top_k, max_new_tokens=max_new_tokens)
             for text in texts[world.rank :: world.size]

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from . import checkpoint, evaluate, files, model, monitor, optimizer
+from .config import load
 from .data import batches
 from .errors import CannotCreate, DataError, Diverged, MissingInput
 from .mpi import on_root, together
@@ -27,7 +27,9 @@ def train(config, world, *, resume=False, overwrite=False):
     plan = config.train
     with together(world.comm):
         plan.accumulation(world.size)
-    source, validation, tokenizer_dir = open_sources(config, world)
+    tokenizer_dir = config.data.tokenizer_dir
+    source = open_source(config, world, config.data.train, tokenizer_dir)
+    validation = config.data.validation and open_source(config, world, config.data.validation, tokenizer_dir)
     last = on_root(world.comm, find_start, config, resume, overwrite)
     with together(world.comm):
         batches.require(source, plan.global_batch_size, "a global batch needs")
@@ -58,7 +60,7 @@ def train(config, world, *, resume=False, overwrite=False):
         return path
 
     def measure():
-        if validation is None:
+        if not validation:
             return {}
         scores = evaluate.evaluate(net, validation, world, plan.micro_batch_size, plan.precision)
         journal.metrics({"step": state["step"], "samples": state["samples"], **scores})
@@ -95,34 +97,21 @@ def train(config, world, *, resume=False, overwrite=False):
     return results
 
 
-def open_sources(config, world):
-    """(training Source, validation Source or None, tokenizer folder), checked against each other. Collective."""
+def open_source(config, world, folder, tokenizer_dir):
+    """The samples (data.batches.Source) of the shards in `folder`, checked against task and tokenizer. Collective."""
     from .data import shards, tokenizer
 
-    folder, plan = config.data.tokenizer_dir, config.train
-    collective = {"reader": config.data.reader, "comm": world.comm if config.data.reader == "mpio" else None}
-    sources = []
+    stream = shards.open_folder(folder, reader=config.data.reader, comm=world.comm)
+    task = TASKS[config.model.task]
     with together(world.comm):
-        vocabulary = model.vocabulary(tokenizer.load(folder))
-        if config.data.reader != "mpio":
-            streams = [shards.open_folder(p, **collective) for p in _folders(config)]
-    if config.data.reader == "mpio":
-        streams = [shards.open_folder(p, **collective) for p in _folders(config)]
-    with together(world.comm):
-        for path, stream in zip(_folders(config), streams, strict=True):
-            tokenizer.check_same(stream, folder)
-            task = TASKS[config.model.task]
-            source = batches.Source(
-                stream, task, vocabulary, plan.sequence_length, config.data.mlm_probability, config.run.seed
-            )
-            batches.require(source, 1, f"{path}: at least one sample is needed:")
-            task.check(vocabulary)
-            sources.append(source)
-    return sources[0], sources[1] if len(sources) > 1 else None, folder
-
-
-def _folders(config):
-    return [p for p in (config.data.train, config.data.validation) if p is not None]
+        tokenizer.check_same(stream, tokenizer_dir)
+        vocabulary = model.vocabulary(tokenizer.load(tokenizer_dir))
+        task.check(vocabulary)
+        source = batches.Source(
+            stream, task, vocabulary, config.train.sequence_length, config.data.mlm_probability, config.run.seed
+        )
+        batches.require(source, 1, f"{folder}: a run needs at least")
+    return source
 
 
 def find_start(config, resume, overwrite):
@@ -275,11 +264,11 @@ def report(journal, progress, plan, state, loss, rate, grad_norm, times, path):
 
 
 def run_config(path):
-    """(configuration as a dict, checkpoint folder) of a checkpoint, or of the newest one in a run folder."""
+    """(config.Config, checkpoint folder) of a checkpoint, or of the newest one in a run folder. Root only."""
     folder = Path(path)
     if not (folder / "trainer_state.json").is_file():
         found = checkpoint.find(folder)
         if not found:
             raise MissingInput(f"{folder} is neither a checkpoint nor a run folder with a complete checkpoint")
         folder = found[-1]
-    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["config"], folder
+    return load(checkpoint.read_state(folder)["config"]), folder

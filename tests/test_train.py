@@ -130,7 +130,7 @@ def test_a_run_stopped_by_an_error_continues_bit_for_bit(world, prepared, tmp_pa
 def test_every_validation_sample_counts_once(world, prepared, tmp_path):
     run = settings(prepared, shared(world, tmp_path) / "run", **{"train.max_steps": 2})
     results = train.train(run, world)
-    _, validation, _ = train.open_sources(run, world)
+    validation = train.open_source(run, world, run.data.validation, run.data.tokenizer_dir)
     net = train.model.load(results["checkpoint"], "masked_lm")
     for width in (1, 5, 1000):
         scores = evaluate.evaluate(net, validation, world, width, "fp32")
@@ -145,7 +145,7 @@ def test_every_validation_sample_counts_once(world, prepared, tmp_path):
 @pytest.mark.mpi()
 def test_ranks_share_the_global_batch_without_overlap(world, prepared, tmp_path):
     run = settings(prepared, shared(world, tmp_path))
-    source, _, _ = train.open_sources(run, world)
+    source = train.open_source(run, world, run.data.train, run.data.tokenizer_dir)
     mine = source.training_step(24, world.rank, world.size, run.train)
     alone = source.training_step(24, 0, 1, run.train)
     everybody = world.comm.allgather([(b.seed, b.input_ids.tolist(), b.labels.tolist()) for b in mine])
