@@ -7,22 +7,18 @@ Parses arguments and ends the job; the work is in the modules that the commands 
 import argparse
 import json
 import os
-import sys
 import warnings
 
 from . import __version__
 from .errors import MissingInput, Refusal, UsageError
-from .mpi import launcher, leave_together
+from .mpi import leave_together
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints come from one process of the job, not from all."""
 
     def error(self, message):
-        if launcher.speaks():
-            self.print_usage(sys.stderr)
-            print(f"hpcllm: error: {message}", file=sys.stderr)
-        raise SystemExit(UsageError.code)
+        leave_together(UsageError.code, f"{self.format_usage()}hpcllm: error: {message}")
 
 
 def parser():

@@ -5,7 +5,7 @@ world = hpcllm.mpi.init()        # under mpirun or srun; torch.distributed now r
 model = DistributedDataParallel(model.to(world.device))
 """
 
-from .abort import leave_together
+from .abort import end_all, leave_together
 from .world import World, agree, alone, init, join, on_root, together
 
-__all__ = ["World", "agree", "alone", "init", "join", "leave_together", "on_root", "together"]
+__all__ = ["World", "agree", "alone", "end_all", "init", "join", "leave_together", "on_root", "together"]

@@ -20,6 +20,7 @@ import builtins
 import contextlib
 import fcntl
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -32,6 +33,8 @@ from . import launcher
 
 # A rank that leaves with an error waits this long for the others to leave too, before it ends them.
 _TOGETHER_S = 1.0
+# Processes that MPI does not join wait this long for each other before they refuse to go on.
+_ALONE_S = 2.0
 # Failing ranks of one host settle at once who speaks; the hosts take turns, host 0 first.
 _TURN_S, _LAST_TURN = 0.3, 8
 # A rank that only fails because another one did leaves the word to that one for so long.
@@ -99,6 +102,9 @@ def leave_together(code, sentence=None):
 
     For what all ranks have agreed on; every rank must call it. Raises SystemExit.
     """
+    # `srun --kill-on-bad-exit` sends SIGTERM to the others when the first rank is gone, and would report 143.
+    if launcher.find()[1] > 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _say_once(sentence)
     raise SystemExit(code)
 
@@ -107,13 +113,13 @@ def _say_once(sentence):
     if _State.world is not None:
         speaks = _State.world.rank == 0
     else:
-        # No MPI, so each process is on its own: give the one that speaks time before the launcher, seeing a
-        # process end with an error, kills the rest.
         speaks = launcher.speaks()
-        if not speaks:
-            time.sleep(_TOGETHER_S)
     if speaks and sentence:
         _write(f"{sentence}\n")
+    if _State.world is None and launcher.find()[1] > 1:
+        # No MPI, so each process is on its own: give all of them time to come here before the launcher, seeing the
+        # first one end with an error, kills the rest.
+        time.sleep(_ALONE_S)
 
 
 def _write(text):
@@ -145,8 +151,10 @@ def _remove_segments():
                     os.unlink(path)
 
 
-def _abort(code):
+def end_all(code):
+    """End the processes of all ranks at once, from any rank or thread, with exit code `code`. Does not return."""
     _write("")
+    time.sleep(_READ_S)
     if _alive():
         from mpi4py import MPI
 
@@ -196,7 +204,7 @@ def _last_word(code):
             _write(f"{code}\n")
         code = status
     if codes is None:
-        _abort(status)
+        end_all(status)
     return code
 
 
@@ -255,8 +263,7 @@ def _fail(kind, error, trace, where=""):
     else:
         text = "".join(traceback.format_exception(kind, error, trace))
         _write(f"{head}: uncaught {kind.__name__}; all ranks are being ended\n{text}")
-    time.sleep(_READ_S)
-    _abort(code)
+    end_all(code)
 
 
 def _open_board(local):
