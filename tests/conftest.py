@@ -2,14 +2,19 @@
 
 `pytest` runs every test in one process; tests of whole commands start `mpirun` themselves (fixture `mpirun`).
 `mpirun -np N pytest -m mpi` runs the collective tests in all N ranks: root prints, a test passes when it
-passes on every rank, and a rank that fails names itself.
+passes on every rank, and a rank that fails names itself. Where the others cannot come to hear of it, because they
+wait for the failing rank in a collective, it prints its report and ends the job.
 """
 
+import array
+import functools
 import inspect
 import os
 import shutil
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -19,19 +24,49 @@ from hpcllm.mpi import launcher
 
 ROOT = Path(__file__).parent.parent
 SIZE = launcher.find()[1]  # as the launcher says; 1 without one
+PATIENCE_S = 20.0  # how long a rank whose test failed waits for the others
+OUTCOMES = ("passed", "failed", "skipped", "left")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[name] = "1"
     if SIZE > 1 and hpcllm.mpi.join().rank > 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        config.pluginmanager.get_plugin("terminalreporter")._tw._file = open(os.devnull, "w")  # noqa: SIM115
 
 
 def pytest_unconfigure(config):
     if SIZE > 1:
-        hpcllm.mpi.join().comm.Barrier()  # root has printed its summary before any rank leaves
+        meet("left", "the end of the tests", "left the tests while others run them")  # root prints its summary first
+
+
+@functools.cache
+def talk():
+    """A communicator for the outcomes of tests alone."""
+    return hpcllm.mpi.join().comm.Dup()
+
+
+def meet(outcome, place, report, patience_s=float("inf")):
+    """Tell all ranks this one's outcome at `place` and return theirs; without them after `patience_s`, end the job."""
+    comm = talk()
+    here = array.array("q", [OUTCOMES.index(outcome), zlib.crc32(place.encode())])
+    everywhere = array.array("q", [0] * 2 * comm.size)
+    request = comm.Iallgather(here, everywhere)
+    deadline = time.monotonic() + patience_s
+    while not request.Test():
+        if time.monotonic() > deadline:
+            give_up(f"{place} failed, and the others have not come to hear of it in {patience_s:.0f} s:\n{report}")
+        time.sleep(0.0005)
+    if set(everywhere[1::2]) != {here[1]}:
+        give_up(f"the ranks have come to different places; this one: {place}\n{report}")
+    return [OUTCOMES[code] for code in everywhere[::2]]
+
+
+def give_up(text):
+    os.write(2, f"\npytest on rank {talk().rank} of {SIZE}: {text}\n".encode())
+    hpcllm.mpi.end_all(1)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -44,16 +79,32 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left)
 
 
+def pytest_collection_finish(session):
+    if SIZE > 1:
+        errors = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("error", [])
+        failed = meet("failed" if errors else "passed", "the end of the collection", "").count("failed")
+        if errors and talk().rank > 0:
+            os.write(2, "".join(f"on rank {talk().rank}: {error.longreprtext}\n" for error in errors).encode())
+        if failed:
+            session.testsfailed = max(session.testsfailed, 1)
+        else:
+            meet("passed", " ".join(item.nodeid for item in session.items), "(the ranks found different tests)")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
     if SIZE > 1:
-        comm = hpcllm.mpi.join().comm
-        outcomes = comm.allgather((report.outcome, report.longreprtext if report.failed else ""))
-        failed = [rank for rank, (outcome, _) in enumerate(outcomes) if outcome == "failed"]
+        text = report.longreprtext if report.failed else ""
+        place = f"{item.nodeid} ({report.when})"
+        outcomes = meet(report.outcome, place, text, PATIENCE_S if report.failed else float("inf"))
+        failed = [rank for rank, outcome in enumerate(outcomes) if outcome == "failed"]
         if failed:
             report.outcome = "failed"
-            report.longrepr = f"failed on ranks {failed}; rank {failed[0]}:\n{outcomes[failed[0]][1]}"
+            report.longrepr = f"failed on ranks {failed}; rank {failed[0]}:\n{talk().bcast(text, root=failed[0])}"
+        elif len(set(outcomes)) > 1:
+            report.outcome = "failed"
+            report.longrepr = f"ranks disagree whether to run this test: {outcomes}"
     return report
 
 
@@ -65,7 +116,7 @@ def world():
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """A folder that `hpcllm prepare` wrote, small, WordPiece; shared by all ranks. Text: docstrings of Python itself."""
+    """A folder that `hpcllm prepare` wrote, small, WordPiece; shared by all ranks. Text: Python's own docstrings."""
     from hpcllm.data.prepare import prepare
 
     world = hpcllm.mpi.join()
@@ -94,7 +145,7 @@ def prepared(tmp_path_factory):
 
 def clean_environment(**extra):
     """The environment for a new job: without what a running MPI library has left in this one."""
-    left_by_mpi = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "MPIR_", "SLURM_")
+    left_by_mpi = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "HYDI_", "MPI_LOCAL", "MPIR_", "SLURM_")
     env = {k: v for k, v in os.environ.items() if not k.startswith(left_by_mpi)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         env.pop(name, None)
@@ -106,6 +157,7 @@ def clean_environment(**extra):
     return env
 
 
+@functools.cache
 def find_mpirun():
     """mpirun of HPCLLM_MPIRUN, of this Python's environment, or of the PATH, with what it needs on a small machine."""
     beside = Path(sys.prefix) / "bin" / "mpirun"
@@ -118,19 +170,41 @@ def find_mpirun():
 
 @pytest.fixture
 def mpirun():
-    """mpirun(n, [arguments of python...]) runs a job and returns its CompletedProcess (text)."""
+    """mpirun(n, [arguments of python...]) runs a job and returns its CompletedProcess (text).
+
+    Raises subprocess.TimeoutExpired, the job being ended first, and with check=True CalledProcessError.
+    """
 
     def run(n, arguments, timeout=120, env=None, check=False, cwd=None):
         command = [*find_mpirun(), "-np", str(n), sys.executable, *map(str, arguments)]
-        return subprocess.run(
+        environment = clean_environment(**(env or {}))
+        with subprocess.Popen(
             command,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=clean_environment(**(env or {})),
-            check=check,
-            cwd=cwd,
             stdin=subprocess.DEVNULL,
-        )
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+            cwd=cwd,
+        ) as job:
+            try:
+                out, err = job.communicate(timeout=timeout)
+            except BaseException:
+                end(job)
+                raise
+        result = subprocess.CompletedProcess(command, job.returncode, out, err)
+        if check:
+            result.check_returncode()
+        return result
 
     return run
+
+
+def end(job):
+    """End a job through its mpirun, which knows its ranks; SIGKILL would leave them behind."""
+    job.terminate()
+    try:
+        job.wait(10)
+    except subprocess.TimeoutExpired:
+        job.kill()

@@ -88,7 +88,8 @@ def to_host(tensor, *, copy_in=True):
         raise TypeError(f"hpcllm.mpi cannot send a tensor of layout {tensor.layout} on device {tensor.device}")
     # A conjugated or negated view holds other numbers than it means; copying it resolves that.
     if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-        return tensor
+        # Tensors of no or one element count as contiguous whatever their strides say.
+        return tensor if tensor.numel() > 1 else tensor.as_strided(tensor.shape, (1,) * tensor.dim())
     staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
     if copy_in:
         # Blocking: ordered after the work on the current stream of the tensor's device, complete before MPI reads.

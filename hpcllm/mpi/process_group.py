@@ -226,17 +226,17 @@ class MpiProcessGroup(dist.ProcessGroup):
     # ---- one tensor to or from all
 
     @_timed
-    def broadcast(self, tensors, options):
+    def broadcast(self, tensors, opts):
         for tensor in tensors:
-            host = to_host(tensor, copy_in=options.rootRank == self.comm.rank)
+            host = to_host(tensor, copy_in=opts.rootRank == self.comm.rank)
             for piece in _pieces(host):
-                self.comm.Bcast(piece, root=options.rootRank)
+                self.comm.Bcast(piece, root=opts.rootRank)
             from_host(host, tensor)
         return Done(tensors)
 
     @_timed
-    def allreduce(self, tensors, options):
-        kind, factor = reduce.kind_of(options.reduceOp)
+    def allreduce(self, tensors, opts):
+        kind, factor = reduce.kind_of(opts.reduceOp)
         for tensor in tensors:
             host = to_host(tensor)
             reduce.all_reduce(self.comm, host, kind, factor)
@@ -244,12 +244,12 @@ class MpiProcessGroup(dist.ProcessGroup):
         return Done(tensors)
 
     @_timed
-    def reduce(self, tensors, options):
-        kind, factor = reduce.kind_of(options.reduceOp)
+    def reduce(self, tensors, opts):
+        kind, factor = reduce.kind_of(opts.reduceOp)
         for tensor in tensors:
             host = to_host(tensor)
-            reduce.reduce(self.comm, host, kind, options.rootRank, factor)
-            if options.rootRank == self.comm.rank:
+            reduce.reduce(self.comm, host, kind, opts.rootRank, factor)
+            if opts.rootRank == self.comm.rank:
                 from_host(host, tensor)
         return Done(tensors)
 
@@ -266,20 +266,20 @@ class MpiProcessGroup(dist.ProcessGroup):
             output.detach().copy_(part.view(output.shape))
 
     @_timed
-    def allgather(self, outputs, inputs, options=None):
+    def allgather(self, outputs, inputs, opts=None):
         for parts, tensor in zip(outputs, inputs, strict=True):
             self._all_gather(parts, tensor)
         return Done([part for parts in outputs for part in parts])
 
     @_timed
-    def allgather_coalesced(self, outputs, inputs, options=None):
+    def allgather_coalesced(self, outputs, inputs, opts=None):
         # outputs[rank][i] receives inputs[i] of that rank
         for i, tensor in enumerate(inputs):
             self._all_gather([parts[i] for parts in outputs], tensor)
         return Done([part for parts in outputs for part in parts])
 
     @_timed
-    def all_gather_single(self, output, tensor, options=None):
+    def all_gather_single(self, output, tensor, opts=None):
         count = tensor.numel()
         _same_dtype("all_gather", tensor, output)
         _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
@@ -289,14 +289,14 @@ class MpiProcessGroup(dist.ProcessGroup):
         from_host(host, output)
         return Done([output])
 
-    def all_gather_single_coalesced(self, outputs, inputs, options=None):
+    def all_gather_single_coalesced(self, outputs, inputs, opts=None):
         for output, tensor in zip(outputs, inputs, strict=True):
-            self.all_gather_single(output, tensor, options)
+            self.all_gather_single(output, tensor, opts)
         return Done(outputs)
 
     @_timed
-    def gather(self, outputs, inputs, options):
-        root = options.rootRank == self.comm.rank
+    def gather(self, outputs, inputs, opts):
+        root = opts.rootRank == self.comm.rank
         for i, tensor in enumerate(inputs):
             if root:
                 _same_dtype("gather", tensor, *outputs[i])
@@ -305,15 +305,15 @@ class MpiProcessGroup(dist.ProcessGroup):
             host = to_host(tensor)
             gathered = torch.empty((self.comm.size, *tensor.shape), dtype=tensor.dtype) if root else None
             receive = [_units(gathered)[0], tensor.numel(), _UNIT[tensor.element_size()]] if root else None
-            self.comm.Gather(_units(host), receive, root=options.rootRank)
+            self.comm.Gather(_units(host), receive, root=opts.rootRank)
             if root:
                 for output, part in zip(outputs[i], gathered, strict=True):
                     output.detach().copy_(part.view(output.shape))
         return Done([part for parts in outputs for part in parts])
 
     @_timed
-    def scatter(self, outputs, inputs, options):
-        root = options.rootRank == self.comm.rank
+    def scatter(self, outputs, inputs, opts):
+        root = opts.rootRank == self.comm.rank
         for i, output in enumerate(outputs):
             if root:
                 _same_dtype("scatter", output, *inputs[i])
@@ -322,48 +322,48 @@ class MpiProcessGroup(dist.ProcessGroup):
             host = to_host(output, copy_in=False)
             parts = torch.cat([_bytes(part) for part in inputs[i]]) if root else None
             send = [parts.numpy(), output.numel(), _UNIT[output.element_size()]] if root else None
-            self.comm.Scatter(send, _units(host), root=options.rootRank)
+            self.comm.Scatter(send, _units(host), root=opts.rootRank)
             from_host(host, output)
         return Done(outputs)
 
     # ---- reduce-scatter: exchange blocks as they are, fold them locally in rank order
 
-    def _reduce_scatter(self, output, blocks, options):
+    def _reduce_scatter(self, output, blocks, opts):
         """blocks: contiguous CPU tensor whose first dim has one entry a rank."""
-        kind, factor = reduce.kind_of(options.reduceOp)
+        kind, factor = reduce.kind_of(opts.reduceOp)
         output.detach().copy_(reduce.reduce_scatter(self.comm, blocks, kind, factor).view(output.shape))
 
     @_timed
-    def reduce_scatter(self, outputs, inputs, options):
+    def reduce_scatter(self, outputs, inputs, opts):
         for output, parts in zip(outputs, inputs, strict=True):
             _same_dtype("reduce_scatter", output, *parts)
             _same_numel("reduce_scatter: the output", output.numel(), parts[self.comm.rank].numel())
             if any(part.numel() != output.numel() for part in parts):
                 # Ranks hold pieces of different sizes: every piece is summed, and each rank keeps its own.
-                kind, factor = reduce.kind_of(options.reduceOp)
+                kind, factor = reduce.kind_of(opts.reduceOp)
                 for rank, part in enumerate(parts):
                     total = to_host(part).clone()
                     reduce.reduce(self.comm, total, kind, rank, factor)
                     if rank == self.comm.rank:
                         output.detach().copy_(total.view(output.shape))
             else:
-                self._reduce_scatter(output, torch.stack([to_host(part).view(-1) for part in parts]), options)
+                self._reduce_scatter(output, torch.stack([to_host(part).view(-1) for part in parts]), opts)
         return Done(outputs)
 
     @_timed
-    def reduce_scatter_single(self, output, tensor, options):
+    def reduce_scatter_single(self, output, tensor, opts):
         _same_dtype("reduce_scatter", output, tensor)
         _same_numel("reduce_scatter: the input", tensor.numel(), output.numel() * self.comm.size)
-        self._reduce_scatter(output, to_host(tensor).view(self.comm.size, -1), options)
+        self._reduce_scatter(output, to_host(tensor).view(self.comm.size, -1), opts)
         return Done([output])
 
-    def reduce_scatter_single_coalesced(self, outputs, inputs, options):
+    def reduce_scatter_single_coalesced(self, outputs, inputs, opts):
         for output, tensor in zip(outputs, inputs, strict=True):
-            self.reduce_scatter_single(output, tensor, options)
+            self.reduce_scatter_single(output, tensor, opts)
         return Done(outputs)
 
-    def allreduce_coalesced(self, tensors, options):
-        return self.allreduce(tensors, options)
+    def allreduce_coalesced(self, tensors, opts):
+        return self.allreduce(tensors, opts)
 
     # ---- all to all
 
@@ -374,7 +374,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         )
 
     @_timed
-    def alltoall(self, outputs, inputs, options=None):
+    def alltoall(self, outputs, inputs, opts=None):
         _same_dtype("all_to_all", *outputs, *inputs)
         sent = torch.cat([_bytes(part) for part in inputs]).view(inputs[0].dtype)
         counts = [output.numel() for output in outputs]
@@ -385,7 +385,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         return Done(outputs)
 
     @_timed
-    def all_to_all_single(self, output, tensor, output_splits, input_splits, options=None):
+    def all_to_all_single(self, output, tensor, output_splits, input_splits, opts=None):
         _same_dtype("all_to_all_single", output, tensor)
 
         def counts(splits, whole):
@@ -429,7 +429,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         return self.recv(tensors, MPI.ANY_SOURCE, tag)
 
     @_timed
-    def barrier(self, options=None):
+    def barrier(self, opts=None):
         self.comm.Barrier()
         return Done([])
 
