@@ -16,7 +16,7 @@ def predict(config, folder, texts, world, *, top_k=5, max_new_tokens=40):
     """Answers to `texts` (list of str) in their order, on root; None on the other ranks. Collective.
 
     config: config.Config of the run that trained the checkpoint `folder`. A masked_lm answer is {"text", "masks":
-    [[{"token", "probability"}, ...top_k] for each mask]}; a causal_lm answer {"text", "continuation"}, decoded greedily.
+    [[{"token", "probability"}, ...top_k] for each mask]}; a causal_lm answer {"text", "continuation"}, greedy.
     """
     from .data import tokenizer
 
