@@ -18,6 +18,7 @@ import array
 import atexit
 import builtins
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -254,12 +255,11 @@ def _fail(kind, error, trace, where=""):
         head = f"hpcllm: rank {world.rank} of {world.size} on {world.host}{where}"
     else:
         head = f"hpcllm: {socket.gethostname()}"
-        if not launcher.speaks():
-            time.sleep(_TOGETHER_S)  # by then the launcher has ended this process, if the first one fails like it
     if not _first_of_host():
-        time.sleep(_KILLED_S)
+        time.sleep(_KILLED_S if world is not None else 0)
     elif isinstance(error, Refusal):
         _write(f"{head}: {error}\n")
+        time.sleep(0 if world is not None else _TOGETHER_S)  # holding the claim
     else:
         text = "".join(traceback.format_exception(kind, error, trace))
         _write(f"{head}: uncaught {kind.__name__}; all ranks are being ended\n{text}")
@@ -286,8 +286,24 @@ def _open_board(local):
     return board
 
 
+_claim = socket.socket(socket.AF_UNIX)
+
+
+def _first_child_of_launcher():
+    """The same before MPI is up: a launcher's processes on one host are children of one parent."""
+    if launcher.find()[0] is None:
+        return True
+    try:
+        _claim.bind(f"\0hpcllm-{os.getppid()}".encode())  # a name without a file, held until this process ends
+    except OSError as error:
+        return error.errno != errno.EADDRINUSE
+    return True
+
+
 def _first_of_host():
     """True in the first process of this host that asks, also when that process has ended since."""
+    if _State.world is None:
+        return _first_child_of_launcher()
     if _State.board is None:
         return True
     fcntl.lockf(_State.board, fcntl.LOCK_EX)
