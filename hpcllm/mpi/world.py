@@ -72,7 +72,8 @@ def join():
     started_by, started = launcher.find()
     MPI = _load()
     version, path = MPI.Get_library_version().rstrip("\x00 \n"), _library_path()
-    library = version.split("\n")[0].split(", package:")[0].replace("\t", " ")
+    library = version.split("\n")[0].split(", package:")[0]
+    library = " ".join(library.split())
     sentence = launcher.foreign(started_by, started, version, path)
     if sentence is None:
         _start(MPI)
