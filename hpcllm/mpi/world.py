@@ -133,7 +133,11 @@ def init(device="auto"):
     process_group.register(world.comm)
     # Each rank has a store of its own, in which nobody else would ever arrive at torch's store-based barrier.
     os.environ.pop("TORCH_DIST_INIT_BARRIER", None)
+    # torch wraps the hook for uncaught exceptions in one that collects its words and prints them when it returns,
+    # which `abort` never does.
+    hook = sys.excepthook
     dist.init_process_group(process_group.BACKEND, store=dist.HashStore(), rank=world.rank, world_size=world.size)
+    sys.excepthook = hook
     _world = replace(world, device=chosen, group=dist.group.WORLD)
     return _world
 

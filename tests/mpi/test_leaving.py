@@ -60,6 +60,14 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback(leave):
     assert seconds < LIMIT_S + 2  # start-up included
 
 
+def test_torch_does_not_swallow_the_traceback(leave):
+    result, seconds = timed(leave, "torch_raise", "one")
+    assert result.returncode == 1
+    one_traceback(result, 1)
+    assert "ValueError: provoked on rank 1" in result.said
+    assert seconds < LIMIT_S + 15  # the import of torch on four ranks included
+
+
 @pytest.mark.parametrize("how", ["raise", "late"])
 def test_an_exception_on_all_ranks_is_shown_once(leave, how):
     result = leave(how, "all")
