@@ -20,7 +20,7 @@ from .device import from_host, to_host
 
 BACKEND = "mpi4py"
 
-# MPI-3 counts are C ints; a call moves at most this many bytes (power of two: whole elements of any dtype).
+# MPI-3 counts are C ints; broadcasts and messages are cut into pieces of this many bytes (whole elements of any dtype).
 MOVE_CHUNK_BYTES = 1 << 30
 _UNIT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
 
@@ -44,9 +44,9 @@ def register(comm):
         if not ranks or ranks == list(range(comm.size)):
             return MpiProcessGroup(comm.Dup(), options.group_id)
         members = comm.group.Incl(ranks)
-        # Only members call this, so the communicator is made by the members alone; the tag keeps apart
-        # groups that are being made at the same time.
-        sub = comm.Create_group(members, tag=zlib.crc32(options.group_id.encode()) % 32768)
+        # Only members call this, so the communicator is made by the members alone; the tag keeps apart groups that
+        # are being made at the same time. Not from the group's name: torch counts, and ranks may count differently.
+        sub = comm.Create_group(members, tag=zlib.crc32(str(ranks).encode()) % 32768)
         members.Free()
         return MpiProcessGroup(sub, options.group_id)
 

@@ -73,6 +73,9 @@ def _arithmetic(tensor, kind):
     """The same memory seen as a dtype that torch calculates with, and the reduction to do there."""
     if tensor.dtype is torch.bool:
         return tensor.view(torch.uint8), _BOOL_KIND[kind]
+    if tensor.dtype.is_complex and kind in (SUM, AVG):
+        # As pairs of real numbers: torch divides complex numbers less exactly.
+        return tensor.view(tensor.dtype.to_real()), kind
     return tensor.view(_UNSIGNED.get(tensor.dtype, tensor.dtype)), kind
 
 

@@ -1,5 +1,7 @@
 """Inputs of the collective tests: numbers that every rank can compute for every rank, in any dtype and layout."""
 
+import functools
+
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -10,10 +12,15 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DTYPES = (torch.bool, *INTEGERS, *UNSIGNED, *FLOATS, *COMPLEX, *FLOAT8)
 
 
+@functools.cache
+def _draw(rank, shape, salt):
+    draw = torch.Generator().manual_seed(1000 * salt + rank)
+    return torch.randint(-8, 9, (2, *shape), generator=draw)
+
+
 def numbers(rank, shape, dtype, salt=0):
     """Small whole numbers of `rank`, exact in every dtype: -8 to 8, unsigned 0 to 8."""
-    draw = torch.Generator().manual_seed(1000 * salt + rank)
-    real, imaginary = torch.randint(-8, 9, (2, *shape), generator=draw)
+    real, imaginary = _draw(rank, shape, salt).clone()
     if dtype is torch.bool:
         return real > 0
     if dtype.is_complex:

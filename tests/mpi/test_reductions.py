@@ -37,7 +37,9 @@ def expected(kind, tensors):
     if dtype is torch.bool:
         kind = {"SUM": "BOR", "MAX": "BOR", "PRODUCT": "BAND", "MIN": "BAND"}.get(kind, kind)
         return functools.reduce(ON_ONE_PROCESS[kind], tensors)
-    wide = torch.complex128 if dtype.is_complex else torch.float64 if dtype.is_floating_point else torch.int64
+    if dtype.is_complex:
+        return torch.view_as_complex(expected(kind, [torch.view_as_real(tensor) for tensor in tensors]))
+    wide = torch.float64 if dtype.is_floating_point else torch.int64
     total = functools.reduce(ON_ONE_PROCESS[kind], [tensor.to(wide) for tensor in tensors])
     if kind == "AVG":
         total = total / len(tensors) if wide is not torch.int64 else total.div(len(tensors), rounding_mode="trunc")
@@ -50,6 +52,8 @@ def test_reductions_are_those_of_one_process(world, kind, dtype):
     for what, make in inputs(dtype):
         everyone = [make(rank) for rank in range(world.size)]
         answer = expected(kind, everyone)
+        parts = [[make(rank, salt=part) for part in range(world.size)] for rank in range(world.size)]
+        mine = expected(kind, [parts[rank][world.rank] for rank in range(world.size)])
         for asynchronous in (False, True):
             tensor = make(world.rank)
             finish(dist.all_reduce(tensor, op, async_op=asynchronous), asynchronous)
@@ -57,10 +61,8 @@ def test_reductions_are_those_of_one_process(world, kind, dtype):
 
             tensor = make(world.rank)
             finish(dist.reduce(tensor, root, op, async_op=asynchronous), asynchronous)
-            assert same(tensor, answer if world.rank == root else make(world.rank)), f"reduce {what}"
+            assert same(tensor, answer if world.rank == root else everyone[world.rank]), f"reduce {what}"
 
-            parts = [[make(rank, salt=part) for part in range(world.size)] for rank in range(world.size)]
-            mine = expected(kind, [parts[rank][world.rank] for rank in range(world.size)])
             output = make(world.rank, salt=99)
             finish(dist.reduce_scatter(output, parts[world.rank], op, async_op=asynchronous), asynchronous)
             assert same(output, mine), f"reduce_scatter {what}"
