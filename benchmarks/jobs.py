@@ -8,8 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 _LAUNCH = """
-here="$1"; source "$here/site.sh"
-other_launcher=(mpirun -np "$2"); shift 2
+here="$1"; shift; source "$here/site.sh"
 launch "$@"
 """
 
@@ -21,6 +20,7 @@ def run(ranks, *arguments, check=True, timeout_s=1800):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "HPCLLM_PROGRESS": "lines",
+        "HPCLLM_RANKS": str(ranks),
     }
     command = [
         "bash",
@@ -28,7 +28,6 @@ def run(ranks, *arguments, check=True, timeout_s=1800):
         _LAUNCH,
         "benchmarks",
         str(ROOT / "slurm"),
-        str(ranks),
         sys.executable,
         *map(str, arguments),
     ]

@@ -67,9 +67,7 @@ def main():
             jobs.run(args.ranks, "-m", "hpcllm", "train", run_file, *settings, timeout_s=7200)
             records = jobs.metrics(output)
             steps = [record["step_s"] for record in records if "step_s" in record]
-            print(
-                f"\n{task}: {tokens} training tokens, {args.vocab_size} pieces, {args.ranks} ranks, {args.precision}"
-            )
+            print(f"\n{task}: {tokens} training tokens, {args.vocab_size} pieces, {args.ranks} ranks, {args.precision}")
             print(f"unigram entropy {entropy:.3f} nats; median step {np.median(steps):.3f} s; {jobs.versions()}\n")
             print("| step | tokens seen | validation loss | below unigram entropy | accuracy |\n|---|---|---|---|---|")
             for record in records:

@@ -10,12 +10,16 @@ import os
 import warnings
 
 from . import __version__
-from .errors import MissingInput, Refusal, UsageError
-from .mpi import leave_together
+from .errors import CannotCreate, MissingInput, Refusal, UsageError
+from .mpi import launcher, leave_together
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints come from one process of the job, not from all."""
+
+    def _print_message(self, message, file=None):
+        if launcher.speaks():
+            super()._print_message(message, file)
 
     def error(self, message):
         leave_together(UsageError.code, f"{self.format_usage()}hpcllm: error: {message}")
@@ -61,12 +65,14 @@ def parser():
     p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN")
     p.add_argument("--data", metavar="DIR", help="folder of shards (default: the run's validation folder)")
     p.add_argument("--output", metavar="FILE", help="write the scores as JSON")
+    p.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
 
     p = commands.add_parser("predict", help="fill [MASK] or continue texts with a checkpoint")
     p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN")
     p.add_argument("--text", action="append", default=[], help="a text (may be repeated)")
     p.add_argument("--input", metavar="FILE", help="a file with a text a line")
     p.add_argument("--output", metavar="FILE", help="write the answers as JSONL")
+    p.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     p.add_argument("--top-k", type=int, default=5, metavar="K", help="guesses for each mask (default: %(default)s)")
     p.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="longest continuation")
     return top
@@ -97,20 +103,31 @@ def train(args):
         print(f"done: {json.dumps(results)}")
 
 
+def check_output(path, overwrite):
+    """Refuse a file that is in the way, or a folder that is not there, before the work and not after it."""
+    if path is None:
+        return
+    if os.path.exists(path) and not (overwrite and os.path.isfile(path)):
+        raise CannotCreate(f"--output {path} exists; choose another name or --overwrite")
+    if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+        raise CannotCreate(f"--output {path}: there is no such folder, or it may not be written to")
+
+
 def evaluate(args):
     from . import mpi
 
     world = mpi.join()
     from . import files, model
     from .evaluate import evaluate
-    from .train import open_source, run_config
+    from .train import open_source, read_tokenizer, run_config
 
+    mpi.on_root(world.comm, check_output, args.output, args.overwrite)
     settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
     data = args.data or settings.data.validation
     if data is None:
         raise UsageError("the run had no validation folder; name one with --data").known_to_all()
     world = mpi.init(settings.train.device)
-    source = open_source(settings, world, data, folder)
+    source = open_source(settings, world, data, mpi.on_root(world.comm, read_tokenizer, folder))
     with mpi.together(world.comm):
         net = model.load(folder, settings.model.task).to(world.device)
     scores = evaluate(net, source, world, settings.train.micro_batch_size, settings.train.precision)
@@ -138,6 +155,7 @@ def predict(args):
         return found
 
     asked = mpi.on_root(world.comm, texts)
+    mpi.on_root(world.comm, check_output, args.output, args.overwrite)
     settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
     world = mpi.init(settings.train.device)
     answers = predict(settings, folder, asked, world, top_k=args.top_k, max_new_tokens=args.max_new_tokens)

@@ -8,16 +8,22 @@ and is written last; a folder without it does not count. Root writes; every rank
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import __version__, files
-from .errors import DataError
+from .errors import DataError, IOFailure
 
 COMPLETE = ".complete"
+# What Hugging Face's tokenizers are made of; their folder may also hold a model, which is not copied.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
+)
 
 
 def save(output_dir, step, model, optimizer, tokenizer_dir, state, keep):
@@ -29,11 +35,11 @@ def save(output_dir, step, model, optimizer, tokenizer_dir, state, keep):
     path = Path(output_dir) / f"checkpoint-{step}"
     if path.exists():
         files.remove_folder(path)  # the same step again after a restart from an older checkpoint
-    with files.new_folder(path) as folder:
+    with _safetensors_as_io(path), files.new_folder(path) as folder:
         model.save_pretrained(folder)
-        for file in Path(tokenizer_dir).iterdir():
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+        for name in TOKENIZER_FILES:
+            if (Path(tokenizer_dir) / name).is_file():
+                shutil.copyfile(Path(tokenizer_dir) / name, folder / name)
         tensors = {
             f"{name}.{key}": value.detach().cpu().contiguous()
             for name, values in _by_name(model, optimizer).items()
@@ -53,6 +59,15 @@ def save(output_dir, step, model, optimizer, tokenizer_dir, state, keep):
     return path
 
 
+@contextmanager
+def _safetensors_as_io(path):
+    """A full disk reaches us from safetensors as an error of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise IOFailure(f"{path}: {error}") from error
+
+
 def _by_name(model, optimizer):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(parameter)]: values for parameter, values in optimizer.state.items()}
@@ -66,6 +81,13 @@ def find(output_dir):
         if number.isdigit() and (path / COMPLETE).is_file():
             found.append((int(number), path))
     return [path for _, path in sorted(found)]
+
+
+def remove_unfinished(output_dir):
+    """Delete what saves that were killed in the middle have left below `output_dir`, which one run owns."""
+    for pattern in (".checkpoint-*.tmp", ".checkpoint-*.removed"):
+        for folder in Path(output_dir).glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def verify(path):
@@ -107,5 +129,5 @@ def load_optimizer(path, model, optimizer):
                     raise DataError(f"{file}: state for {name}, which this model does not have")
                 # `step` stays where torch's optimizers want it: beside the parameter when fused.
                 optimizer.state[parameters[name]][key] = value.to(parameters[name].device, copy=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None

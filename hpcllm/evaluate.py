@@ -27,7 +27,9 @@ def evaluate(net, source, world, width, precision):
         if len(batch.input_ids) == 0:
             continue
         with arithmetic(precision, world.device):
-            loss, right = source.task.loss_sum(net, batch.input_ids.to(world.device), batch.labels.to(world.device))
+            loss, right = source.task.loss_sum(
+                net, batch.input_ids.to(world.device), batch.labels.to(world.device), score=True
+            )
         sums += torch.tensor([loss.item(), right.item(), batch.targets, len(batch.input_ids)], dtype=torch.float64)
     dist.all_reduce(sums, group=world.group)
     net.train(training)
@@ -35,7 +37,7 @@ def evaluate(net, source, world, width, precision):
     mean = loss / max(targets, 1)
     return {
         "eval_loss": mean,
-        "eval_perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "eval_perplexity": math.exp(min(mean, 700.0)),
         "eval_accuracy": right / max(targets, 1),
         "eval_targets": int(targets),
         "eval_samples": int(samples),

@@ -58,7 +58,7 @@ def new_folder(path):
         try:
             yield hidden
             # mkdtemp and safetensors make private files; the result follows the user's umask.
-            mask = _umask()
+            mask = umask()
             hidden.chmod(0o777 & ~mask)
             for file in hidden.rglob("*"):
                 if file.is_file():
@@ -81,11 +81,11 @@ def remove_folder(path):
 
 @contextmanager
 def failing_as_io(path):
-    """An OSError inside becomes an IOFailure (exit 74) that names `path`."""
+    """An OSError inside becomes an IOFailure (exit 74) that names the file, or `path` where the error does not."""
     try:
         yield
     except OSError as error:
-        raise IOFailure(f"{path} cannot be written: {error.strerror or error}") from error
+        raise IOFailure(f"{error.filename or path}: {error.strerror or error}") from error
 
 
 def digest(path):
@@ -94,7 +94,8 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _umask():
+def umask():
+    """The user's file mode creation mask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from .errors import DataError, MissingInput, UsageError
+from .errors import DataError, MissingInput, Refusal, UsageError
 from .tasks import TASKS
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -19,7 +20,10 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token ids with a meaning; None where the tokenizer has none. special, ordinary: int64 arrays of ids."""
+    """Token ids with a meaning; None where the tokenizer has none. special, ordinary: int64 arrays of ids.
+
+    size: one more than the highest id.
+    """
 
     size: int
     cls: int | None
@@ -34,11 +38,11 @@ class Vocabulary:
 
 def vocabulary(tokenizer):
     """Vocabulary of a transformers tokenizer."""
-    size = len(tokenizer)
+    numbers = np.array(sorted(tokenizer.get_vocab().values()), dtype=np.int64)  # there may be gaps
     special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
     names = ("cls", "sep", "mask", "pad", "bos", "eos")
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
-    return Vocabulary(size, **ids, special=special, ordinary=np.setdiff1d(np.arange(size), special))
+    return Vocabulary(int(numbers[-1]) + 1, **ids, special=special, ordinary=np.setdiff1d(numbers, special))
 
 
 def build(section, words, sequence_length, seed):
@@ -47,14 +51,16 @@ def build(section, words, sequence_length, seed):
     section: config.Model. words: Vocabulary. Raises UsageError for a configuration that transformers does not know or
     that does not fit vocabulary or sequence length, MissingInput and DataError for an unusable folder.
     """
+    torch.manual_seed(seed)
     if section.init_from:
         model = load(section.init_from, section.task, strict=False)
     else:
-        configuration = _configuration(section.config, words)
-        torch.manual_seed(seed)
         try:
+            configuration = _configuration(section.config, words)
             model = TASKS[section.task].model_class().from_config(configuration, dtype=torch.float32)
-        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        except Refusal:
+            raise
+        except Exception as error:  # each model family has checks, and exceptions, of its own
             raise UsageError(f"model.config: transformers cannot build this model: {error}") from None
     check_fits(model, words, sequence_length)
     return model
@@ -80,8 +86,7 @@ def _configuration(given, words):
     for name in ("pad", "bos", "eos"):
         if f"{name}_token_id" in known:
             given.setdefault(f"{name}_token_id", getattr(words, name))
-    # The caches of generation are of no use in training, and cost memory there.
-    return family(**given, use_cache=False) if "use_cache" in known else family(**given)
+    return family(**given)
 
 
 def load(folder, task, *, strict=True):
@@ -98,7 +103,7 @@ def load(folder, task, *, strict=True):
             .model_class()
             .from_pretrained(folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **LOCAL)
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise DataError(f"{folder}: the model cannot be loaded for {task}: {error}") from None
     wrong = sorted(report["mismatched_keys"]) + sorted(report["missing_keys"] if strict else [])
     if wrong:
@@ -114,7 +119,7 @@ def check_fits(model, words, sequence_length):
     """Raise UsageError where tokens would have no embedding or no position."""
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < words.size:
-        raise UsageError(f"model: {rows} embeddings (vocab_size) are too few for the tokenizer's {words.size} tokens")
+        raise UsageError(f"model: {rows} embeddings (vocab_size) are too few for the tokenizer's {words.size} ids")
     places = getattr(model.config, "max_position_embeddings", None)
     if places is not None and sequence_length > places:
         raise UsageError(

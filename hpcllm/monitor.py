@@ -4,6 +4,7 @@ Root writes; the numbers of all ranks meet in one small reduction a step (`Clock
 """
 
 import json
+import math
 import resource
 import time
 from contextlib import contextmanager
@@ -84,6 +85,12 @@ class Progress:
             self._bar.stop()
 
 
+def starts(output_dir):
+    """How often the run in `output_dir` has been started, by its events.jsonl."""
+    path = Path(output_dir) / "events.jsonl"
+    return path.read_text(encoding="utf-8").count('"event": "start"') if path.is_file() else 0
+
+
 class Journal:
     """metrics.jsonl and events.jsonl of a run, appended to on root and silent elsewhere.
 
@@ -105,4 +112,6 @@ class Journal:
         if self._folder is None:
             return
         with files.failing_as_io(self._folder / name), open(self._folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+            # JSON has no NaN and no infinity.
+            record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            file.write(json.dumps({**record, "time": round(time.time(), 3)}, allow_nan=False) + "\n")

@@ -20,12 +20,14 @@ def predict(config, folder, texts, world, *, top_k=5, max_new_tokens=40):
     """
     from .data import tokenizer
 
-    words = tokenizer.load(folder)
     task = config.model.task
     with together(world.comm):
+        words = tokenizer.load(folder)
         net = model.load(folder, task).to(world.device).eval()
         answer = {"masked_lm": fill_masks, "causal_lm": continue_text}[task]
         places = getattr(net.config, "max_position_embeddings", None) or config.train.sequence_length
+        if not 1 <= top_k <= len(words) or max_new_tokens < 1:
+            raise UsageError(f"--top-k {top_k} must be 1 to {len(words)}, --max-new-tokens {max_new_tokens} at least 1")
         check(texts, words, task, places - (max_new_tokens if answer is continue_text else 0))
     with torch.no_grad(), arithmetic(config.train.precision, world.device):
         mine = [

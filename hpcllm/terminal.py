@@ -3,19 +3,41 @@
 import os
 import sys
 
+from .mpi import launcher
+
+_LAUNCHERS = ("mpirun", "prterun", "orterun", "mpiexec", "mpiexec.hydra", "srun")
+
 
 def find():
-    """The terminal the user watches, opened for writing, or None in a batch job.
+    """The terminal the user watches, opened for writing, or None in a batch job and where output goes to a file.
 
-    Not `isatty`: mpirun gives every rank a pseudo-terminal or a pipe, whatever its own output is. A process with a
-    controlling terminal can open /dev/tty; one under a batch system cannot. HPCLLM_PROGRESS=lines|bar decides by hand.
+    Not `isatty` under a launcher: mpirun gives every rank a pseudo-terminal or a pipe, whatever its own output is. What
+    counts is where the launcher writes. HPCLLM_PROGRESS=lines|bar decides by hand.
     """
-    if os.environ.get("HPCLLM_PROGRESS") == "lines":
+    wish = os.environ.get("HPCLLM_PROGRESS")
+    if wish == "lines":
+        return None
+    if wish != "bar" and not (os.isatty(1) if launcher.find()[0] is None else _launcher_has_terminal()):
         return None
     try:
         return open("/dev/tty", "w", encoding="utf-8")
     except OSError:
-        return sys.stderr if os.environ.get("HPCLLM_PROGRESS") == "bar" else None
+        return sys.stderr if wish == "bar" else None
+
+
+def _launcher_has_terminal():
+    """True where the standard output of the launcher above this process is a terminal (root runs on its host)."""
+    try:
+        process = os.getppid()
+        while process > 1:
+            with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+                name, rest = file.read().split("(", 1)[1].rsplit(")", 1)
+            if name in _LAUNCHERS and not os.readlink(f"/proc/{process}/fd/1").startswith(("pipe:", "socket:")):
+                return os.readlink(f"/proc/{process}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+            process = int(rest.split()[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    return False
 
 
 def bar(what, total, done=0, in_bytes=False):

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from . import checkpoint, evaluate, files, model, monitor, optimizer
 from .config import load
 from .data import batches
-from .errors import CannotCreate, DataError, Diverged, MissingInput
+from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
 from .mpi import on_root, together
 from .parallel.data import replicate
 from .tasks import TASKS
@@ -27,21 +28,23 @@ def train(config, world, *, resume=False, overwrite=False):
     plan = config.train
     with together(world.comm):
         plan.accumulation(world.size)
-    tokenizer_dir = config.data.tokenizer_dir
-    source = open_source(config, world, config.data.train, tokenizer_dir)
-    validation = config.data.validation and open_source(config, world, config.data.validation, tokenizer_dir)
-    last = on_root(world.comm, find_start, config, resume, overwrite)
+    words = on_root(world.comm, read_tokenizer, config.data.tokenizer_dir)
+    source = open_source(config, world, config.data.train, words)
+    validation = config.data.validation and open_source(config, world, config.data.validation, words)
+    last, state, results = on_root(world.comm, find_start, config, resume, overwrite)
     with together(world.comm):
         batches.require(source, plan.global_batch_size, "a global batch needs")
-        state = checkpoint.read_state(last) if last else {"step": 0, "samples": 0, "restart": -1}
         check_same_run(config, source, state)
+    if results is not None:
+        return results
+    with together(world.comm):
         net = load_or_build(config, last, source.vocabulary).to(world.device)
         adjust = optimizer.build(net, plan)
         if last:
             checkpoint.load_optimizer(last, net, adjust)
     on_root(world.comm, open_output, config, resume, overwrite)
     replica = replicate(net, world.group)
-    journal = monitor.Journal(config.run.output_dir, state["restart"] + 1, world.is_root)
+    journal = monitor.Journal(config.run.output_dir, state["restart"], world.is_root)
     journal.event("start", step=state["step"], ranks=world.size, hosts=world.hosts, library=world.library)
     progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)
     progress.say(describe(config, world, net, source, validation, state))
@@ -49,12 +52,12 @@ def train(config, world, *, resume=False, overwrite=False):
     def save():
         kept = {
             "samples": state["samples"],
-            "restart": state["restart"] + 1,
             "ranks": world.size,
             "data_digest": source.stream.digest,
             "config": config.model_dump(exclude_none=True),
         }
-        arguments = (config.run.output_dir, state["step"], net, adjust, tokenizer_dir, kept, config.checkpoint.keep)
+        target, tokenizer_dir = config.run.output_dir, config.data.tokenizer_dir
+        arguments = (target, state["step"], net, adjust, tokenizer_dir, kept, config.checkpoint.keep)
         path = on_root(world.comm, checkpoint.save, *arguments)
         journal.event("checkpoint", step=state["step"], path=str(path))
         return path
@@ -90,6 +93,7 @@ def train(config, world, *, resume=False, overwrite=False):
             scores = measure()
         if done or due(state["step"], config.checkpoint.every_steps):
             path = save()
+    scores = scores or measure()  # of a run that ended between its last checkpoint and its results
     progress.close()
     results = {"step": state["step"], "samples": state["samples"], "checkpoint": str(path), **scores}
     on_root(world.comm, files.write_json, Path(config.run.output_dir) / "results.json", results)
@@ -97,15 +101,26 @@ def train(config, world, *, resume=False, overwrite=False):
     return results
 
 
-def open_source(config, world, folder, tokenizer_dir):
-    """The samples (data.batches.Source) of the shards in `folder`, checked against task and tokenizer. Collective."""
+def read_tokenizer(folder):
+    """(model.Vocabulary, hash, folder) of the tokenizer in `folder`. Root only: the others are told."""
+    from .data import tokenizer
+
+    loaded = tokenizer.load(folder)
+    return model.vocabulary(loaded), tokenizer.tokenizer_hash(loaded), folder
+
+
+def open_source(config, world, folder, words):
+    """The samples (data.batches.Source) of the shards in `folder`, checked against task and tokenizer. Collective.
+
+    words: what `read_tokenizer` returned.
+    """
     from .data import shards, tokenizer
 
     stream = shards.open_folder(folder, reader=config.data.reader, comm=world.comm)
     task = TASKS[config.model.task]
+    vocabulary, tokenizer_hash, tokenizer_dir = words
     with together(world.comm):
-        tokenizer.check_same(stream, tokenizer_dir)
-        vocabulary = model.vocabulary(tokenizer.load(tokenizer_dir))
+        tokenizer.check_same(stream, tokenizer_dir, tokenizer_hash)
         task.check(vocabulary)
         source = batches.Source(
             stream, task, vocabulary, config.train.sequence_length, config.data.mlm_probability, config.run.seed
@@ -114,29 +129,47 @@ def open_source(config, world, folder, tokenizer_dir):
     return source
 
 
+_OURS = ("config.toml", "metrics.jsonl", "events.jsonl", "results.json")
+
+
 def find_start(config, resume, overwrite):
-    """The checkpoint to continue from, verified, or None. Refuses an output folder that is in the way. Root only."""
+    """(checkpoint to continue from or None, its state, results of a run that is over or None). Root only.
+
+    Refuses an output folder that is in the way, and verifies the checkpoint.
+    """
     output = Path(config.run.output_dir)
-    if resume:
-        found = checkpoint.find(output)
-        if found:
-            checkpoint.verify(found[-1])
-        return found[-1] if found else None
+    if resume and overwrite:
+        raise UsageError("--resume continues a run and --overwrite deletes it; give one of them")
     if output.exists() and not output.is_dir():
         raise CannotCreate(f"run.output_dir: {output} is a file")
+    found = checkpoint.find(output)
     if output.is_dir() and any(output.iterdir()):
-        if not (output / "config.toml").is_file():
+        if not (output / "events.jsonl").is_file():
             raise CannotCreate(
                 f"run.output_dir: {output} is not empty and holds no run of hpcllm; choose another folder"
             )
-        if not overwrite:
-            newest = checkpoint.find(output)[-1:]
+        if not resume and not overwrite:
             raise CannotCreate(
                 f"run.output_dir: {output} holds a run already (newest checkpoint: "
-                f"{newest[0].name if newest else 'none'}); "
+                f"{found[-1].name if found else 'none'}); "
                 "continue it with --resume, replace it with --overwrite, or choose another folder"
             )
-    return None
+    state = {"step": 0, "samples": 0, "restart": monitor.starts(output) if resume else 0}
+    if not resume or not found:
+        return None, state, None
+    try:
+        checkpoint.verify(found[-1])
+    except DataError as error:
+        older = f" to continue from {found[-2].name}" if len(found) > 1 else ""
+        raise DataError(f"{error}; move the folder away{older}") from None
+    state = {**checkpoint.read_state(found[-1]), "restart": state["restart"]}
+    if state["step"] > config.train.max_steps:
+        raise UsageError(f"--resume: {found[-1]} is beyond train.max_steps ({config.train.max_steps})")
+    results = output / "results.json"
+    if state["step"] < config.train.max_steps or not results.is_file():
+        return found[-1], state, None
+    print(f"{output}: the run is over, all {state['step']} steps of it; for more give train.max_steps", flush=True)
+    return found[-1], state, json.loads(results.read_text(encoding="utf-8"))
 
 
 def check_same_run(config, source, state):
@@ -172,21 +205,20 @@ def load_or_build(config, last, vocabulary):
     return net
 
 
-_OURS = ("config.toml", "metrics.jsonl", "events.jsonl", "results.json")
-
-
 def open_output(config, resume, overwrite):
     """Make the output folder, emptied of an older run where that was asked for, and write config.toml. Root only."""
     output = Path(config.run.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for old in checkpoint.find(output):
+                files.remove_folder(old)
+            for name in _OURS:
+                (output / name).unlink(missing_ok=True)
+        checkpoint.remove_unfinished(output)
+        (output / "events.jsonl").touch()  # what says that this folder is a run of ours
     except OSError as error:
         raise CannotCreate(f"run.output_dir: {output} cannot be created: {error.strerror}") from None
-    if overwrite and not resume:
-        for old in checkpoint.find(output):
-            files.remove_folder(old)
-        for name in _OURS:
-            (output / name).unlink(missing_ok=True)
     files.write_text(output / "config.toml", config.toml())
 
 
@@ -271,4 +303,5 @@ def run_config(path):
         if not found:
             raise MissingInput(f"{folder} is neither a checkpoint nor a run folder with a complete checkpoint")
         folder = found[-1]
+    checkpoint.verify(folder)
     return load(checkpoint.read_state(folder)["config"]), folder

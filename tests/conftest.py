@@ -152,7 +152,7 @@ def clean_environment(**extra):
     if os.geteuid() == 0:
         for name in ("OMPI_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT"):
             env[name] = env[f"{name}_CONFIRM"] = "1"
-    env.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
+    env.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HPCLLM_PROGRESS="lines", PYTHONPATH=str(ROOT))
     env.update(extra)
     return env
 

@@ -88,6 +88,33 @@ def test_a_gpt_continues_texts_as_transformers_does(mpirun, run_file, tmp_path):
     assert done.stdout == f"return the | {words.decode(made, skip_special_tokens=True)}\n"
 
 
+FAILING = """
+import sys
+from hpcllm import __main__, train
+one_step, done = train.one_step, []
+def failing(*arguments):
+    done.append(None)
+    if len(done) == 3 and arguments[-1].rank == 1:
+        raise RuntimeError("provoked")
+    return one_step(*arguments)
+train.one_step = failing
+__main__.main(["train", *sys.argv[1:]])
+"""
+
+
+def test_a_job_that_failed_continues_in_a_new_one_bit_for_bit(mpirun, run_file, tmp_path):
+    path, whole, stopped = run_file(), tmp_path / "whole", tmp_path / "stopped"
+    every = "checkpoint.every_steps=2"
+    mpirun(2, ["-m", "hpcllm", "train", path, every, f"run.output_dir={whole}"], check=True)
+    failed = mpirun(2, ["-c", FAILING, path, every, f"run.output_dir={stopped}"])
+    assert failed.returncode == 1
+    assert failed.stderr.count("Traceback") == 1 and "hpcllm: rank 1 of 2 on" in failed.stderr
+    assert not (stopped / "checkpoint-4").exists()
+    mpirun(2, ["-m", "hpcllm", "train", path, every, f"run.output_dir={stopped}", "--resume"], check=True)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (stopped / "checkpoint-4" / name).read_bytes() == (whole / "checkpoint-4" / name).read_bytes()
+
+
 def test_weights_of_a_folder_are_the_start(mpirun, run_file, tmp_path):
     path = run_file()
     mpirun(1, ["-m", "hpcllm", "train", path], check=True)
@@ -159,6 +186,8 @@ def test_bad_input_is_one_sentence_and_an_exit_code(
         (["train", "nowhere.toml"], 66, ["run file nowhere.toml does not exist"]),
         (["train"], 2, ["RUN.toml"]),
         (["train", "a.toml", "--fast"], 2, ["unrecognized arguments: --fast"]),
+        (["evaluate", "a", "--output", "/"], 73, ["--output / exists"]),
+        (["evaluate", "a", "--output", "nowhere/a.json"], 73, ["there is no such folder"]),
     ],
 )
 def test_bad_commands_are_one_sentence_and_an_exit_code(mpirun, arguments, code, words):

@@ -89,7 +89,7 @@ def test_the_loss_is_that_of_transformers_summed(kind):
     taken, _ = TASKS[task].span(32)
     rows = TASKS[task].rows(tokens(4, taken), order.key(5, 0, np.arange(4)), WORDS, 0.15)
     input_ids, labels = (torch.from_numpy(row) for row in rows)
-    loss, right = TASKS[task].loss_sum(net, input_ids, labels)
+    loss, right = TASKS[task].loss_sum(net, input_ids, labels, score=True)
     loss.backward()
     gradient = net.get_input_embeddings().weight.grad.clone()
 
@@ -116,3 +116,44 @@ def test_a_model_is_the_same_whenever_it_is_built():
     torch.manual_seed(6)
     second = model.build(section, WORDS, 16, seed=3).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_head_that_a_folder_lacks_is_the_same_whenever_it_is_made(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=100, **small)).save_pretrained(tmp_path)
+    section = type("Section", (), {"init_from": str(tmp_path), "task": "masked_lm", "config": None})
+    heads = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        heads.append(model.build(section, WORDS, 32, seed=3).cls.predictions.transform.dense.weight)
+    assert torch.equal(*heads)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"hidden_size": "big"}, "cannot build this model"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "cannot build this model"),
+        ({"vocab_size": 50}, "50 embeddings"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_a_usage_error(config, words):
+    section = type("Section", (), {"init_from": None, "task": "masked_lm", "config": {"model_type": "bert", **config}})
+    with pytest.raises(UsageError, match=words):
+        model.build(section, WORDS, 16, seed=1)
+
+
+def test_ids_with_gaps_have_embeddings_and_are_never_made_up():
+    class Tokenizer:
+        all_special_ids = (0, 7)
+        cls_token_id = sep_token_id = mask_token_id = 7
+        pad_token_id, bos_token_id, eos_token_id = 0, None, None
+
+        def get_vocab(self):
+            return {"[PAD]": 0, "[X]": 7, "a": 1000, "b": 1002}
+
+    words = model.vocabulary(Tokenizer())
+    assert words.size == 1003
+    assert words.ordinary.tolist() == [1000, 1002]

@@ -54,6 +54,10 @@ def weights(output, step):
     return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
 
 
+def opened(run, world, folder):
+    return train.open_source(run, world, folder, train.read_tokenizer(run.data.tokenizer_dir))
+
+
 def shared(world, path):
     return Path(world.comm.bcast(str(path)))
 
@@ -130,7 +134,7 @@ def test_a_run_stopped_by_an_error_continues_bit_for_bit(world, prepared, tmp_pa
 def test_every_validation_sample_counts_once(world, prepared, tmp_path):
     run = settings(prepared, shared(world, tmp_path) / "run", **{"train.max_steps": 2})
     results = train.train(run, world)
-    validation = train.open_source(run, world, run.data.validation, run.data.tokenizer_dir)
+    validation = opened(run, world, run.data.validation)
     net = train.model.load(results["checkpoint"], "masked_lm")
     for width in (1, 5, 1000):
         scores = evaluate.evaluate(net, validation, world, width, "fp32")
@@ -145,7 +149,7 @@ def test_every_validation_sample_counts_once(world, prepared, tmp_path):
 @pytest.mark.mpi()
 def test_ranks_share_the_global_batch_without_overlap(world, prepared, tmp_path):
     run = settings(prepared, shared(world, tmp_path))
-    source = train.open_source(run, world, run.data.train, run.data.tokenizer_dir)
+    source = opened(run, world, run.data.train)
     mine = source.training_step(24, world.rank, world.size, run.train)
     alone = source.training_step(24, 0, 1, run.train)
     everybody = world.comm.allgather([(b.seed, b.input_ids.tolist(), b.labels.tolist()) for b in mine])
@@ -196,11 +200,40 @@ def test_a_run_is_not_overwritten_unasked(world, prepared, tmp_path):
     assert len(losses(run.run.output_dir)) == 2
 
 
-def test_a_folder_that_is_no_run_is_never_overwritten(world, prepared, tmp_path):
+@pytest.mark.parametrize("how", [{"overwrite": True}, {"resume": True}, {}])
+def test_a_folder_that_is_no_run_is_never_touched(world, prepared, tmp_path, how):
     (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "config.toml").write_text("[mine]")
     with pytest.raises(CannotCreate, match="holds no run of hpcllm"):
-        train.train(settings(prepared, tmp_path), world, overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+        train.train(settings(prepared, tmp_path), world, **how)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "thesis.tex": "years of work",
+        "config.toml": "[mine]",
+    }
+
+
+@pytest.mark.mpi()
+def test_a_run_that_is_over_keeps_its_results_and_can_be_made_longer(world, prepared, tmp_path):
+    base = shared(world, tmp_path) / "run"
+    few = {"train.global_batch_size": world.size, "train.max_steps": 2, "train.warmup_steps": 0}
+    results = train.train(settings(prepared, base, **few), world)
+    assert train.train(settings(prepared, base, **few), world, resume=True) == results
+    with pytest.raises(UsageError, match=r"checkpoint-2 is beyond train.max_steps \(1\)"):
+        train.train(settings(prepared, base, **{**few, "train.max_steps": 1}), world, resume=True)
+    assert json.loads((base / "results.json").read_text()) == results
+    with pytest.raises(UsageError, match=r"--resume .* --overwrite"):
+        train.train(settings(prepared, base, **few), world, resume=True, overwrite=True)
+    world.comm.Barrier()
+    if world.is_root:  # killed between the last checkpoint and the results
+        (base / "results.json").unlink()
+        (base / ".checkpoint-2.x.tmp").mkdir()
+    world.comm.Barrier()
+    assert train.train(settings(prepared, base, **few), world, resume=True)["eval_loss"] == results["eval_loss"]
+    assert train.train(settings(prepared, base, **{**few, "train.max_steps": 3}), world, resume=True)["step"] == 3
+    if world.is_root:
+        assert sorted(p.name for p in base.glob(".*")) == []
+        starts = [json.loads(line) for line in (base / "events.jsonl").read_text().splitlines()]
+        assert [(e["step"], e["restart"]) for e in starts if e["event"] == "start"] == [(0, 0), (2, 1), (2, 2)]
 
 
 @pytest.mark.mpi()
@@ -230,6 +263,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(world, prepa
     })  # fmt: skip
     with pytest.raises(Diverged, match=r"diverged at learning rate 1e\+30; newest checkpoint: "):
         train.train(run, world)
+    records = (Path(run.run.output_dir) / "metrics.jsonl").read_text()
+    assert json.loads(records.splitlines()[-1])["loss"] is None and "NaN" not in records
     for saved in (tmp_path / "run").glob("checkpoint-*") if world.is_root else []:
         assert all(bool(torch.isfinite(t).all()) for t in load_file(saved / "model.safetensors").values())
 

@@ -9,9 +9,10 @@ import os
 
 import numpy as np
 
+from ..files import failing_as_io
 from ..mpi import on_root, together
 from . import shards
-from .scratch import COPY_BYTES, disk
+from .scratch import COPY_BYTES
 
 # Blocks whose CRCs a rank computes in one turn.
 _SCAN_BLOCKS = 64
@@ -58,7 +59,7 @@ def write_part(comm, folder, part, spool, unit_count, facts, shard_tokens):
 
     paths = [os.path.join(target, shards.name(index)) for index in range(len(slots))]
     offsets = _create(comm, target, paths, sizes, facts)
-    with together(comm), disk(target), open(spool.paths[part], "rb", buffering=0) as source:
+    with together(comm), failing_as_io(target), open(spool.paths[part], "rb", buffering=0) as source:
         # In the order of shards, so that each is opened once and reaches the disk once.
         for index, mine in _by_shard(placed, shard_of):
             with open(paths[index], "r+b", buffering=0) as file:
@@ -100,7 +101,7 @@ def _by_shard(placed, shard_of):
 def _create(comm, target, paths, sizes, facts):
     """One rank makes each file, its last document offset already in it; returns the data sets' offsets of all files."""
     made = {}
-    with together(comm), disk(target):
+    with together(comm), failing_as_io(target):
         for index in range(comm.rank, len(paths), comm.size):
             tokens, documents = sizes[index].tolist()
             made[index] = shards.create(paths[index], token_count=tokens, document_count=documents, **facts)
@@ -127,7 +128,7 @@ def _finish(comm, target, paths, offsets, sizes, dtype):
         blocks = -(-tokens * dtype.itemsize // shards.BLOCK_BYTES)
         tasks += [(index, first, min(first + _SCAN_BLOCKS, blocks)) for first in range(0, blocks, _SCAN_BLOCKS)]
     scanned = []
-    with together(comm), disk(target):
+    with together(comm), failing_as_io(target):
         for index, first, last in tasks[comm.rank :: comm.size]:
             offset, tokens = offsets[index]["tokens"], int(sizes[index, 0])
             scanned.append((index, first, *shards.scan(paths[index], offset, dtype, tokens, first, last)))
@@ -136,7 +137,7 @@ def _finish(comm, target, paths, offsets, sizes, dtype):
         crcs.setdefault(index, []).extend(part_crcs)
         highest[index] = max(highest.get(index, 0), part_highest)
     entries = {}
-    with together(comm), disk(target):
+    with together(comm), failing_as_io(target):
         for index in range(comm.rank, len(paths), comm.size):
             entries[index] = shards.finish(paths[index], crcs[index], highest[index])
     entries = {index: entry for each in comm.allgather(entries) for index, entry in each.items()}
@@ -144,10 +145,10 @@ def _finish(comm, target, paths, offsets, sizes, dtype):
 
 
 def _make_folder(target):
-    with disk(target):
+    with failing_as_io(target):
         os.mkdir(target)
 
 
 def _manifest(target, entries, facts):
-    with disk(target):
+    with failing_as_io(target):
         return shards.write_manifest(target, entries, **facts)

@@ -13,7 +13,7 @@ import sys
 import time
 
 from ..errors import CannotCreate, DataError, UsageError
-from ..files import sync_file
+from ..files import failing_as_io, sync_file
 from ..mpi import agree, on_root, together
 from . import scratch, shards, text, tokenizer
 from .layout import write_part
@@ -40,8 +40,9 @@ def prepare(
     """Write `output`/train, `output`/validation (when a fraction is asked for) and `output`/tokenizer; collective.
 
     inputs: paths and globs. tokenizer: a Hugging Face tokenizer folder; None trains one of tokenizer_kind.
-    document_separator: "newline" or "blank-line", for plain text. shard_tokens: a shard takes documents until it
-    has this many tokens; no document is divided. Returns a summary (dict), the same on every rank.
+    document_separator: "newline" or "blank-line", for plain text. shard_tokens: a shard ends with the
+    document in which it reaches a multiple of this; no document is divided.
+    Returns a summary (dict), the same on every rank.
     Raises a Refusal, the same on every rank, and then leaves nothing behind.
     """
     comm, began = world.comm, time.monotonic()
@@ -162,7 +163,7 @@ def _tokenizer_on_all(comm, folder, choice, units, reading, split):
 def _make_tokenizer(folder, choice, units, reading, split):
     given, kind, vocab_size = choice
     target = os.path.join(folder, TOKENIZER)
-    with scratch.disk(target):
+    with failing_as_io(target):
         if given is None:
             tokenizer.save(tokenizer.train(kind, vocab_size, lambda: sample(units, reading, split)), kind, target)
         else:

@@ -3,21 +3,11 @@
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
 
-from ..errors import CannotCreate, IOFailure
-from ..files import sync_folder
+from ..errors import CannotCreate
+from ..files import failing_as_io, sync_folder, umask
 
 COPY_BYTES = 8 << 20
-
-
-@contextmanager
-def disk(path):
-    """An error of the file system inside becomes an IOFailure (74) that names the place."""
-    try:
-        yield
-    except OSError as error:
-        raise IOFailure(f"{error.filename or path}: {error.strerror or error}") from None
 
 
 def make(output):
@@ -26,9 +16,7 @@ def make(output):
     try:
         os.makedirs(parent, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=f".{label}.partial-", dir=parent)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(folder, 0o777 & ~mask)  # mkdtemp is private; the result follows the user's umask
+        os.chmod(folder, 0o777 & ~umask())  # mkdtemp is private; the result follows the user's umask
     except OSError as error:
         raise CannotCreate(f"output: {output} cannot be created in {parent}: {error.strerror}") from None
     return folder
@@ -45,7 +33,7 @@ def leftovers(output):
 def publish(folder, output, overwrite):
     """Give the finished folder its name. What it replaces is moved aside first and deleted last."""
     output = os.path.abspath(output)
-    with disk(output):
+    with failing_as_io(output):
         sync_folder(folder)
         aside = None
         if os.path.lexists(output):

@@ -23,6 +23,7 @@ import zlib
 import numpy as np
 
 from ..errors import DataError, MissingInput, UsageError
+from ..files import sync_file, sync_folder
 from .stream import BLOCK_BYTES, CollectiveStream, TokenStream
 
 FORMAT = "hpcllm tokens"
@@ -132,10 +133,10 @@ def finish(path, crcs, highest_id):
     with h5py.File(path, "r+", libver=LIBVER, locking=LOCKING) as file:
         file["token_crc32"][:] = np.asarray(crcs, np.uint32)
         file.attrs.modify("highest_id", np.int64(highest_id))
-    _sync(path)
+    sync_file(path)
     with h5py.File(path, "r+", libver=LIBVER, locking=LOCKING) as file:
         file.attrs.modify("complete", np.uint8(1))
-    _sync(path)
+    sync_file(path)
     return entry(path)
 
 
@@ -183,7 +184,7 @@ def write_manifest(folder, entries, *, vocab_size, separator_id, tokenizer_hash)
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + ".partial", path)
-    _sync(folder)
+    sync_folder(folder)
     return manifest
 
 
@@ -201,14 +202,6 @@ def _crc_without_tokens(path, shard):
                 crc = zlib.crc32(content, crc)
                 start += len(content)
     return crc
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- checking ----------------------------------------------------------------------------------------------------
@@ -338,7 +331,7 @@ def open_folder(folder, *, reader="mapped", comm=None):
     """
     folder = os.fspath(folder)
     if reader not in ("mapped", "mpio"):
-        raise UsageError(f'reader: "{reader}" is not one of "mapped", "mpio"')
+        raise UsageError(f'reader: "{reader}" is not one of "mapped", "mpio"').known_to_all()
     if comm is None:
         manifest = read_manifest(folder)
         for shard in manifest["shards"]:
@@ -358,7 +351,7 @@ def open_folder(folder, *, reader="mapped", comm=None):
         raise UsageError(
             f'reader: "mpio" needs an h5py built with parallel HDF5; this one ({h5py.__version__}, HDF5 '
             f'{h5py.version.hdf5_version}) was built without. Use "mapped", which reads at least as fast'
-        )
+        ).known_to_all()
     if comm is None:
         raise UsageError('reader: "mpio" reads collectively and needs the communicator of the ranks that read')
 

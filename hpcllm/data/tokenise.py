@@ -10,10 +10,11 @@ import os
 import numpy as np
 
 from ..errors import Refusal
+from ..files import failing_as_io
 from ..mpi import agree
 from . import shards, text
 from .progress import Progress
-from .scratch import COPY_BYTES, disk
+from .scratch import COPY_BYTES
 
 # Characters that go to the tokenizer at once: bounds the memory of its results, about 60 bytes a character.
 BATCH_CHARACTERS = 1 << 20
@@ -93,7 +94,7 @@ def tokenise(comm, folder, units, reading, encoder, facts, split):
     mine = share([unit.weight for unit in units], comm.size)[comm.rank]
     progress = Progress(comm, "prepare", sum(unit.stop - unit.start for unit in units))
     try:
-        with disk(folder):
+        with failing_as_io(folder):
             spool = Spool(folder, comm.rank, split.parts, shards.token_dtype(facts["vocab_size"]))
             _tokenise_units(spool, mine, units, reading, encoder, facts["separator_id"], split, progress)
             spool.close()

@@ -207,9 +207,9 @@ def folder_hash(folder):
     return tokenizer_hash(load(folder))
 
 
-def check_same(stream, folder):
-    """Raise DataError unless the shards of `stream` were made with the tokenizer in `folder`."""
-    theirs, ours = stream.tokenizer_hash, folder_hash(folder)
+def check_same(stream, folder, ours=None):
+    """Raise DataError unless the shards of `stream` were made with the tokenizer in `folder` (of hash `ours`)."""
+    theirs, ours = stream.tokenizer_hash, ours or folder_hash(folder)
     if theirs != ours:
         raise DataError(
             f"data: {stream.folder} was tokenised by another tokenizer (hash {theirs[:12]}) than the one in "

@@ -1,5 +1,7 @@
 """Data parallelism: every rank holds the whole model and computes its part of the global batch."""
 
+import inspect
+
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -9,7 +11,10 @@ def replicate(model, group):
 
     The sum, not DDP's mean: the loss is divided once, by the global number of targets, so nothing else may divide.
     """
-    replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+    # Buffers are constants in these models; sending them in every forward would be wasted.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    quiet = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}  # 2.13, before
+    replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True, **quiet)
     replica.register_comm_hook(group, _sum)
     return replica
 

@@ -6,8 +6,6 @@ one token, so that every token of the stream but the first is a target once an e
 
 from . import masked_lm
 
-loss_sum = masked_lm.loss_sum  # labels are shifted here, in `rows`, so the loss is that of any token classifier
-
 
 def model_class():
     """The transformers class that builds and loads models for this task."""
@@ -28,3 +26,9 @@ def span(sequence_length):
 def rows(tokens, keys, vocabulary, mlm_probability):
     """(input_ids, labels), int64 [B, sequence_length]: labels[:, t] is the token after input_ids[:, t]."""
     return tokens[:, :-1].copy(), tokens[:, 1:].copy()
+
+
+def loss_sum(model, input_ids, labels, score=False):
+    """As `masked_lm.loss_sum`: labels are shifted in `rows`, so the loss is that of any classifier of tokens."""
+    # The keys and values that generation would keep are of no use here, and cost memory.
+    return masked_lm.loss_sum(model, input_ids, labels, score, use_cache=False)
