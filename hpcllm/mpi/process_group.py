@@ -163,6 +163,11 @@ def _pieces(host):
         yield _units(flat[start : start + step])
 
 
+def _apart(sent, received):
+    """`sent`, or a copy where it shares memory with `received` (FSDP2 gathers in place), which MPI forbids."""
+    return sent.clone() if sent.untyped_storage().data_ptr() == received.untyped_storage().data_ptr() else sent
+
+
 def _same_dtype(what, *tensors):
     """MPI moves bytes, so tensors of different dtypes would arrive as nonsense."""
     dtypes = {tensor.dtype for tensor in tensors}
@@ -216,6 +221,12 @@ class MpiProcessGroup(dist.ProcessGroup):
     _set_group_name, _set_group_desc = setGroupName, setGroupDesc
     group_name = property(getGroupName)
     group_desc = property(getGroupDesc)
+
+    # torch 2.15 asks a group for the backend of a device, and that for what it can do.
+    supports_coalescing = supports_splitting = False
+
+    def _get_backend(self, device=None):
+        return self
 
     def shutdown(self):
         """Free the communicator (collective over the group). Further calls on the group fail."""
@@ -285,7 +296,8 @@ class MpiProcessGroup(dist.ProcessGroup):
         _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
         host = to_host(output, copy_in=False)
         receive = [_units(host)[0], count, _UNIT[tensor.element_size()]]
-        self.comm.Allgather(_units(to_host(tensor)), receive)
+        send = _units(_apart(to_host(tensor), host))
+        self.comm.Allgather(send, receive)
         from_host(host, output)
         return Done([output])
 
@@ -396,7 +408,9 @@ class MpiProcessGroup(dist.ProcessGroup):
             return [n * row for n in rows]
 
         host = to_host(output, copy_in=False)
-        self._all_to_all(host, to_host(tensor), counts(output_splits, output), counts(input_splits, tensor))
+        self._all_to_all(
+            host, _apart(to_host(tensor), host), counts(output_splits, output), counts(input_splits, tensor)
+        )
         from_host(host, output)
         return Done([output])
 

@@ -141,6 +141,19 @@ def test_conjugated_and_negated_views_are_sent_as_they_mean(world):
             assert torch.equal(output, expected)
 
 
+def test_the_input_may_be_a_part_of_the_output(world):
+    output = torch.full((world.size, 3), -1.0)
+    output[world.rank] = world.rank
+    dist.all_gather_into_tensor(output, output[world.rank])
+    assert output.tolist() == [[float(rank)] * 3 for rank in range(world.size)]
+    exchanged = torch.arange(world.size) + 10 * world.rank
+    dist.all_to_all_single(exchanged, exchanged)
+    assert exchanged.tolist() == [10 * rank + world.rank for rank in range(world.size)]
+    summed = torch.arange(world.size) + 10 * world.rank
+    dist.reduce_scatter_tensor(summed[:1], summed)
+    assert summed[0] == sum(10 * rank + world.rank for rank in range(world.size))
+
+
 def test_tensors_that_need_gradients_are_filled_in_place(world):
     weight = torch.nn.Parameter(torch.full((3,), float(world.rank)))
     dist.broadcast(weight, world.size - 1)
