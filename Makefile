@@ -27,9 +27,11 @@ demo: venv
 	@$(RANKED); \
 	[ -f corpus/python.jsonl ] || python -m hpcllm.data.corpus --output corpus/python.jsonl; \
 	[ -d corpus/demo ] || launch hpcllm prepare --input corpus/python.jsonl --jsonl-field text --output corpus/demo \
-	    --tokenizer-kind wordpiece --vocab-size 8000 --validation-fraction 0.02; \
+	    --tokenizer-kind wordpiece --vocab-size 4000 --validation-fraction 0.05; \
 	launch hpcllm train slurm/train_bert.toml --overwrite run.output_dir=$(DEMO) \
-	    data.train=corpus/demo/train data.validation=corpus/demo/validation; \
+	    data.train=corpus/demo/train data.validation=corpus/demo/validation train.max_steps=800 train.warmup_steps=80 \
+	    train.sequence_length=64 train.global_batch_size=64 train.micro_batch_size=16 train.learning_rate=3e-3 \
+	    train.log_every_steps=50; \
 	launch hpcllm evaluate $(DEMO) --output $(DEMO)/eval_results.json --overwrite; \
 	launch hpcllm predict $(DEMO) --text "Return the [MASK] of the list." \
 	    --text "Raise an [MASK] if the file does not exist." --text "This [MASK] is called when the thread ends."; \
