@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import clean_environment
+from launching import clean_environment
 
 import hpcllm.mpi
 

