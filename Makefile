@@ -46,11 +46,11 @@ test-mpi: venv
 	@for n in 2 3 4; do $(MAKE) --no-print-directory RANKS=$$n test-ranks || exit; done
 
 test-ranks: venv
-	@$(RANKED); launch python -m pytest -q -m mpi
+	@$(RANKED); launch python -m pytest -q --color=no -m mpi
 
 # The collective tests again, on another MPI: MPICH from PyPI, in .venv-mpich.
 test-mpich: venv
-	@bash tests/mpi/mpich.sh mpirun -np 3 .venv/bin/python -m pytest -q -m mpi tests/mpi tests/test_train.py
+	@bash tests/mpi/mpich.sh mpirun -np 3 .venv/bin/python -m pytest -q --color=no -m mpi tests/mpi tests/test_train.py
 
 test-slurm: venv
 	bash tests/slurm/run.sh
