@@ -142,8 +142,8 @@ def _alive():
     return not MPI.Is_finalized()
 
 
-def _remove_segments():
-    """Unlink the shared-memory files that MPI has mapped here: an MPI that is aborted leaves them behind."""
+def remove_segments():
+    """Unlink the shared-memory files that MPI has mapped here, which it would leave behind."""
     with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "/dev/shm/" in line}
         for path in paths:
@@ -159,8 +159,7 @@ def end_all(code):
     if _alive():
         from mpi4py import MPI
 
-        _remove_segments()
-
+        remove_segments()
         # Not the world's own communicator: MPICH's mpiexec would often return 9 (the others' SIGKILL) for `code`.
         MPI.COMM_WORLD.Abort(code)
     os._exit(code)  # some libraries return from MPI_Abort before the signal arrives
@@ -213,6 +212,8 @@ def _goodbye():
     """A rank that has come to its end waits here (and not, as in MPI_Finalize, with a busy core) for the others."""
     if _alive():
         _all_leave(0, float("inf"))
+        if _State.world.size == 1:
+            remove_segments()  # Open MPI leaves that of a process without mpirun even after MPI_Finalize
 
 
 # ---- uncaught exceptions

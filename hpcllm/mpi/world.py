@@ -80,6 +80,7 @@ def join():
         comm = MPI.COMM_WORLD.Dup()
         sentence = launcher.lone_world(started_by, started, comm.size, library, path)
     if sentence:
+        abort.remove_segments()
         raise UsageError(sentence).known_to_all()
 
     host = socket.gethostname()
