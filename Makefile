@@ -39,6 +39,7 @@ demo: venv
 	echo "Log of every step: $(DEMO)/metrics.jsonl   Scores: $(DEMO)/eval_results.json   Shards: corpus/demo/"
 
 test: venv
+	bash tests/mpi/mpich.sh
 	.venv/bin/python -m pytest -m "not slurm"
 	@$(MAKE) --no-print-directory test-mpi test-mpich
 
@@ -50,6 +51,7 @@ test-ranks: venv
 
 # The collective tests again, on another MPI: MPICH from PyPI, in .venv-mpich.
 test-mpich: venv
+	bash tests/mpi/mpich.sh .venv/bin/python -m pytest -q tests/mpi/test_leaving.py
 	@bash tests/mpi/mpich.sh mpirun -np 3 .venv/bin/python -m pytest -q --color=no -m mpi tests/mpi tests/test_train.py
 
 test-slurm: venv

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from . import files, terminal
-from .mpi import process_group
+from .mpi import work
 
 
 class Clock:
@@ -26,7 +26,7 @@ class Clock:
 
     def start(self):
         self._began = time.perf_counter()
-        self._communicated = process_group.communication_s()
+        self._communicated = work.communication_s()
         self.data_s = 0.0
 
     @contextmanager
@@ -38,7 +38,7 @@ class Clock:
     def collect(self, loss_sum):
         """(loss summed over ranks, dict of times and memory: the largest over ranks). Collective; ends the step."""
         step_s = time.perf_counter() - self._began
-        communication_s = process_group.communication_s() - self._communicated
+        communication_s = work.communication_s() - self._communicated
         slowest = torch.tensor(
             [step_s, self.data_s, step_s - self.data_s - communication_s, communication_s, memory_bytes()],
             dtype=torch.float64,

@@ -2,14 +2,11 @@
 
 A Python subclass of torch's ProcessGroup with one MPI communicator of its own. Collectives run inline and
 are complete when they return (MPI libraries do not progress them in the background without a spare core);
-send and receive are MPI requests that complete in `wait`. What adds up is in `reduce`, which memory MPI may
-touch in `device`. Spellings of torch 2.11 to 2.13 are both served, by aliases at the end of the class.
+send and receive are MPI requests that complete in `wait` (`work`). What adds up is in `reduce`, which memory MPI
+may touch in `device`. Spellings of torch 2.11 to 2.13 are both served, by aliases at the end of the class.
 """
 
-import threading
-import time
 import zlib
-from functools import wraps
 
 import torch
 import torch.distributed as dist
@@ -17,19 +14,13 @@ from mpi4py import MPI
 
 from . import reduce
 from .device import from_host, to_host
+from .work import Done, Pending, timed
 
 BACKEND = "mpi4py"
 
 # MPI-3 counts are C ints; broadcasts and messages are cut into pieces of this many bytes (whole elements of any dtype).
 MOVE_CHUNK_BYTES = 1 << 30
 _UNIT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
-
-_communication_s = 0.0
-
-
-def communication_s():
-    """Seconds this process has spent inside communication calls since it started."""
-    return _communication_s
 
 
 def register(comm):
@@ -51,98 +42,6 @@ def register(comm):
         return MpiProcessGroup(sub, options.group_id)
 
     dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
-
-
-def _timed(method):
-    @wraps(method)
-    def timed(*args, **kwargs):
-        global _communication_s
-        start = time.perf_counter()
-        try:
-            return method(*args, **kwargs)
-        finally:
-            _communication_s += time.perf_counter() - start
-
-    return timed
-
-
-class Done(dist.Work):
-    """The handle of a collective that is complete."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self._tensors = tensors
-
-    def wait(self, timeout=None):
-        return True
-
-    def is_completed(self):
-        return True
-
-    def is_success(self):
-        return True
-
-    def exception(self):
-        return None
-
-    def synchronize(self):
-        self.wait()
-
-    block_current_stream = synchronize
-
-    def result(self):
-        return self._tensors
-
-    def get_future(self):
-        self.wait()
-        devices = sorted({t.device for t in self._tensors if t.device.type == "cuda"}, key=str)
-        future = torch.futures.Future(devices=devices) if devices else torch.futures.Future()
-        future.set_result(self._tensors)
-        return future
-
-
-class Pending(Done):
-    """The handle of a send or receive. Keeps the buffer alive; a received tensor is filled in by `wait`."""
-
-    def __init__(self, tensor, host, requests, receives):
-        super().__init__([tensor])
-        self._host, self._requests, self._receives = host, requests, receives
-        self._statuses = [MPI.Status() for _ in requests]
-        # MPI forbids two threads to wait for one request; autograd and the group itself may ask beside the owner.
-        self._asking = threading.Lock()
-
-    @_timed
-    def wait(self, timeout=None):
-        with self._asking:
-            if self._requests:
-                MPI.Request.Waitall(self._requests, self._statuses)
-                self._finish()
-        return True
-
-    def is_completed(self):
-        if not self._asking.acquire(blocking=False):
-            return False  # another thread is waiting
-        try:
-            if self._requests and MPI.Request.Testall(self._requests, self._statuses):
-                self._finish()
-            return not self._requests
-        finally:
-            self._asking.release()
-
-    def is_success(self):
-        return self.is_completed()
-
-    def source_rank(self):
-        self.wait()
-        return self._statuses[0].Get_source()
-
-    _source_rank = source_rank
-
-    def _finish(self):
-        self._requests = []
-        if self._receives:
-            from_host(self._host, self._tensors[0])
-        self._host = None
 
 
 def _units(host):
@@ -236,7 +135,7 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     # ---- one tensor to or from all
 
-    @_timed
+    @timed
     def broadcast(self, tensors, opts):
         for tensor in tensors:
             host = to_host(tensor, copy_in=opts.rootRank == self.comm.rank)
@@ -245,7 +144,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             from_host(host, tensor)
         return Done(tensors)
 
-    @_timed
+    @timed
     def allreduce(self, tensors, opts):
         kind, factor = reduce.kind_of(opts.reduceOp)
         for tensor in tensors:
@@ -254,7 +153,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             from_host(host, tensor)
         return Done(tensors)
 
-    @_timed
+    @timed
     def reduce(self, tensors, opts):
         kind, factor = reduce.kind_of(opts.reduceOp)
         for tensor in tensors:
@@ -276,20 +175,20 @@ class MpiProcessGroup(dist.ProcessGroup):
         for output, part in zip(outputs, gathered.split(counts), strict=True):
             output.detach().copy_(part.view(output.shape))
 
-    @_timed
+    @timed
     def allgather(self, outputs, inputs, opts=None):
         for parts, tensor in zip(outputs, inputs, strict=True):
             self._all_gather(parts, tensor)
         return Done([part for parts in outputs for part in parts])
 
-    @_timed
+    @timed
     def allgather_coalesced(self, outputs, inputs, opts=None):
         # outputs[rank][i] receives inputs[i] of that rank
         for i, tensor in enumerate(inputs):
             self._all_gather([parts[i] for parts in outputs], tensor)
         return Done([part for parts in outputs for part in parts])
 
-    @_timed
+    @timed
     def all_gather_single(self, output, tensor, opts=None):
         count = tensor.numel()
         _same_dtype("all_gather", tensor, output)
@@ -306,7 +205,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             self.all_gather_single(output, tensor, opts)
         return Done(outputs)
 
-    @_timed
+    @timed
     def gather(self, outputs, inputs, opts):
         root = opts.rootRank == self.comm.rank
         for i, tensor in enumerate(inputs):
@@ -323,7 +222,7 @@ class MpiProcessGroup(dist.ProcessGroup):
                     output.detach().copy_(part.view(output.shape))
         return Done([part for parts in outputs for part in parts])
 
-    @_timed
+    @timed
     def scatter(self, outputs, inputs, opts):
         root = opts.rootRank == self.comm.rank
         for i, output in enumerate(outputs):
@@ -345,7 +244,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         kind, factor = reduce.kind_of(opts.reduceOp)
         output.detach().copy_(reduce.reduce_scatter(self.comm, blocks, kind, factor).view(output.shape))
 
-    @_timed
+    @timed
     def reduce_scatter(self, outputs, inputs, opts):
         for output, parts in zip(outputs, inputs, strict=True):
             _same_dtype("reduce_scatter", output, *parts)
@@ -362,7 +261,7 @@ class MpiProcessGroup(dist.ProcessGroup):
                 self._reduce_scatter(output, torch.stack([to_host(part).view(-1) for part in parts]), opts)
         return Done(outputs)
 
-    @_timed
+    @timed
     def reduce_scatter_single(self, output, tensor, opts):
         _same_dtype("reduce_scatter", output, tensor)
         _same_numel("reduce_scatter: the input", tensor.numel(), output.numel() * self.comm.size)
@@ -385,7 +284,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             [_units(sent)[0], list(send_counts), unit], [_units(received)[0], list(receive_counts), unit]
         )
 
-    @_timed
+    @timed
     def alltoall(self, outputs, inputs, opts=None):
         _same_dtype("all_to_all", *outputs, *inputs)
         sent = torch.cat([_bytes(part) for part in inputs]).view(inputs[0].dtype)
@@ -396,7 +295,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             output.detach().copy_(part.view(output.shape))
         return Done(outputs)
 
-    @_timed
+    @timed
     def all_to_all_single(self, output, tensor, output_splits, input_splits, opts=None):
         _same_dtype("all_to_all_single", output, tensor)
 
@@ -416,7 +315,7 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     # ---- point to point
 
-    @_timed
+    @timed
     def send(self, tensors, destination, tag):
         (tensor,) = tensors
         host = to_host(tensor)
@@ -428,7 +327,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         self._under_way = [pending for pending in self._under_way if not pending.is_completed()] + [work]
         return work
 
-    @_timed
+    @timed
     def recv(self, tensors, source, tag):
         (tensor,) = tensors
         host = to_host(tensor, copy_in=False)
@@ -442,7 +341,7 @@ class MpiProcessGroup(dist.ProcessGroup):
     def recv_anysource(self, tensors, tag):
         return self.recv(tensors, MPI.ANY_SOURCE, tag)
 
-    @_timed
+    @timed
     def barrier(self, opts=None):
         self.comm.Barrier()
         return Done([])
