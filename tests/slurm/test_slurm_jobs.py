@@ -111,7 +111,7 @@ def test_a_launcher_that_mpi_does_not_know_is_refused_with_the_cure(cluster, mod
     job = cluster.wait(number, timeout_s=60)
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), job["log"]
     assert job["log"].count("start with `srun --mpi=pmix` (Open MPI)") == 1
-    assert job["RunTime"] < "00:00:05"
+    assert job["RunTime"] < "00:00:20"  # 2 s on an idle machine, and not the minutes of ranks that wait for each other
 
 
 def test_a_job_script_that_is_copied_away_says_what_it_misses(cluster, job_folder):
