@@ -83,13 +83,17 @@ def to_host(tensor, *, copy_in=True):
     copy_in: False where MPI will overwrite all of it, which saves the copy. Raises TypeError for tensors whose
     memory is not one array of elements (sparse, meta).
     """
-    tensor = tensor.detach()
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
-        raise TypeError(f"hpcllm.mpi cannot send a tensor of layout {tensor.layout} on device {tensor.device}")
+    strided = tensor.layout is torch.strided
     # A conjugated or negated view holds other numbers than it means; copying it resolves that.
-    if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+    if strided and tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        if tensor.requires_grad:
+            tensor = tensor.detach()
         # Tensors of no or one element count as contiguous whatever their strides say.
-        return tensor if tensor.numel() > 1 else tensor.as_strided(tensor.shape, (1,) * tensor.dim())
+        ones = tensor.numel() > 1 or tensor.stride() == (1,) * tensor.dim()
+        return tensor if ones else tensor.as_strided(tensor.shape, (1,) * tensor.dim())
+    if not strided or tensor.is_meta:
+        raise TypeError(f"hpcllm.mpi cannot send a tensor of layout {tensor.layout} on device {tensor.device}")
+    tensor = tensor.detach()
     staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
     if copy_in:
         # Blocking: ordered after the work on the current stream of the tensor's device, complete before MPI reads.

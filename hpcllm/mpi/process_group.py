@@ -2,8 +2,9 @@
 
 A Python subclass of torch's ProcessGroup with one MPI communicator of its own. Collectives run inline and
 are complete when they return (MPI libraries do not progress them in the background without a spare core);
-send and receive are MPI requests that complete in `wait` (`work`). What adds up is in `reduce`, which memory MPI
-may touch in `device`. Spellings of torch 2.11 to 2.13 are both served, by aliases at the end of the class.
+send and receive are MPI requests that complete in `wait` (`work`). What adds up is in `reduce`, what ranks of one host
+do in memory that they share in `shared`, which memory MPI may touch in `device`. Spellings of torch 2.11 to 2.13 are
+both served, by aliases at the end of the class.
 """
 
 import zlib
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-from . import reduce
+from . import reduce, shared
 from .device import from_host, to_host
 from .work import Done, Pending, timed
 
@@ -50,8 +51,9 @@ def _units(host):
     return [host.reshape(-1).view(torch.uint8).numpy(), host.numel(), _UNIT[size]]
 
 
-def _bytes(tensor):
-    return to_host(tensor).reshape(-1).view(torch.uint8)
+def _bytes(host):
+    """A contiguous CPU tensor as flat uint8."""
+    return host.reshape(-1).view(torch.uint8)
 
 
 def _pieces(host):
@@ -90,6 +92,13 @@ class MpiProcessGroup(dist.ProcessGroup):
         self.comm = comm
         self._name, self._description = name, "undefined"
         self._under_way = []
+        self._arranged, self._shared = False, None
+
+    def _neighbours(self):
+        """shared.Shared of this group, or None; found out by its first collective call, which is one of all ranks."""
+        if not self._arranged:
+            self._shared, self._arranged = shared.arrange(self.comm), True
+        return self._shared
 
     # ---- names: DeviceMesh and the functional collectives find groups by these
 
@@ -130,6 +139,9 @@ class MpiProcessGroup(dist.ProcessGroup):
     def shutdown(self):
         """Free the communicator (collective over the group). Further calls on the group fail."""
         self._under_way = [pending for pending in self._under_way if not pending.is_completed()]
+        if self._shared is not None:
+            self._shared.free()
+            self._shared = None
         if self.comm != MPI.COMM_NULL:
             self.comm.Free()
 
@@ -137,31 +149,38 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     @timed
     def broadcast(self, tensors, opts):
+        neighbours = self._neighbours()
         for tensor in tensors:
             host = to_host(tensor, copy_in=opts.rootRank == self.comm.rank)
-            for piece in _pieces(host):
-                self.comm.Bcast(piece, root=opts.rootRank)
+            if neighbours is not None and neighbours.across is None:
+                neighbours.broadcast(_bytes(host), opts.rootRank)
+            else:
+                for piece in _pieces(host):
+                    self.comm.Bcast(piece, root=opts.rootRank)
             from_host(host, tensor)
+        return Done(tensors)
+
+    def _reduce(self, tensors, op, root=None):
+        kind, factor = reduce.kind_of(op)
+        neighbours = self._neighbours()
+        for tensor in tensors:
+            host = to_host(tensor)
+            values, how = reduce.arithmetic(host, kind)
+            if neighbours is not None:
+                neighbours.all_reduce(values, how, factor, root)
+            else:
+                reduce.reduce(self.comm, values, how, values, factor, self.comm.size, root)
+            if root is None or root == self.comm.rank:
+                from_host(host, tensor)
         return Done(tensors)
 
     @timed
     def allreduce(self, tensors, opts):
-        kind, factor = reduce.kind_of(opts.reduceOp)
-        for tensor in tensors:
-            host = to_host(tensor)
-            reduce.all_reduce(self.comm, host, kind, factor)
-            from_host(host, tensor)
-        return Done(tensors)
+        return self._reduce(tensors, opts.reduceOp)
 
     @timed
     def reduce(self, tensors, opts):
-        kind, factor = reduce.kind_of(opts.reduceOp)
-        for tensor in tensors:
-            host = to_host(tensor)
-            reduce.reduce(self.comm, host, kind, opts.rootRank, factor)
-            if opts.rootRank == self.comm.rank:
-                from_host(host, tensor)
-        return Done(tensors)
+        return self._reduce(tensors, opts.reduceOp, opts.rootRank)
 
     # ---- pieces of all to all
 
@@ -193,10 +212,12 @@ class MpiProcessGroup(dist.ProcessGroup):
         count = tensor.numel()
         _same_dtype("all_gather", tensor, output)
         _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
-        host = to_host(output, copy_in=False)
-        receive = [_units(host)[0], count, _UNIT[tensor.element_size()]]
-        send = _units(_apart(to_host(tensor), host))
-        self.comm.Allgather(send, receive)
+        host, neighbours = to_host(output, copy_in=False), self._neighbours()
+        if neighbours is not None:
+            neighbours.all_gather(_bytes(to_host(tensor)), _bytes(host).view(self.comm.size, -1).unbind(0))
+        else:
+            receive = [_units(host)[0], count, _UNIT[tensor.element_size()]]
+            self.comm.Allgather(_units(_apart(to_host(tensor), host)), receive)
         from_host(host, output)
         return Done([output])
 
@@ -231,7 +252,7 @@ class MpiProcessGroup(dist.ProcessGroup):
                 for part in inputs[i]:
                     _same_numel("scatter: an input", part.numel(), output.numel())
             host = to_host(output, copy_in=False)
-            parts = torch.cat([_bytes(part) for part in inputs[i]]) if root else None
+            parts = torch.cat([_bytes(to_host(part)) for part in inputs[i]]) if root else None
             send = [parts.numpy(), output.numel(), _UNIT[output.element_size()]] if root else None
             self.comm.Scatter(send, _units(host), root=opts.rootRank)
             from_host(host, output)
@@ -242,7 +263,14 @@ class MpiProcessGroup(dist.ProcessGroup):
     def _reduce_scatter(self, output, blocks, opts):
         """blocks: contiguous CPU tensor whose first dim has one entry a rank."""
         kind, factor = reduce.kind_of(opts.reduceOp)
-        output.detach().copy_(reduce.reduce_scatter(self.comm, blocks, kind, factor).view(output.shape))
+        host, neighbours = to_host(output, copy_in=False), self._neighbours()
+        values, how = reduce.arithmetic(blocks, kind)
+        values, out = values.view(self.comm.size, -1), reduce.arithmetic(host, kind)[0]
+        if neighbours is not None:
+            neighbours.reduce_scatter(values, how, out, factor)
+        else:
+            reduce.reduce_scatter(self.comm, values, how, out, factor, self.comm.size)
+        from_host(host, output)
 
     @timed
     def reduce_scatter(self, outputs, inputs, opts):
@@ -251,10 +279,9 @@ class MpiProcessGroup(dist.ProcessGroup):
             _same_numel("reduce_scatter: the output", output.numel(), parts[self.comm.rank].numel())
             if any(part.numel() != output.numel() for part in parts):
                 # Ranks hold pieces of different sizes: every piece is summed, and each rank keeps its own.
-                kind, factor = reduce.kind_of(opts.reduceOp)
                 for rank, part in enumerate(parts):
-                    total = to_host(part).clone()
-                    reduce.reduce(self.comm, total, kind, rank, factor)
+                    total = part.detach().clone()
+                    self._reduce([total], opts.reduceOp, rank)
                     if rank == self.comm.rank:
                         output.detach().copy_(total.view(output.shape))
             else:
@@ -279,15 +306,20 @@ class MpiProcessGroup(dist.ProcessGroup):
     # ---- all to all
 
     def _all_to_all(self, received, sent, receive_counts, send_counts):
-        unit = _UNIT[sent.element_size()]
-        self.comm.Alltoallv(
-            [_units(sent)[0], list(send_counts), unit], [_units(received)[0], list(receive_counts), unit]
-        )
+        """received, sent: contiguous CPU tensors of one dtype; counts: elements from and to each rank."""
+        neighbours, size = self._neighbours(), sent.element_size()
+        sent = _apart(sent, received)
+        if neighbours is not None and neighbours.across is None:
+            in_bytes = [[count * size for count in counts] for counts in (send_counts, receive_counts)]
+            neighbours.all_to_all(_bytes(sent), in_bytes[0], _bytes(received), in_bytes[1])
+        else:
+            unit = _UNIT[size]
+            self.comm.Alltoallv([_units(sent)[0], send_counts, unit], [_units(received)[0], receive_counts, unit])
 
     @timed
     def alltoall(self, outputs, inputs, opts=None):
         _same_dtype("all_to_all", *outputs, *inputs)
-        sent = torch.cat([_bytes(part) for part in inputs]).view(inputs[0].dtype)
+        sent = torch.cat([_bytes(to_host(part)) for part in inputs]).view(inputs[0].dtype)
         counts = [output.numel() for output in outputs]
         received = torch.empty(sum(counts), dtype=sent.dtype)
         self._all_to_all(received, sent, counts, [part.numel() for part in inputs])
@@ -307,9 +339,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             return [n * row for n in rows]
 
         host = to_host(output, copy_in=False)
-        self._all_to_all(
-            host, _apart(to_host(tensor), host), counts(output_splits, output), counts(input_splits, tensor)
-        )
+        self._all_to_all(host, to_host(tensor), counts(output_splits, output), counts(input_splits, tensor))
         from_host(host, output)
         return Done([output])
 

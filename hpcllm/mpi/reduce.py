@@ -7,8 +7,12 @@ depends on the library, the message size and an element's place in the buffer. H
 ((r0 + r1) + r2) + ..., whatever bucket it travels in, so a resumed run repeats an uninterrupted one exactly.
 16-bit floats travel as 16 bits, are summed in float32 and rounded once.
 
-Works on contiguous CPU tensors; device buffers are staged by `process_group`.
+Works on flat CPU tensors of a dtype that torch calculates with (see `arithmetic`). Ranks that share memory go through
+`shared`, which folds as this file does; device buffers are staged by `process_group`.
 """
+
+import functools
+import threading
 
 import torch
 import torch.distributed as dist
@@ -21,6 +25,8 @@ BAND, BOR, BXOR, PREMUL_SUM = "BAND", "BOR", "BXOR", "PREMUL_SUM"
 CHUNK_BYTES = 1 << 26
 # Up to this many bytes from all ranks together, one all-gather beats an exchange of slices and a gather.
 GATHER_BYTES = 1 << 17
+# Elements folded at a time, so that partial sums stay in the cache of a core (measured: 65,536 best of 2^14 to 2^18).
+BLOCK = 1 << 16
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _EXACT = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
@@ -30,22 +36,24 @@ _UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64:
 # For booleans, the reduction of 0 and 1 that means the same as torch's on bool.
 _BOOL_KIND = {SUM: MAX, PRODUCT: MIN, MIN: MIN, MAX: MAX, BAND: BAND, BOR: BOR, BXOR: BXOR}
 _FOLD = {
-    SUM: torch.Tensor.add_,
-    AVG: torch.Tensor.add_,
-    PREMUL_SUM: torch.Tensor.add_,
-    PRODUCT: torch.Tensor.mul_,
-    MIN: lambda a, b: torch.minimum(a, b, out=a),
-    MAX: lambda a, b: torch.maximum(a, b, out=a),
-    BAND: torch.Tensor.bitwise_and_,
-    BOR: torch.Tensor.bitwise_or_,
-    BXOR: torch.Tensor.bitwise_xor_,
+    SUM: torch.add,
+    AVG: torch.add,
+    PREMUL_SUM: torch.add,
+    PRODUCT: torch.mul,
+    MIN: torch.minimum,
+    MAX: torch.maximum,
+    BAND: torch.bitwise_and,
+    BOR: torch.bitwise_or,
+    BXOR: torch.bitwise_xor,
 }
+_ROUNDS = {SUM, AVG, PRODUCT, PREMUL_SUM}  # the others pick a piece or a bit, in any precision
+_NAMED = [(name, getattr(dist.ReduceOp, name)) for name in (SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR)]
 
 
 def kind_of(op):
     """(name, factor) of a torch ReduceOp. Compared with `==`, since its hash differs from that of its members."""
-    for name in (SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR):
-        if op == getattr(dist.ReduceOp, name):
+    for name, known in _NAMED:
+        if op == known:
             return name, None
     if op == dist.ReduceOp.PREMUL_SUM:
         # torch gives the factor as an attribute from 2.13 on, and through the pickling state before.
@@ -53,6 +61,7 @@ def kind_of(op):
     raise ValueError(f"hpcllm.mpi does not know the reduction {op}")
 
 
+@functools.cache
 def check(dtype, kind):
     """Raise TypeError for a pair that has no meaning or no right answer."""
     if dtype is torch.bool:
@@ -69,42 +78,97 @@ def check(dtype, kind):
         raise TypeError(f"{kind} of {dtype} has no meaning: complex numbers have no order")
 
 
-def _arithmetic(tensor, kind):
-    """The same memory seen as a dtype that torch calculates with, and the reduction to do there."""
-    if tensor.dtype is torch.bool:
-        return tensor.view(torch.uint8), _BOOL_KIND[kind]
-    if tensor.dtype.is_complex and kind in (SUM, AVG):
-        # As pairs of real numbers: torch divides complex numbers less exactly.
-        return tensor.view(tensor.dtype.to_real()), kind
-    return tensor.view(_UNSIGNED.get(tensor.dtype, tensor.dtype)), kind
+def arithmetic(tensor, kind):
+    """(the same memory, flat, as a dtype that torch calculates with; the reduction to do there).
 
-
-def fold(pieces, kind, factor=None):
-    """Reduce the equally shaped CPU tensors of all ranks, in rank order; returns a new tensor of their dtype.
-
-    factor: multiplied into every piece first (PREMUL_SUM). AVG of integers truncates towards zero.
+    tensor: contiguous, on the CPU. Raises TypeError as `check`.
     """
-
-    def term(piece):
-        wide = piece.to(_WIDE.get(piece.dtype, piece.dtype), copy=kind == PREMUL_SUM)
-        return (
-            wide.mul_(factor.to(wide) if isinstance(factor, torch.Tensor) else factor) if factor is not None else wide
-        )
-
-    dtype = pieces[0].dtype
-    total = term(pieces[0])
-    if total is pieces[0]:
-        total = total.clone()
-    for piece in pieces[1:]:
-        _FOLD[kind](total, term(piece))
-    if kind == AVG and dtype in _EXACT:
-        total = total.div(len(pieces), rounding_mode="trunc")
-    elif kind == AVG:
-        total.div_(len(pieces))
-    return total.to(dtype)
+    dtype = tensor.dtype
+    check(dtype, kind)
+    values = tensor if tensor.dim() == 1 else tensor.view(-1)
+    if dtype is torch.bool:
+        return values.view(torch.uint8), _BOOL_KIND[kind]
+    if dtype.is_complex and kind in (SUM, AVG):
+        # As pairs of real numbers: torch divides complex numbers less exactly.
+        return values.view(dtype.to_real()), kind
+    return values.view(_UNSIGNED[dtype]) if dtype in _UNSIGNED else values, kind
 
 
-def _raw(tensor):
+def wide(dtype, kind):
+    """The dtype of partial results: float32 for what would round in 16 bits."""
+    return _WIDE.get(dtype, dtype) if kind in _ROUNDS else dtype
+
+
+class _Scratch(threading.local):
+    """Two blocks of each dtype and thread, kept: fresh memory costs more than the sum."""
+
+    def __init__(self):
+        self.blocks = {}
+
+    def get(self, dtype):
+        if dtype not in self.blocks:
+            self.blocks[dtype] = torch.empty((2, BLOCK), dtype=dtype).unbind(0)
+        return self.blocks[dtype]
+
+
+_scratch = _Scratch()
+
+
+def fold(pieces, kind, out, factor=None, count=None):
+    """out = pieces[0] + pieces[1] + ... (or another reduction), in that order.
+
+    pieces: flat CPU tensors of one dtype and length; out: of that length, of their dtype or `wide` of it, its memory
+    its own or exactly that of one piece. factor: multiplied into every piece first (PREMUL_SUM). count: what AVG
+    divides by, None where a later fold will do it; the quotient of integers is truncated towards zero.
+    """
+    length = out.numel()
+    if length <= BLOCK:
+        _fold_block(pieces, kind, out, factor, count)
+        return
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        _fold_block([piece[start:stop] for piece in pieces], kind, out[start:stop], factor, count)
+
+
+def _fold_block(pieces, kind, out, factor, count):
+    dtype, add = pieces[0].dtype, _FOLD[kind]
+    between = wide(dtype, kind)
+    divides = kind == AVG and count is not None
+    if factor is None and not divides and (between == dtype == out.dtype or (len(pieces) == 2 and dtype == out.dtype)):
+        # torch, too, adds two 16-bit numbers in float32 and rounds once.
+        if len(pieces) == 1:
+            out.copy_(pieces[0])
+        elif len(pieces) == 2:
+            add(pieces[0], pieces[1], out=out)
+        else:
+            # `out` may be a piece that is still to be read.
+            total = _scratch.get(dtype)[0][: out.numel()]
+            add(pieces[0], pieces[1], out=total)
+            for piece in pieces[2:-1]:
+                add(total, piece, out=total)
+            add(total, pieces[-1], out=out)
+        return
+    total, term = (block[: out.numel()] for block in _scratch.get(between))
+    if out.dtype is between is not dtype:
+        total = out
+    if isinstance(factor, torch.Tensor):
+        factor = factor.to(total)
+    for target, piece in zip((total, *[term] * (len(pieces) - 1)), pieces, strict=True):
+        target.copy_(piece)
+        if factor is not None:
+            target.mul_(factor)
+        if target is term:
+            add(total, term, out=total)
+    if divides and dtype in _EXACT:
+        torch.div(total, count, rounding_mode="trunc", out=total)
+    elif divides:
+        total.div_(count)
+    if total is not out:
+        out.copy_(total)
+
+
+def raw(tensor):
+    """The bytes of a contiguous CPU tensor, as MPI takes them."""
     return tensor.view(-1).view(torch.uint8).numpy()
 
 
@@ -112,57 +176,52 @@ def exchange(comm, send, send_counts, receive, receive_counts):
     """All-to-all of slices of contiguous CPU tensors; counts in elements, fewer than 2^31 bytes in all."""
     size = send.element_size()
     comm.Alltoallv(
-        [_raw(send), [n * size for n in send_counts], MPI.BYTE],
-        [_raw(receive), [n * size for n in receive_counts], MPI.BYTE],
+        [raw(send), [n * size for n in send_counts], MPI.BYTE],
+        [raw(receive), [n * size for n in receive_counts], MPI.BYTE],
     )
 
 
-def all_reduce(comm, tensor, kind, factor=None):
-    """Reduce a contiguous CPU tensor over the ranks of `comm`, in place on every rank."""
-    _reduce(comm, tensor, kind, factor, root=None)
+def shares(length, size):
+    """Lengths of `size` slices of `length` elements that differ by at most one."""
+    return [length // size + (index < length % size) for index in range(size)]
 
 
-def reduce(comm, tensor, kind, root, factor=None):
-    """As `all_reduce`, but only `root` gets the result; the other ranks keep their tensor."""
-    _reduce(comm, tensor, kind, factor, root=root)
+def reduce(comm, source, kind, target, factor=None, count=None, root=None):
+    """Reduce the flat tensor `source` over the ranks of `comm` into `target`, on every rank or only on `root`.
 
-
-def _reduce(comm, tensor, kind, factor, root):
-    check(tensor.dtype, kind)
-    values, kind = _arithmetic(tensor.view(-1), kind)
-    step = CHUNK_BYTES // values.element_size()
-    for start in range(0, values.numel(), step):
-        part = values[start : start + step]
+    target: `source` itself, or a tensor of the narrower dtype that the result is rounded to, as `count` says (see
+    `fold`); on the ranks that get no result it is left as it is. Collective.
+    """
+    step = CHUNK_BYTES // source.element_size()
+    for start in range(0, source.numel(), step):
+        part, result = source[start : start + step], target[start : start + step]
         if part.nbytes * comm.size <= GATHER_BYTES:
             pieces = torch.empty((comm.size, part.numel()), dtype=part.dtype)
-            comm.Allgather([_raw(part), MPI.BYTE], [_raw(pieces), part.nbytes, MPI.BYTE])
+            comm.Allgather([raw(part), MPI.BYTE], [raw(pieces), part.nbytes, MPI.BYTE])
             if root is None or root == comm.rank:
-                part.copy_(fold(pieces.unbind(0), kind, factor))
+                fold(pieces.unbind(0), kind, result, factor, count)
             continue
-        # Slices that differ by at most one element: rank r reduces the r-th.
-        counts = [part.numel() // comm.size + (rank < part.numel() % comm.size) for rank in range(comm.size)]
+        # Rank r reduces the r-th slice.
+        counts = shares(part.numel(), comm.size)
         mine = counts[comm.rank]
         pieces = torch.empty((comm.size, mine), dtype=part.dtype)
         exchange(comm, part, counts, pieces, [mine] * comm.size)
-        total = fold(pieces.unbind(0), kind, factor)
-        sizes = [n * part.element_size() for n in counts]
+        total = torch.empty(mine, dtype=result.dtype)
+        fold(pieces.unbind(0), kind, total, factor, count)
+        sizes = [n * result.element_size() for n in counts]
         if root is None:
-            comm.Allgatherv([_raw(total), MPI.BYTE], [_raw(part), sizes, MPI.BYTE])
+            comm.Allgatherv([raw(total), MPI.BYTE], [raw(result), sizes, MPI.BYTE])
         else:
-            receive = [_raw(part), sizes, MPI.BYTE] if comm.rank == root else None
-            comm.Gatherv([_raw(total), MPI.BYTE], receive, root=root)
+            receive = [raw(result), sizes, MPI.BYTE] if comm.rank == root else None
+            comm.Gatherv([raw(total), MPI.BYTE], receive, root=root)
 
 
-def reduce_scatter(comm, blocks, kind, factor=None):
-    """Reduce `blocks` (contiguous, first dim one entry a rank) over ranks; returns this rank's block."""
-    check(blocks.dtype, kind)
-    values, kind = _arithmetic(blocks.view(comm.size, -1), kind)
-    total = torch.empty(values.shape[1], dtype=values.dtype)
-    step = max(1, CHUNK_BYTES // values.element_size() // comm.size)
-    for start in range(0, values.shape[1], step):
-        part = values[:, start : start + step].contiguous()
+def reduce_scatter(comm, blocks, kind, out, factor=None, count=None):
+    """Reduce `blocks` [ranks of `comm`, n] (rows contiguous) over ranks; this rank's row goes to `out` [n]."""
+    step = max(1, CHUNK_BYTES // blocks.element_size() // comm.size)
+    for start in range(0, blocks.shape[1], step):
+        part = blocks[:, start : start + step].contiguous()
         pieces = torch.empty_like(part)
         counts = [part.shape[1]] * comm.size
         exchange(comm, part, counts, pieces, counts)
-        total[start : start + step] = fold(pieces.unbind(0), kind, factor)
-    return total.view(blocks.dtype).view(blocks.shape[1:])
+        fold(pieces.unbind(0), kind, out[start : start + step], factor, count)

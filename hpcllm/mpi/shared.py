@@ -1,0 +1,192 @@
+"""Collectives of ranks that share memory: they read each other's data where it lies, and MPI only says when.
+
+A rank copies into its slot what others need of it, all meet, and each reads what it needs: one copy in and one out,
+in pieces that stay in the cache. Over several hosts the ranks of a host reduce first, then every rank meets its
+counterparts on the other hosts with its own slice, so that all of them keep the network busy. The order of a sum is
+fixed: ranks within a host in order, then the hosts in order, for every size and place in a tensor.
+"""
+
+import itertools
+
+import torch
+from mpi4py import MPI
+
+from . import host, reduce
+from .reduce import AVG, PREMUL_SUM, SUM
+
+# Up to this many bytes from all ranks of a host together, each rank sums everything itself, which saves a meeting.
+SMALL_BYTES = 1 << 17
+
+
+def arrange(comm, local=None):
+    """A Shared for the ranks of `comm`, or None where nobody shares memory or hosts have unequal shares. Collective.
+
+    local: communicator of the ranks of `comm` on this host; None asks MPI for it.
+    """
+    if comm.size == 1:
+        return None
+    local = local or comm.Split_type(MPI.COMM_TYPE_SHARED)
+    sizes = set(comm.allgather(local.size))
+    memory = host.open_memory(local) if len(sizes) == 1 and sizes != {1} else None
+    if not all(comm.allgather(memory is not None)):
+        local.Free()
+        return None
+    across = None
+    if local.size < comm.size:
+        across = comm.Split(local.rank, comm.rank)
+    # Row a, column l: the rank that is number l on the a-th host.
+    table = local.allgather(across.allgather(comm.rank) if across else [comm.rank])
+    return Shared(comm, memory, across, [list(row) for row in zip(*table, strict=True)])
+
+
+class Shared:
+    """The ranks of a group as hosts x ranks within a host. Tensors are flat, on the CPU, of arithmetic dtypes.
+
+    memory: host.HostMemory; across: communicator of this rank's counterparts on all hosts, None on one host;
+    table: group rank by host and rank within it. All methods are collective over the group.
+    """
+
+    def __init__(self, comm, memory, across, table):
+        self.rank, self.size, self.memory, self.across, self.table = comm.rank, comm.size, memory, across, table
+        self.me, self.local_size = memory.comm.rank, memory.comm.size
+        self.others = [local for local in range(self.local_size) if local != self.me]
+
+    def free(self):
+        """Free the communicators; the memory goes with the last tensor that looks at it."""
+        self.memory.comm.Free()
+        if self.across is not None:
+            self.across.Free()
+
+    def all_reduce(self, values, kind, factor=None, root=None):
+        """Reduce `values` in place, on every rank or, with `root` (a group rank), there alone."""
+        keeps = root is None or root == self.rank
+        length = values.numel()
+        if values.nbytes * self.local_size <= SMALL_BYTES:
+            heads = self.memory.heads(values.dtype, length)
+            heads[self.me].copy_(values)
+            self.memory.meet()
+            if keeps or self.across is not None:
+                self._fold(heads, kind, factor, values if keeps else values.clone())
+            return
+        step = self.memory.slot_bytes // values.element_size()
+        for start in range(0, length, step):
+            self._reduce_chunk(values[start : start + step], kind, factor, keeps)
+
+    def _reduce_chunk(self, part, kind, factor, keeps):
+        """Each rank of a host gives the others their slices, sums its own, and they take the sums from each other.
+
+        In its own slot a rank needs no place for its own slice: the sum goes there.
+        """
+        slots = self.memory.views(part.dtype)
+        bounds = self._slices(len(part))
+        begin, end = bounds[self.me]
+        own = slots[self.me]
+        own[:begin].copy_(part[:begin])
+        own[end : len(part)].copy_(part[end:])
+        self.memory.meet()
+        pieces = [slot[begin:end] for slot in slots]
+        total = pieces[self.me]
+        pieces[self.me] = part[begin:end]
+        self._fold(pieces, kind, factor, total)
+        self.memory.meet()
+        if keeps:
+            for slot, (first, last) in zip(slots, bounds, strict=True):
+                part[first:last].copy_(slot[first:last])
+
+    def _slices(self, length):
+        ends = itertools.accumulate(reduce.shares(length, self.local_size), initial=0)
+        return list(itertools.pairwise(ends))
+
+    def _fold(self, pieces, kind, factor, out):
+        """out = the pieces of this host's ranks and, after them, what the counterparts on the other hosts have."""
+        count = self.size if kind == AVG else None
+        if self.across is None:
+            reduce.fold(pieces, kind, out, factor, count)
+            return
+        between = torch.empty(len(out), dtype=reduce.wide(out.dtype, kind))
+        reduce.fold(pieces, kind, between, factor)
+        reduce.reduce(self.across, between, SUM if kind == PREMUL_SUM else kind, out, count=count)
+
+    def reduce_scatter(self, blocks, kind, out, factor=None):
+        """Reduce `blocks` [ranks, n] (rows contiguous) over ranks; this rank's row goes to `out` [n]."""
+        slot = self.memory.slot_bytes // blocks.element_size()
+        step = slot // self.size
+        hosts = len(self.table)
+        mine = [row[self.me] for row in self.table]  # the rows of this rank's counterparts and its own
+        for start in range(0, blocks.shape[1], step):
+            part = blocks[:, start : start + step]
+            length = part.shape[1]
+            slots = self.memory.views(blocks.dtype)
+            # In a slot: for every rank of the host, the rows of it and of its counterparts.
+            given = slots[self.me][: self.size * length].view(self.local_size, hosts, length)
+            for local in self.others:
+                for index, row in enumerate(self.table):
+                    given[local, index].copy_(part[row[local]])
+            self.memory.meet()
+            pieces = [slot[: self.size * length].view(self.local_size, hosts * length)[self.me] for slot in slots]
+            pieces[self.me] = part[mine[0]] if hosts == 1 else part[mine].view(-1)
+            result = out[start : start + length]
+            if self.across is None:
+                reduce.fold(pieces, kind, result, factor, self.size)
+                continue
+            between = torch.empty(hosts * length, dtype=reduce.wide(blocks.dtype, kind))
+            reduce.fold(pieces, kind, between, factor)
+            onward = SUM if kind == PREMUL_SUM else kind
+            reduce.reduce_scatter(self.across, between.view(hosts, length), onward, result, count=self.size)
+
+    def all_gather(self, tensor, outputs):
+        """outputs[r] = `tensor` of rank r. tensor: uint8 [n]; outputs: list of uint8 [n], one a rank."""
+        step = self.memory.slot_bytes // len(self.table)
+        for start in range(0, len(tensor), step):
+            part = tensor[start : start + step]
+            length = len(part)
+            slots = self.memory.views(torch.uint8)
+            if self.across is None:
+                slots[self.me][:length].copy_(part)
+            else:
+                rows = slots[self.me][: len(self.table) * length]
+                self.across.Allgather(reduce.raw(part), reduce.raw(rows))
+            self.memory.meet()
+            for index, row in enumerate(self.table):
+                for rank, slot in zip(row, slots, strict=True):
+                    if rank == self.rank:
+                        outputs[rank][start : start + length].copy_(part)
+                    else:
+                        outputs[rank][start : start + length].copy_(slot[index * length : (index + 1) * length])
+
+    def broadcast(self, tensor, root):
+        """Every rank gets the `tensor` (uint8 [n]) of group rank `root`. For ranks of one host."""
+        source = self.table[0].index(root)
+        for start in range(0, len(tensor), self.memory.slot_bytes):
+            part = tensor[start : start + self.memory.slot_bytes]
+            slot = self.memory.views(torch.uint8)[source][: len(part)]
+            if source == self.me:
+                slot.copy_(part)
+            self.memory.meet()
+            if source != self.me:
+                part.copy_(slot)
+
+    def all_to_all(self, sent, send_counts, received, receive_counts):
+        """Rank after rank, what each has for this one. Flat uint8, not the same memory; counts: bytes to and from each.
+
+        For ranks of one host. Raises ValueError where a rank sends another number of bytes than this one expects.
+        """
+        heads = self.memory.views(torch.int64)
+        heads[self.me][: self.size].copy_(torch.tensor(send_counts))
+        self.memory.meet()
+        counts = [head[: self.size].tolist() for head in heads]
+        coming = [row[self.me] for row in counts]
+        if coming != list(receive_counts):
+            raise ValueError(f"all_to_all: bytes expected from each rank: {receive_counts}, but they send {coming}")
+        step = self.memory.slot_bytes // self.size
+        outgoing, incoming = sent.split(send_counts), received.split(coming)
+        incoming[self.me].copy_(outgoing[self.me])
+        for start in range(0, max(map(max, counts)), step):
+            slots = [slot.split(step) for slot in self.memory.views(torch.uint8)]
+            for rank in self.others:
+                part = outgoing[rank][start : start + step]
+                slots[self.me][rank][: len(part)].copy_(part)
+            self.memory.meet()
+            for rank in self.others:
+                part = incoming[rank][start : start + step]
+                part.copy_(slots[rank][self.me][: len(part)])

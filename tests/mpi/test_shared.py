@@ -1,0 +1,179 @@
+"""Collectives through memory that ranks share, on one host and, the ranks split into pretended hosts, on several."""
+
+import os
+
+import pytest
+import torch
+from rank_tensors import DTYPES, numbers, same
+
+from hpcllm.mpi import host, launcher, reduce, shared
+
+pytestmark = pytest.mark.mpi(min_size=2)
+SIZE = launcher.find()[1]
+# Two hosts that share memory need two ranks each.
+TWO_HOSTS = ["hosts in a row", "hosts in turn"] if SIZE > 2 and SIZE % 2 == 0 else []
+
+
+@pytest.fixture(params=["one host", "small slots", *TWO_HOSTS])
+def neighbours(request, world, monkeypatch):
+    """(Shared, hosts as lists of ranks): all ranks on one host, or two hosts of equal size."""
+    if request.param == "small slots":
+        monkeypatch.setattr(shared, "SMALL_BYTES", 0)
+        monkeypatch.setenv("HPCLLM_SHARED_MEMORY_MB", "1")
+    two = request.param in TWO_HOSTS
+    half = world.size // 2
+    number = 0 if not two else world.rank // half if request.param == "hosts in a row" else world.rank % 2
+    hosts = [[rank for rank in range(world.size) if world.comm.bcast(number, root=rank) == h] for h in range(1 + two)]
+    comm = world.comm.Dup()
+    made = shared.arrange(comm, comm.Split(number))
+    assert made is not None
+    yield made, hosts
+    made.free()
+    comm.Free()
+
+
+# One element, one below and above the border of the small ones, several rounds of a slot with a rest.
+LENGTHS = (0, 1, 7, 1000, (1 << 16) + 3, (1 << 20) + 5)
+
+
+def real(world, length, dtype, salt=0):
+    """A tensor for each rank whose sum depends on the order of summation."""
+    draws = [torch.Generator().manual_seed(1000 * salt + rank) for rank in range(world.size)]
+    return [torch.randn(length, generator=draw, dtype=torch.float64).to(dtype) for draw in draws]
+
+
+def ordered_sum(tensors, hosts, dtype):
+    """(sum within each host in rank order) summed over hosts in order, in the precision that this backend promises."""
+    wide = reduce.wide(dtype, "SUM")
+    partial = []
+    for ranks in hosts:
+        total = tensors[ranks[0]].to(wide)
+        for rank in ranks[1:]:
+            total = total + tensors[rank].to(wide)
+        partial.append(total)
+    result = partial[0]
+    for total in partial[1:]:
+        result = result + total
+    return result.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_sums_are_taken_in_one_order_and_rounded_once_at_every_size(world, neighbours, dtype):
+    ours, hosts = neighbours
+    for length in LENGTHS:
+        tensors = real(world, length, dtype)
+        values = tensors[world.rank].clone()
+        ours.all_reduce(values, "SUM")
+        assert same(values, ordered_sum(tensors, hosts, dtype)), length
+
+
+@pytest.mark.parametrize("kind", ["AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR", "PREMUL_SUM"])
+def test_other_reductions_are_those_of_the_flat_algorithm(world, neighbours, kind):
+    ours, _ = neighbours
+    dtype = torch.int64 if kind.startswith("B") else torch.float64
+    factor = 0.5 if kind == "PREMUL_SUM" else None
+    for length in LENGTHS:
+        values = numbers(world.rank, (length,), dtype)
+        expected = values.clone()
+        reduce.reduce(world.comm, expected, kind, expected, factor, world.size)
+        ours.all_reduce(values, kind, factor)
+        assert torch.equal(values, expected), length
+
+
+def test_only_the_root_of_a_reduce_gets_the_sum(world, neighbours):
+    ours, hosts = neighbours
+    for root in range(world.size):
+        for length in LENGTHS:
+            tensors = real(world, length, torch.float32, salt=root)
+            values = tensors[world.rank].clone()
+            ours.all_reduce(values, "SUM", root=root)
+            expected = ordered_sum(tensors, hosts, torch.float32) if root == world.rank else tensors[world.rank]
+            assert same(values, expected)
+
+
+@pytest.mark.parametrize("kind", ["SUM", "AVG"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reduce_scatter_gives_each_rank_its_part_of_the_same_sum(world, neighbours, dtype, kind):
+    ours, hosts = neighbours
+    for length in (1, 5, 1000, (1 << 18) + 3):
+        tensors = real(world, world.size * length, dtype)
+        out = torch.empty(length, dtype=dtype)
+        ours.reduce_scatter(tensors[world.rank].clone().view(world.size, length), kind, out)
+        mine = slice(world.rank * length, (world.rank + 1) * length)
+        if kind == "SUM":
+            assert same(out, ordered_sum(tensors, hosts, dtype)[mine]), length
+        else:
+            exact = sum(tensor.double() for tensor in tensors)[mine] / world.size
+            assert torch.allclose(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-2)
+            assert same(out, (ordered_sum(tensors, hosts, torch.float32)[mine] / world.size).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bytes_are_moved_as_they_are(world, neighbours, dtype):
+    ours, hosts = neighbours
+    for length in (1, 1000, (1 << 18) + 3):
+        everyone = [numbers(rank, (length,), dtype).view(torch.uint8) for rank in range(world.size)]
+        outputs = [torch.zeros_like(everyone[0]) for _ in everyone]
+        ours.all_gather(everyone[world.rank].clone(), outputs)
+        assert all(map(same, outputs, everyone))
+        if len(hosts) == 1:
+            for root in range(world.size):
+                tensor = everyone[world.rank].clone()
+                ours.broadcast(tensor, root)
+                assert same(tensor, everyone[root])
+
+
+def test_all_to_all_of_any_sizes(world, neighbours):
+    ours, hosts = neighbours
+    if len(hosts) > 1:
+        return  # for ranks of one host
+
+    def sent(rank):
+        return [numbers(rank, ((rank + 3 * to) % 4 * 150_001,), torch.uint8, salt=to) for to in range(world.size)]
+
+    parts, expected = sent(world.rank), [sent(rank)[world.rank] for rank in range(world.size)]
+    received = torch.zeros(sum(map(len, expected)), dtype=torch.uint8)
+    ours.all_to_all(torch.cat(parts), [len(p) for p in parts], received, [len(p) for p in expected])
+    assert same(received, torch.cat(expected))
+    counts = [len(part) for part in expected]
+    counts[0] += 1
+    with pytest.raises(ValueError, match="bytes expected from each rank"):
+        ours.all_to_all(torch.cat(parts), [len(p) for p in parts], received, counts)
+
+
+def test_calls_that_follow_each_other_do_not_meet(world, neighbours):
+    ours, _ = neighbours
+    for turn in range(300):
+        length = (1, 50, 5000)[turn % 3]
+        values = torch.full((length,), float(world.rank + turn))
+        ours.all_reduce(values, "SUM")
+        assert values.eq(sum(rank + turn for rank in range(world.size))).all()
+        outputs = [torch.zeros(length, dtype=torch.uint8) for _ in range(world.size)]
+        ours.all_gather(torch.full((length,), world.rank + turn % 7, dtype=torch.uint8), outputs)
+        assert [output.unique().tolist() for output in outputs] == [[rank + turn % 7] for rank in range(world.size)]
+
+
+def test_hosts_of_unequal_size_and_hosts_of_one_rank_share_nothing(world):
+    comm = world.comm.Dup()
+    assert shared.arrange(comm, comm.Split(world.rank)) is None
+    if world.size > 2:
+        assert shared.arrange(comm, comm.Split(min(world.rank, 1))) is None
+    comm.Free()
+
+
+def test_memory_that_is_too_small_is_noticed_by_all_and_nothing_is_left(world, monkeypatch, tmp_path):
+    def files():
+        return {name for name in os.listdir(host.FOLDER) if name.startswith("hpcllm-")}
+
+    before = files()
+    assert host.open_memory(world.comm, 1 << 20) is not None
+    assert host.open_memory(world.comm, 0) is None
+    # Larger than any machine's memory.
+    assert host.open_memory(world.comm, 1 << 50) is None
+    # One rank that does not see the folder of the others, as in a container of its own.
+    if world.rank == 1:
+        monkeypatch.setattr(host, "_attach", lambda *_: None)
+    assert host.open_memory(world.comm, 1 << 20) is None
+    world.comm.Barrier()
+    assert files() <= before
+    world.comm.Barrier()
