@@ -7,6 +7,7 @@ Parses arguments and ends the job; the work is in the modules that the commands 
 import argparse
 import json
 import os
+import time
 import warnings
 
 from . import __version__
@@ -75,6 +76,23 @@ def parser():
     p.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     p.add_argument("--top-k", type=int, default=5, metavar="K", help="guesses for each mask (default: %(default)s)")
     p.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="longest continuation")
+
+    p = commands.add_parser(
+        "doctor",
+        help="is this machine fit for a job? What is wrong, with its cure",
+        description="Look at launcher, MPI, cores, GPUs, links, clocks, storage and speed of all ranks of this job, "
+        "and print a line a finding: ok, warning or FAILURE. Start it as the job will be started.",
+        epilog="Exit code: 0 without failures (warnings are none), 69 with a failure, 2 where launcher and MPI do not "
+        "know each other.",
+    )
+    p.add_argument("--folder", default=".", metavar="DIR", help="where the job will read and write (default: here)")
+    p.add_argument("--json", action="store_true", help="print findings and all that was measured as JSON")
+    p.add_argument("--plot", metavar="FILE", help="draw the bandwidth between hosts (needs matplotlib; replaced)")
+    p.add_argument(
+        "--exclude-file",
+        metavar="FILE",
+        help="write hosts with failures on one line, for `sbatch --exclude=$(cat FILE)` (replaced; empty line: none)",
+    )
     return top
 
 
@@ -167,6 +185,26 @@ def predict(args):
             print(show(answer))
 
 
+def doctor(args):
+    from . import mpi
+
+    start = time.monotonic()
+    world = mpi.join()
+    from . import doctor
+
+    mpi.on_root(world.comm, doctor.check, args.folder, args.plot, args.exclude_file)
+    world = mpi.init("cpu")  # GPUs are looked at, also where ranks would have to share one
+    facts = doctor.measure(world, args.folder)
+
+    def tell():
+        findings = doctor.judge(facts)
+        doctor.report(facts, findings, time.monotonic() - start, args.json, args.plot, args.exclude_file)
+        return any(finding.level == "failure" for finding in findings)
+
+    if mpi.on_root(world.comm, tell):
+        leave_together(doctor.UNFIT)
+
+
 def main(arguments=None):
     args, rest = parser().parse_known_args(arguments)
     # argparse stops collecting overrides at the first option; key=value may stand anywhere after the run file.
@@ -179,7 +217,7 @@ def main(arguments=None):
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    commands = {"prepare": prepare, "train": train, "evaluate": evaluate, "predict": predict}
+    commands = {"prepare": prepare, "train": train, "evaluate": evaluate, "predict": predict, "doctor": doctor}
     try:
         commands[args.command](args)
     except Refusal as refusal:

@@ -204,6 +204,14 @@ def _crc_without_tokens(path, shard):
     return crc
 
 
+def try_locking(path):
+    """Write and reopen a file with the locks that other HDF5 programs use; OSError where the file system has none."""
+    import h5py
+
+    for mode in ("w", "r"):
+        h5py.File(path, mode, locking=True).close()
+
+
 # --- checking ----------------------------------------------------------------------------------------------------
 
 
