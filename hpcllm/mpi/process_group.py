@@ -35,14 +35,19 @@ def register(comm):
             raise ValueError(f"a group of {options.group_size} was asked for in an MPI world of {comm.size}")
         if not ranks or ranks == list(range(comm.size)):
             return MpiProcessGroup(comm.Dup(), options.group_id)
-        members = comm.group.Incl(ranks)
-        # Only members call this, so the communicator is made by the members alone; the tag keeps apart groups that
-        # are being made at the same time. Not from the group's name: torch counts, and ranks may count differently.
-        sub = comm.Create_group(members, tag=zlib.crc32(str(ranks).encode()) % 32768)
-        members.Free()
-        return MpiProcessGroup(sub, options.group_id)
+        return MpiProcessGroup(_part(comm, ranks), options.group_id)
 
     dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
+
+
+def _part(comm, ranks):
+    """A communicator of the ranks `ranks` of `comm`, in that order; called by them alone."""
+    members = comm.group.Incl(ranks)
+    # The tag keeps apart groups that are being made at the same time. Not from the group's name: torch counts, and
+    # ranks may count differently.
+    sub = comm.Create_group(members, tag=zlib.crc32(str(ranks).encode()) % 32768)
+    members.Free()
+    return sub
 
 
 def _units(host):
@@ -130,11 +135,33 @@ class MpiProcessGroup(dist.ProcessGroup):
     group_name = property(getGroupName)
     group_desc = property(getGroupDesc)
 
-    # torch 2.15 asks a group for the backend of a device, and that for what it can do.
-    supports_coalescing = supports_splitting = False
+    # torch asks a group for the backend of a device, and that for what it can do.
+    supports_coalescing = False
+    supports_splitting = True
+    options = None
 
     def _get_backend(self, device=None):
         return self
+
+    def get_group_store(self):
+        return dist.HashStore()  # of this rank alone, as that of the default group
+
+    def split_group(self, ranks, timeout=None, opts=None, group_name=None, group_desc=None, device_types=None):
+        """The ranks of this group that `ranks` numbers, as a group of its own; None on the others, who need not call.
+
+        torch's own method, inherited, would end the process by a segmentation fault.
+        """
+        if self.comm.rank not in ranks:
+            return None
+        part = MpiProcessGroup(_part(self.comm, list(ranks)), group_name)
+        if group_desc is not None:
+            part.setGroupDesc(group_desc)
+        return part
+
+    def _nothing_to_do(self, *args):
+        """What torch tells a backend that splits, or counts its calls, and this one need not know."""
+
+    perform_nocolor_split = eager_connect_single_device = _set_sequence_number_for_group = _nothing_to_do
 
     def shutdown(self):
         """Free the communicator (collective over the group). Further calls on the group fail."""

@@ -74,6 +74,8 @@ def check(dtype, kind):
         raise TypeError(f"hpcllm.mpi cannot reduce {dtype}; cast it to bfloat16 or float32 first")
     elif kind in (BAND, BOR, BXOR) and dtype not in _EXACT:
         raise TypeError(f"{kind} of {dtype} has no meaning: bitwise reductions need integers")
+    elif kind == PREMUL_SUM and dtype in _EXACT:
+        raise TypeError(f"{kind} of {dtype} has no exact answer, since its factor is a real number; cast it to float64")
     elif kind in (MIN, MAX) and dtype.is_complex:
         raise TypeError(f"{kind} of {dtype} has no meaning: complex numbers have no order")
 

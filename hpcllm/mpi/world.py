@@ -108,8 +108,9 @@ def init(device="auto"):
 
     device: "auto" (a GPU if every rank has one, else the CPU), "cpu" or "cuda".
     Afterwards torch.distributed, DDP, FSDP2, DTensor and pipelining work on all ranks of the job. The torch
-    variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set where they are not set already. Further
-    calls return the same World; after `torch.distributed.destroy_process_group()` a call starts anew. Collective.
+    variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, and those by which Accelerate finds this process
+    group (`_environment`), are set where they are not set already. Further calls return the same World; after
+    `torch.distributed.destroy_process_group()` a call starts anew. Collective.
     """
     global _world
     world = join()
@@ -124,13 +125,8 @@ def init(device="auto"):
     chosen = devices.choose(world, device)
     devices.bind_threads(world)
     devices.keep_memory()
-    for name, value in (
-        ("RANK", world.rank),
-        ("WORLD_SIZE", world.size),
-        ("LOCAL_RANK", world.local_rank),
-        ("LOCAL_WORLD_SIZE", world.local_size),
-    ):
-        os.environ.setdefault(name, str(value))
+    for name, value in _environment(world, chosen).items():
+        os.environ.setdefault(name, value)
     process_group.register(world.comm)
     # Each rank has a store of its own, in which nobody else would ever arrive at torch's store-based barrier.
     os.environ.pop("TORCH_DIST_INIT_BARRIER", None)
@@ -141,6 +137,28 @@ def init(device="auto"):
     sys.excepthook = hook
     _world = replace(world, device=chosen, group=dist.group.WORLD)
     return _world
+
+
+def _environment(world, device):
+    """The variables by which scripts, and libraries started by them, learn what `init` knows."""
+    import torch
+
+    names = {
+        "RANK": world.rank,
+        "WORLD_SIZE": world.size,
+        "LOCAL_RANK": world.local_rank,
+        "LOCAL_WORLD_SIZE": world.local_size,
+        # Nobody listens there. Accelerate refuses to start on several hosts without it, before it looks whether
+        # torch.distributed is up already.
+        "MASTER_ADDR": world.hosts[0],
+        # Accelerate, and so the Trainer, would take all cores of the host for its ranks, whether or not these may
+        # use them.
+        "OMP_NUM_THREADS": torch.get_num_threads(),
+    }
+    if device.type == "cpu":
+        # Otherwise Accelerate looks for a GPU, finds none, and trains on every rank for itself.
+        names["ACCELERATE_USE_CPU"] = "true"
+    return {name: str(value) for name, value in names.items()}
 
 
 def alone(world):

@@ -1,4 +1,5 @@
-"""Inputs of the collective tests: numbers that every rank can compute for every rank, in any dtype and layout."""
+"""Inputs of the collective tests: numbers that every rank can compute for every rank, in any dtype and layout; and what
+their reductions are on one process."""
 
 import functools
 
@@ -28,6 +29,33 @@ def numbers(rank, shape, dtype, salt=0):
     if not dtype.is_signed:
         real = real.abs()
     return real.to(dtype)
+
+
+ON_ONE_PROCESS = {
+    "SUM": torch.add,
+    "AVG": torch.add,
+    "PRODUCT": torch.mul,
+    "MIN": torch.minimum,
+    "MAX": torch.maximum,
+    "BAND": torch.bitwise_and,
+    "BOR": torch.bitwise_or,
+    "BXOR": torch.bitwise_xor,
+}
+
+
+def expected(kind, tensors):
+    """The reduction in the widest type, rounded once to the dtype of the tensors."""
+    dtype = tensors[0].dtype
+    if dtype is torch.bool:
+        kind = {"SUM": "BOR", "MAX": "BOR", "PRODUCT": "BAND", "MIN": "BAND"}.get(kind, kind)
+        return functools.reduce(ON_ONE_PROCESS[kind], tensors)
+    if dtype.is_complex and kind in ("SUM", "AVG"):
+        return torch.view_as_complex(expected(kind, [torch.view_as_real(tensor) for tensor in tensors]))
+    wide = torch.complex128 if dtype.is_complex else torch.float64 if dtype.is_floating_point else torch.int64
+    total = functools.reduce(ON_ONE_PROCESS[kind], [tensor.to(wide) for tensor in tensors])
+    if kind == "AVG":
+        total = total / len(tensors) if wide is not torch.int64 else total.div(len(tensors), rounding_mode="trunc")
+    return total.to(dtype)
 
 
 def layouts(tensor):

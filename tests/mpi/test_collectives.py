@@ -254,3 +254,13 @@ def test_objects(world):
     received = [None]
     dist.scatter_object_list(received, expected if world.is_root else None, src=0)
     assert received == [mine]
+
+
+def test_the_profiler_shows_collectives_by_name(world):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        dist.all_reduce(torch.ones(1000))
+        dist.broadcast(torch.ones(1000), 0)
+        dist.all_gather([torch.ones(3) for _ in range(world.size)], torch.ones(3))
+        dist.barrier()
+    shown = {event.key: event.count for event in profile.key_averages() if event.key.startswith("mpi4py:")}
+    assert shown == {"mpi4py:allreduce": 1, "mpi4py:broadcast": 1, "mpi4py:allgather": 1, "mpi4py:barrier": 1}

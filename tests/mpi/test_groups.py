@@ -102,6 +102,34 @@ def test_a_mesh_of_three_dims_and_its_flattened_parts(world):
     assert total(world, mesh["c"].get_group()) == (0b11 << world.rank // 2 * 2)
 
 
+@pytest.mark.mpi(min_size=2)
+def test_a_group_is_split_where_torch_sees_an_accelerator(world, monkeypatch):
+    # torch.distributed.split_group asks for a GPU before it asks the backend; no tensor goes there.
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: gpu)
+    halves = [list(range(0, world.size, 2)), list(range(1, world.size, 2))]
+    world.group.bound_device_id = gpu
+    try:
+        part = dist.split_group(split_ranks=halves)
+        mine = halves[world.rank % 2]
+        assert dist.get_process_group_ranks(part) == mine
+        assert total(world, part) == sum(1 << rank for rank in mine)
+        assert dist.get_rank(part) == mine.index(world.rank)
+        one = dist.split_group(split_ranks=[[world.size - 1]], group_desc="the last")
+        assert (one is None) == (world.rank < world.size - 1)
+        # A group of a part, and the meshes and groups that torch now makes by splitting.
+        first = dist.split_group(part, [[0]])
+        assert (first is None) == (dist.get_rank(part) > 0)
+        mesh = init_device_mesh("cpu", (1, world.size), mesh_dim_names=("row", "column"))
+        assert total(world, mesh["column"].get_group()) == (1 << world.size) - 1
+        assert total(world, mesh["row"].get_group()) == 1 << world.rank
+        last = dist.new_group([world.size - 1])
+        assert (last == dist.GroupMember.NON_GROUP_MEMBER) == (world.rank < world.size - 1)
+    finally:
+        world.group.bound_device_id = None
+
+
 def test_alone_is_a_world_of_one(world):
     me = hpcllm.mpi.alone(world)
     assert (me.rank, me.size, me.is_root) == (0, 1, True)

@@ -5,23 +5,13 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from rank_tensors import COMPLEX, FLOAT8, FLOATS, INTEGERS, UNSIGNED, finish, inputs, numbers, same
+from rank_tensors import COMPLEX, FLOAT8, FLOATS, INTEGERS, UNSIGNED, expected, finish, inputs, numbers, same
 
 from hpcllm.mpi import reduce
 
 pytestmark = [pytest.mark.mpi(), pytest.mark.filterwarnings("ignore::FutureWarning")]
 Op = dist.ReduceOp
 
-ON_ONE_PROCESS = {
-    "SUM": torch.add,
-    "AVG": torch.add,
-    "PRODUCT": torch.mul,
-    "MIN": torch.minimum,
-    "MAX": torch.maximum,
-    "BAND": torch.bitwise_and,
-    "BOR": torch.bitwise_or,
-    "BXOR": torch.bitwise_xor,
-}
 PAIRS = [
     *((kind, dtype) for kind in ("SUM", "AVG", "PRODUCT", "MIN", "MAX") for dtype in (*FLOATS, *INTEGERS)),
     *((kind, dtype) for kind in ("BAND", "BOR", "BXOR") for dtype in (*INTEGERS, *UNSIGNED)),
@@ -29,21 +19,6 @@ PAIRS = [
     *((kind, dtype) for kind in ("SUM", "AVG") for dtype in COMPLEX),
     *((kind, torch.bool) for kind in ("SUM", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")),
 ]
-
-
-def expected(kind, tensors):
-    """The reduction in the widest type, rounded once to the dtype of the tensors."""
-    dtype = tensors[0].dtype
-    if dtype is torch.bool:
-        kind = {"SUM": "BOR", "MAX": "BOR", "PRODUCT": "BAND", "MIN": "BAND"}.get(kind, kind)
-        return functools.reduce(ON_ONE_PROCESS[kind], tensors)
-    if dtype.is_complex:
-        return torch.view_as_complex(expected(kind, [torch.view_as_real(tensor) for tensor in tensors]))
-    wide = torch.float64 if dtype.is_floating_point else torch.int64
-    total = functools.reduce(ON_ONE_PROCESS[kind], [tensor.to(wide) for tensor in tensors])
-    if kind == "AVG":
-        total = total / len(tensors) if wide is not torch.int64 else total.div(len(tensors), rounding_mode="trunc")
-    return total.to(dtype)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), PAIRS, ids=lambda value: str(value).removeprefix("torch."))
@@ -164,14 +139,16 @@ def test_nan_and_infinity_reach_every_rank(world):
         ("AVG", torch.bool, r"AVG of torch\.bool has no meaning"),
         ("BAND", torch.float32, r"BAND of torch\.float32 has no meaning"),
         ("MAX", torch.uint16, r"torch has no MAX of torch\.uint16; cast it"),
+        ("PREMUL_SUM", torch.int32, r"PREMUL_SUM of torch\.int32 has no exact answer"),
     ],
 )
 def test_reductions_without_an_answer_are_refused_by_name(world, kind, dtype, sentence):
     tensor = torch.ones(4).to(dtype)
+    op = dist._make_nccl_premul_sum(0.5) if kind == "PREMUL_SUM" else getattr(Op, kind)
     for call in (
-        lambda: dist.all_reduce(tensor, getattr(Op, kind)),
-        lambda: dist.reduce(tensor, 0, getattr(Op, kind)),
-        lambda: dist.reduce_scatter_tensor(tensor[:1], tensor[:1].repeat(world.size), getattr(Op, kind)),
+        lambda: dist.all_reduce(tensor, op),
+        lambda: dist.reduce(tensor, 0, op),
+        lambda: dist.reduce_scatter_tensor(tensor[:1], tensor[:1].repeat(world.size), op),
     ):
         with pytest.raises(TypeError, match=sentence):
             call()
