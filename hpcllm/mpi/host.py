@@ -20,7 +20,7 @@ FOLDER = "/dev/shm"
 SLOT_BYTES = 1 << 21
 _TOKEN_BYTES = 16
 _HEAD_BYTES = mmap.PAGESIZE
-_KEPT_HEADS = 256
+_KEPT = 256
 
 
 class HostMemory:
@@ -33,32 +33,24 @@ class HostMemory:
         self.comm, self.slot_bytes = comm, slot_bytes
         whole = torch.frombuffer(mapped, dtype=torch.uint8, offset=_HEAD_BYTES)
         self._halves = whole.view(2, comm.size, slot_bytes)
-        self._typed, self._heads = {}, {}
+        self._kept = {}
         self._turn = 0
 
-    def views(self, dtype):
-        """The slots of all ranks in the half whose turn it is: a list of tensors [slot_bytes / itemsize].
+    def cut(self, dtype, lengths):
+        """What lies in the slots: for each rank, its slot cut into tensors of `lengths` elements (a tuple).
 
         Every call takes the next half, so all ranks must call it equally often, and there must be at least one
-        `meet` between two calls: then nobody reads any more what is overwritten.
+        `meet` between two calls: then nobody reads any more what is overwritten. Quick for lengths that come again.
         """
+        key = dtype, lengths
+        if key not in self._kept:
+            if len(self._kept) == _KEPT:
+                self._kept.clear()
+            end = sum(lengths)
+            slots = [half.view(dtype).unbind(0) for half in self._halves]
+            self._kept[key] = [[slot[:end].split(lengths) for slot in half] for half in slots]
         self._turn ^= 1
-        return self._of_dtype(dtype)[self._turn]
-
-    def heads(self, dtype, length):
-        """`views`, cut to the first `length` elements; quick for lengths that come again and again."""
-        key = dtype, length
-        if key not in self._heads:
-            if len(self._heads) == _KEPT_HEADS:
-                self._heads.clear()
-            self._heads[key] = [[slot[:length] for slot in half] for half in self._of_dtype(dtype)]
-        self._turn ^= 1
-        return self._heads[key][self._turn]
-
-    def _of_dtype(self, dtype):
-        if dtype not in self._typed:
-            self._typed[dtype] = [list(half.view(dtype).unbind(0)) for half in self._halves]
-        return self._typed[dtype]
+        return self._kept[key][self._turn]
 
     def meet(self):
         """What any rank has written before, every rank sees after. Collective."""

@@ -116,20 +116,24 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def fold(pieces, kind, out, factor=None, count=None):
+def fold(pieces, kind, out, factor=None, count=None, copy=None):
     """out = pieces[0] + pieces[1] + ... (or another reduction), in that order.
 
     pieces: flat CPU tensors of one dtype and length; out: of that length, of their dtype or `wide` of it, its memory
     its own or exactly that of one piece. factor: multiplied into every piece first (PREMUL_SUM). count: what AVG
-    divides by, None where a later fold will do it; the quotient of integers is truncated towards zero.
+    divides by, None where a later fold will do it; the quotient of integers is truncated towards zero. copy: where
+    the result goes a second time, while it is in the cache.
     """
     length = out.numel()
-    if length <= BLOCK:
-        _fold_block(pieces, kind, out, factor, count)
-        return
     for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
-        _fold_block([piece[start:stop] for piece in pieces], kind, out[start:stop], factor, count)
+        if length > BLOCK:
+            block = slice(start, start + BLOCK)
+            _fold_block([piece[block] for piece in pieces], kind, out[block], factor, count)
+        else:
+            block = slice(None)
+            _fold_block(pieces, kind, out, factor, count)
+        if copy is not None:
+            copy[block].copy_(out[block])
 
 
 def _fold_block(pieces, kind, out, factor, count):

@@ -6,8 +6,6 @@ counterparts on the other hosts with its own slice, so that all of them keep the
 fixed: ranks within a host in order, then the hosts in order, for every size and place in a tensor.
 """
 
-import itertools
-
 import torch
 from mpi4py import MPI
 
@@ -15,7 +13,7 @@ from . import host, reduce
 from .reduce import AVG, PREMUL_SUM, SUM
 
 # Up to this many bytes from all ranks of a host together, each rank sums everything itself, which saves a meeting.
-SMALL_BYTES = 1 << 17
+SMALL_BYTES = 1 << 19
 
 
 def arrange(comm, local=None):
@@ -62,104 +60,97 @@ class Shared:
         keeps = root is None or root == self.rank
         length = values.numel()
         if values.nbytes * self.local_size <= SMALL_BYTES:
-            heads = self.memory.heads(values.dtype, length)
-            heads[self.me].copy_(values)
+            slots = [slot[0] for slot in self.memory.cut(values.dtype, (length,))]
+            slots[self.me].copy_(values)
             self.memory.meet()
             if keeps or self.across is not None:
-                self._fold(heads, kind, factor, values if keeps else values.clone())
+                self._fold(slots, kind, factor, values if keeps else values.clone())
             return
-        step = self.memory.slot_bytes // values.element_size()
-        for start in range(0, length, step):
-            self._reduce_chunk(values[start : start + step], kind, factor, keeps)
+        for part in values.split(self.memory.slot_bytes // values.element_size()):
+            self._reduce_part(part, kind, factor, keeps)
 
-    def _reduce_chunk(self, part, kind, factor, keeps):
+    def _reduce_part(self, part, kind, factor, keeps):
         """Each rank of a host gives the others their slices, sums its own, and they take the sums from each other.
 
         In its own slot a rank needs no place for its own slice: the sum goes there.
         """
-        slots = self.memory.views(part.dtype)
-        bounds = self._slices(len(part))
-        begin, end = bounds[self.me]
-        own = slots[self.me]
-        own[:begin].copy_(part[:begin])
-        own[end : len(part)].copy_(part[end:])
+        lengths = tuple(reduce.shares(part.numel(), self.local_size))
+        slots, parts = self.memory.cut(part.dtype, lengths), part.split(lengths)
+        for local in self.others:
+            slots[self.me][local].copy_(parts[local])
         self.memory.meet()
-        pieces = [slot[begin:end] for slot in slots]
-        total = pieces[self.me]
-        pieces[self.me] = part[begin:end]
-        self._fold(pieces, kind, factor, total)
+        pieces = [slot[self.me] for slot in slots]
+        total, pieces[self.me] = pieces[self.me], parts[self.me]
+        self._fold(pieces, kind, factor, total, copy=parts[self.me] if keeps else None)
         self.memory.meet()
         if keeps:
-            for slot, (first, last) in zip(slots, bounds, strict=True):
-                part[first:last].copy_(slot[first:last])
+            for local in self.others:
+                parts[local].copy_(slots[local][local])
 
-    def _slices(self, length):
-        ends = itertools.accumulate(reduce.shares(length, self.local_size), initial=0)
-        return list(itertools.pairwise(ends))
-
-    def _fold(self, pieces, kind, factor, out):
-        """out = the pieces of this host's ranks and, after them, what the counterparts on the other hosts have."""
+    def _fold(self, pieces, kind, factor, out, copy=None):
+        """out (and copy) = the pieces of this host, and after them those of the counterparts on the other hosts."""
         count = self.size if kind == AVG else None
         if self.across is None:
-            reduce.fold(pieces, kind, out, factor, count)
+            reduce.fold(pieces, kind, out, factor, count, copy)
             return
-        between = torch.empty(len(out), dtype=reduce.wide(out.dtype, kind))
+        between = torch.empty(out.numel(), dtype=reduce.wide(out.dtype, kind))
         reduce.fold(pieces, kind, between, factor)
         reduce.reduce(self.across, between, SUM if kind == PREMUL_SUM else kind, out, count=count)
+        if copy is not None:
+            copy.copy_(out)
 
     def reduce_scatter(self, blocks, kind, out, factor=None):
         """Reduce `blocks` [ranks, n] (rows contiguous) over ranks; this rank's row goes to `out` [n]."""
-        slot = self.memory.slot_bytes // blocks.element_size()
-        step = slot // self.size
+        step = self.memory.slot_bytes // blocks.element_size() // self.size
         hosts = len(self.table)
         mine = [row[self.me] for row in self.table]  # the rows of this rank's counterparts and its own
-        for start in range(0, blocks.shape[1], step):
-            part = blocks[:, start : start + step]
-            length = part.shape[1]
-            slots = self.memory.views(blocks.dtype)
+        for part, result in zip(blocks.split(step, dim=1), out.split(step), strict=True):
+            length = result.numel()
             # In a slot: for every rank of the host, the rows of it and of its counterparts.
-            given = slots[self.me][: self.size * length].view(self.local_size, hosts, length)
+            slots, rows = self.memory.cut(blocks.dtype, (length,) * self.size), part.unbind(0)
             for local in self.others:
                 for index, row in enumerate(self.table):
-                    given[local, index].copy_(part[row[local]])
+                    slots[self.me][local * hosts + index].copy_(rows[row[local]])
             self.memory.meet()
-            pieces = [slot[: self.size * length].view(self.local_size, hosts * length)[self.me] for slot in slots]
-            pieces[self.me] = part[mine[0]] if hosts == 1 else part[mine].view(-1)
-            result = out[start : start + length]
             if self.across is None:
+                pieces = [slot[self.me] for slot in slots]
+                pieces[self.me] = rows[self.rank]
                 reduce.fold(pieces, kind, result, factor, self.size)
                 continue
-            between = torch.empty(hosts * length, dtype=reduce.wide(blocks.dtype, kind))
-            reduce.fold(pieces, kind, between, factor)
+            between = torch.empty((hosts, length), dtype=reduce.wide(blocks.dtype, kind))
+            for index, total in enumerate(between):
+                pieces = [slot[self.me * hosts + index] for slot in slots]
+                pieces[self.me] = rows[mine[index]]
+                reduce.fold(pieces, kind, total, factor)
             onward = SUM if kind == PREMUL_SUM else kind
-            reduce.reduce_scatter(self.across, between.view(hosts, length), onward, result, count=self.size)
+            reduce.reduce_scatter(self.across, between, onward, result, count=self.size)
 
     def all_gather(self, tensor, outputs):
         """outputs[r] = `tensor` of rank r. tensor: uint8 [n]; outputs: list of uint8 [n], one a rank."""
-        step = self.memory.slot_bytes // len(self.table)
-        for start in range(0, len(tensor), step):
-            part = tensor[start : start + step]
-            length = len(part)
-            slots = self.memory.views(torch.uint8)
+        step, hosts = self.memory.slot_bytes // len(self.table), len(self.table)
+        wanted = zip(*(output.split(step) for output in outputs), strict=True)
+        for part, targets in zip(tensor.split(step), wanted, strict=True):
+            slots = self.memory.cut(torch.uint8, (part.numel(),) * hosts)
             if self.across is None:
-                slots[self.me][:length].copy_(part)
+                slots[self.me][0].copy_(part)
             else:
-                rows = slots[self.me][: len(self.table) * length]
-                self.across.Allgather(reduce.raw(part), reduce.raw(rows))
+                gathered = torch.empty((hosts, part.numel()), dtype=torch.uint8)
+                self.across.Allgather(reduce.raw(part), reduce.raw(gathered))
+                for slot, row in zip(slots[self.me], gathered, strict=True):
+                    slot.copy_(row)
+            # Now, since `tensor` may be a part of an output.
+            targets[self.rank].copy_(part)
             self.memory.meet()
             for index, row in enumerate(self.table):
                 for rank, slot in zip(row, slots, strict=True):
-                    if rank == self.rank:
-                        outputs[rank][start : start + length].copy_(part)
-                    else:
-                        outputs[rank][start : start + length].copy_(slot[index * length : (index + 1) * length])
+                    if rank != self.rank:
+                        targets[rank].copy_(slot[index])
 
     def broadcast(self, tensor, root):
         """Every rank gets the `tensor` (uint8 [n]) of group rank `root`. For ranks of one host."""
         source = self.table[0].index(root)
-        for start in range(0, len(tensor), self.memory.slot_bytes):
-            part = tensor[start : start + self.memory.slot_bytes]
-            slot = self.memory.views(torch.uint8)[source][: len(part)]
+        for part in tensor.split(self.memory.slot_bytes):
+            slot = self.memory.cut(torch.uint8, (part.numel(),))[source][0]
             if source == self.me:
                 slot.copy_(part)
             self.memory.meet()
@@ -171,10 +162,10 @@ class Shared:
 
         For ranks of one host. Raises ValueError where a rank sends another number of bytes than this one expects.
         """
-        heads = self.memory.views(torch.int64)
-        heads[self.me][: self.size].copy_(torch.tensor(send_counts))
+        heads = [slot[0] for slot in self.memory.cut(torch.int64, (self.size,))]
+        heads[self.me].copy_(torch.tensor(send_counts))
         self.memory.meet()
-        counts = [head[: self.size].tolist() for head in heads]
+        counts = [head.tolist() for head in heads]
         coming = [row[self.me] for row in counts]
         if coming != list(receive_counts):
             raise ValueError(f"all_to_all: bytes expected from each rank: {receive_counts}, but they send {coming}")
@@ -182,11 +173,11 @@ class Shared:
         outgoing, incoming = sent.split(send_counts), received.split(coming)
         incoming[self.me].copy_(outgoing[self.me])
         for start in range(0, max(map(max, counts)), step):
-            slots = [slot.split(step) for slot in self.memory.views(torch.uint8)]
+            slots = self.memory.cut(torch.uint8, (step,) * self.size)
             for rank in self.others:
                 part = outgoing[rank][start : start + step]
-                slots[self.me][rank][: len(part)].copy_(part)
+                slots[self.me][rank][: part.numel()].copy_(part)
             self.memory.meet()
             for rank in self.others:
                 part = incoming[rank][start : start + step]
-                part.copy_(slots[rank][self.me][: len(part)])
+                part.copy_(slots[rank][self.me][: part.numel()])
