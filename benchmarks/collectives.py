@@ -10,7 +10,6 @@ copy of as many bytes in each rank at the same time. Short calls are timed in ro
 
 import argparse
 import json
-import socket
 import time
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 import hpcllm.mpi
-from hpcllm.mpi import device, process_group
+from hpcllm.mpi import device, process_group, rendezvous
 
 from . import jobs
 
@@ -36,11 +35,8 @@ def start():
     device.bind_threads(world)
     device.keep_memory()
     process_group.register(world.comm)
-    host = "127.0.0.1" if len(world.hosts) == 1 else socket.gethostbyname(world.comm.bcast(world.host))
-    waits = {"wait_for_workers": False}  # the port is told first
-    store = dist.TCPStore(host, 0, world.size, is_master=True, **waits) if world.is_root else None
-    port = world.comm.bcast(store.port if world.is_root else None)
-    store = store or dist.TCPStore(host, port, world.size, **waits)
+    # A store that Gloo can use; this backend needs none.
+    _, store = rendezvous.meet(world, "gloo", torch.device("cpu"))
     dist.init_process_group(process_group.BACKEND, store=store, rank=world.rank, world_size=world.size)
     return world, dist.new_group(backend="gloo")
 

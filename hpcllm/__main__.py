@@ -115,7 +115,7 @@ def train(args):
     settings = mpi.on_root(world.comm, config.load, args.run_file, args.overrides)
     from .train import train
 
-    world = mpi.init(settings.train.device)
+    world = mpi.init(settings.train.device, settings.parallel.backend)
     results = train(settings, world, resume=args.resume, overwrite=args.overwrite)
     if world.is_root:
         print(f"done: {json.dumps(results)}")
@@ -144,7 +144,7 @@ def evaluate(args):
     data = args.data or settings.data.validation
     if data is None:
         raise UsageError("the run had no validation folder; name one with --data").known_to_all()
-    world = mpi.init(settings.train.device)
+    world = mpi.init(settings.train.device, settings.parallel.backend)
     source = open_source(settings, world, data, mpi.on_root(world.comm, read_tokenizer, folder))
     with mpi.together(world.comm):
         net = model.load(folder, settings.model.task).to(world.device)
@@ -175,7 +175,7 @@ def predict(args):
     asked = mpi.on_root(world.comm, texts)
     mpi.on_root(world.comm, check_output, args.output, args.overwrite)
     settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
-    world = mpi.init(settings.train.device)
+    world = mpi.init(settings.train.device, settings.parallel.backend)
     answers = predict(settings, folder, asked, world, top_k=args.top_k, max_new_tokens=args.max_new_tokens)
     if args.output:
         lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers or [])

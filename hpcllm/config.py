@@ -71,8 +71,8 @@ class Parallel(Section):
     """Ranks that share each sequence."""
     sharding: Literal["none"] = "none"
     """none: every data-parallel rank holds the whole model and optimizer (DDP)."""
-    backend: Literal["mpi"] = "mpi"
-    """Who carries gradients and parameters; ranks always come from MPI."""
+    backend: Literal["mpi", "gloo", "nccl"] = "mpi"
+    """Who carries gradients and parameters: MPI, or PyTorch's own Gloo or NCCL; ranks always come from MPI."""
 
     @model_validator(mode="after")
     def data_axis_only(self):

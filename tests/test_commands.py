@@ -88,6 +88,18 @@ def test_a_gpt_continues_texts_as_transformers_does(mpirun, run_file, tmp_path):
     assert done.stdout == f"return the | {words.decode(made, skip_special_tokens=True)}\n"
 
 
+def test_gloo_gives_the_losses_of_mpi(mpirun, run_file, tmp_path):
+    losses = []
+    for backend in ("mpi", "gloo"):
+        output = tmp_path / backend
+        settings = [f"parallel.backend={backend}", f"run.output_dir={output}"]
+        mpirun(2, ["-m", "hpcllm", "train", run_file(), *settings], check=True)
+        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        losses.append([record["loss"] for record in records if "loss" in record])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    refused(mpirun(2, ["-m", "hpcllm", "train", run_file(), "parallel.backend=nccl"]), 2, "needs a GPU for every rank")
+
+
 FAILING = """
 import sys
 from hpcllm import __main__, train

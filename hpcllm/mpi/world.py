@@ -103,10 +103,11 @@ def join():
     return _world
 
 
-def init(device="auto"):
+def init(device="auto", backend="mpi"):
     """Join MPI and make it PyTorch's default process group; returns the `World`, its `device` set.
 
-    device: "auto" (a GPU if every rank has one, else the CPU), "cpu" or "cuda".
+    device: "auto" (a GPU if every rank has one, else the CPU), "cpu" or "cuda". backend: who moves tensors: "mpi",
+    or torch's own "gloo" or "nccl", which find each other through MPI.
     Afterwards torch.distributed, DDP, FSDP2, DTensor and pipelining work on all ranks of the job. The torch
     variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, and those by which Accelerate finds this process
     group (`_environment`), are set where they are not set already. Further calls return the same World; after
@@ -120,20 +121,18 @@ def init(device="auto"):
         return world
 
     from . import device as devices
-    from . import process_group
+    from . import rendezvous
 
     chosen = devices.choose(world, device)
     devices.bind_threads(world)
     devices.keep_memory()
     for name, value in _environment(world, chosen).items():
         os.environ.setdefault(name, value)
-    process_group.register(world.comm)
-    # Each rank has a store of its own, in which nobody else would ever arrive at torch's store-based barrier.
-    os.environ.pop("TORCH_DIST_INIT_BARRIER", None)
+    name, store = rendezvous.meet(world, backend, chosen)
     # torch wraps the hook for uncaught exceptions in one that collects its words and prints them when it returns,
     # which `abort` never does.
     hook = sys.excepthook
-    dist.init_process_group(process_group.BACKEND, store=dist.HashStore(), rank=world.rank, world_size=world.size)
+    dist.init_process_group(name, store=store, rank=world.rank, world_size=world.size)
     sys.excepthook = hook
     _world = replace(world, device=chosen, group=dist.group.WORLD)
     return _world
