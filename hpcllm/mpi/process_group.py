@@ -11,8 +11,10 @@ import zlib
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
+from torch.distributed.distributed_c10d import default_pg_timeout
 
-from . import reduce
+from . import reduce, watch
+from .barrier import MonitoredBarrier
 from .device import from_host, to_host
 from .work import Done, Pending, timed
 
@@ -32,14 +34,16 @@ def register(comm):
         ranks = list(options.global_ranks_in_group)
         if options.group_size != (len(ranks) or comm.size):
             raise ValueError(f"a group of {options.group_size} was asked for in an MPI world of {comm.size}")
+        # What torch hands over when nobody has asked for a timeout.
+        timeout = None if options.timeout == default_pg_timeout else options.timeout
         if not ranks or ranks == list(range(comm.size)):
-            return MpiProcessGroup(comm.Dup(), options.group_id)
+            return MpiProcessGroup(comm.Dup(), options.group_id, range(comm.size), timeout)
         members = comm.group.Incl(ranks)
         # Only members call this, so the communicator is made by the members alone; the tag keeps apart groups that
         # are being made at the same time. Not from the group's name: torch counts, and ranks may count differently.
         sub = comm.Create_group(members, tag=zlib.crc32(str(ranks).encode()) % 32768)
         members.Free()
-        return MpiProcessGroup(sub, options.group_id)
+        return MpiProcessGroup(sub, options.group_id, ranks, timeout)
 
     dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
 
@@ -85,11 +89,15 @@ class MpiProcessGroup(dist.ProcessGroup):
     Reductions refuse float8 and the pairs that have no meaning with TypeError (see `reduce.check`).
     """
 
-    def __init__(self, comm, name):
+    checker = None  # set by `check` where calls are to be compared
+
+    def __init__(self, comm, name, ranks=None, timeout=None):
+        """ranks: world ranks of the members; timeout: timedelta that an operation may wait, None: the setting's."""
         super().__init__(comm.rank, comm.size)
         self.comm = comm
+        self.place = watch.place(name, ranks, timeout) if ranks else None
         self._name, self._description = name, "undefined"
-        self._under_way = []
+        self._under_way, self._monitored = [], None
 
     # ---- names: DeviceMesh and the functional collectives find groups by these
 
@@ -132,6 +140,8 @@ class MpiProcessGroup(dist.ProcessGroup):
         self._under_way = [pending for pending in self._under_way if not pending.is_completed()]
         if self.comm != MPI.COMM_NULL:
             self.comm.Free()
+        if self.checker is not None:
+            self.checker.free()
 
     # ---- one tensor to or from all
 
@@ -320,7 +330,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
         host = to_host(tensor)
         requests = [self.comm.Isend(piece, dest=destination, tag=tag) for piece in _pieces(host)]
-        return self._keep(Pending(tensor, host, requests, receives=False))
+        return self._keep(Pending(tensor, host, requests, False, self.place, destination))
 
     def _keep(self, work):
         # A caller may drop the handle; the buffer must live until MPI has read or filled it.
@@ -336,7 +346,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             # The pieces of two senders could interleave.
             raise ValueError(f"a message of {host.nbytes} bytes (> {MOVE_CHUNK_BYTES}) needs a named source")
         requests = [self.comm.Irecv(piece, source=source, tag=tag) for piece in pieces]
-        return self._keep(Pending(tensor, host, requests, receives=True))
+        return self._keep(Pending(tensor, host, requests, True, self.place, source))
 
     def recv_anysource(self, tensors, tag):
         return self.recv(tensors, MPI.ANY_SOURCE, tag)
@@ -345,6 +355,11 @@ class MpiProcessGroup(dist.ProcessGroup):
     def barrier(self, opts=None):
         self.comm.Barrier()
         return Done([])
+
+    def monitored_barrier(self, timeout=None, wait_all_ranks=False):
+        """A barrier that raises on every rank after `timeout` (timedelta) and names who has not come (`barrier`)."""
+        self._monitored = self._monitored or MonitoredBarrier(self.comm)
+        self._monitored.wait((timeout or default_pg_timeout).total_seconds(), wait_all_ranks)
 
     # ---- a block of calls that torch would like to have as one: they are made one by one
 

@@ -108,8 +108,9 @@ def init(device="auto"):
 
     device: "auto" (a GPU if every rank has one, else the CPU), "cpu" or "cuda".
     Afterwards torch.distributed, DDP, FSDP2, DTensor and pipelining work on all ranks of the job. The torch
-    variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set where they are not set already. Further
-    calls return the same World; after `torch.distributed.destroy_process_group()` a call starts anew. Collective.
+    variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set where they are not set already. A collective
+    that does not end in HPCLLM_TIMEOUT_S seconds (600; 0: never) ends the job with a report (`watch`). Further calls
+    return the same World; after `torch.distributed.destroy_process_group()` a call starts anew. Collective.
     """
     global _world
     world = join()
@@ -119,7 +120,7 @@ def init(device="auto"):
         return world
 
     from . import device as devices
-    from . import process_group
+    from . import process_group, watch
 
     chosen = devices.choose(world, device)
     devices.bind_threads(world)
@@ -131,6 +132,7 @@ def init(device="auto"):
         ("LOCAL_WORLD_SIZE", world.local_size),
     ):
         os.environ.setdefault(name, str(value))
+    watch.start(world)
     process_group.register(world.comm)
     # Each rank has a store of its own, in which nobody else would ever arrive at torch's store-based barrier.
     os.environ.pop("TORCH_DIST_INIT_BARRIER", None)
