@@ -11,6 +11,7 @@ copy of as many bytes in each rank at the same time. Short calls are timed in ro
 import argparse
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 import hpcllm.mpi
-from hpcllm.mpi import device, process_group, rendezvous
+from hpcllm.mpi import device, rendezvous
 
 from . import jobs
 
@@ -34,11 +35,11 @@ def start():
     world = hpcllm.mpi.join()
     device.bind_threads(world)
     device.keep_memory()
-    process_group.register(world.comm)
     # A store that Gloo can use; this backend needs none.
+    backend, _ = rendezvous.meet(world, "mpi", torch.device("cpu"))
     _, store = rendezvous.meet(world, "gloo", torch.device("cpu"))
-    dist.init_process_group(process_group.BACKEND, store=store, rank=world.rank, world_size=world.size)
-    return world, dist.new_group(backend="gloo")
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+    return replace(world, group=dist.group.WORLD), dist.new_group(backend="gloo")
 
 
 def calls(operation, size_bytes, dtype, comm, gloo):

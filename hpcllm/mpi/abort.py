@@ -6,12 +6,14 @@ that nobody caught (in any thread), to `sys.exit` (and the builtins exit and qui
 
 - uncaught exception: one traceback with rank and host, MPI_Abort(1); KeyboardInterrupt: 130; a Refusal: its sentence
   and its code, quietly where all ranks agreed on it.
+- `os._exit`: names the rank, while MPI is up.
 - `sys.exit(n)`, n not 0: unwinds as always and may be caught. Once it has left the program, the rank looks whether
   the others are leaving too: then all end quietly, each with its code; otherwise MPI_Abort(n).
 
 Not seen: `raise SystemExit(n)` written out, which says on purpose "only this process" (see `leave_together`), and a
 `sys.exit` imported by name before `hpcllm.mpi.join`. Signals are left as they are: a rank that one kills is noticed
-by the launcher. Children made by fork behave as if nothing had been installed.
+by the launcher, and named by `watch`, which is also for what does not fail but hangs. Children made by fork behave as
+if nothing had been installed.
 """
 
 import array
@@ -30,7 +32,7 @@ import time
 import traceback
 
 from ..errors import Refusal
-from . import launcher
+from . import launcher, progress
 
 # A rank that leaves with an error waits this long for the others to leave too, before it ends them.
 _TOGETHER_S = 1.0
@@ -44,6 +46,7 @@ _SECONDARY_S = 2.0
 _READ_S = 0.2
 # The ranks that do not speak expect to be killed; after this long they end the job themselves.
 _KILLED_S = 8.0
+_exit_at_once = os._exit
 
 
 class FailedElsewhere(RuntimeError):
@@ -79,6 +82,7 @@ def install():
     sys.excepthook = _excepthook(sys.excepthook)
     threading.excepthook = _thread_excepthook(threading.excepthook)
     sys.exit = leave
+    os._exit = exit_at_once
     for name in ("exit", "quit"):
         if hasattr(builtins, name):
             setattr(builtins, name, leave)
@@ -88,6 +92,9 @@ def joined(world, local):
     """From now on errors end all ranks of `world`; `local`: communicator of this host's ranks. Collective."""
     _State.farewell = world.comm.Dup()
     _State.board = _open_board(local)
+    # MPICH's processes map all of a host's when they start, and leave them behind when one of them is killed. (Open
+    # MPI's are opened when first needed, and its mpirun removes them.)
+    remove_segments("mpich_shm_")
     _State.world = world
     # MPI is finalised after the functions registered here.
     atexit.register(_goodbye)
@@ -116,14 +123,14 @@ def _say_once(sentence):
     else:
         speaks = launcher.speaks()
     if speaks and sentence:
-        _write(f"{sentence}\n")
+        write(f"{sentence}\n")
     if _State.world is None and launcher.find()[1] > 1:
         # No MPI, so each process is on its own: give all of them time to come here before the launcher, seeing the
         # first one end with an error, kills the rest.
         time.sleep(_ALONE_S)
 
 
-def _write(text):
+def write(text):
     """One write, so that lines of other ranks cannot fall between."""
     try:
         sys.stdout.flush()
@@ -142,19 +149,24 @@ def _alive():
     return not MPI.Is_finalized()
 
 
-def remove_segments():
+def _name():
+    return f"rank {_State.world.rank} of {_State.world.size} on {_State.world.host}"
+
+
+def remove_segments(kinds=("mpich_shm_", "sm_segment.")):
     """Unlink the shared-memory files that MPI has mapped here, which it would leave behind."""
     with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "/dev/shm/" in line}
         for path in paths:
-            if os.path.basename(path).startswith(("mpich_shm_", "sm_segment.")):
+            if os.path.basename(path).startswith(kinds):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
 
 
 def end_all(code):
     """End the processes of all ranks at once, from any rank or thread, with exit code `code`. Does not return."""
-    _write("")
+    progress.leave_job()
+    write("")
     time.sleep(_READ_S)
     if _alive():
         from mpi4py import MPI
@@ -162,7 +174,7 @@ def end_all(code):
         remove_segments()
         # Not the world's own communicator: MPICH's mpiexec would often return 9 (the others' SIGKILL) for `code`.
         MPI.COMM_WORLD.Abort(code)
-    os._exit(code)  # some libraries return from MPI_Abort before the signal arrives
+    _exit_at_once(code)  # some libraries return from MPI_Abort before the signal arrives
 
 
 # ---- sys.exit and the normal end
@@ -175,6 +187,14 @@ def _outside_the_program():
     except ValueError:
         return threading.current_thread() is threading.main_thread()
     return False
+
+
+def exit_at_once(status):
+    """os._exit: while MPI is up it ends the job, and not every launcher says which rank that was."""
+    if _alive() and first_of_host():
+        write(f"hpcllm: {_name()} leaves by os._exit({status}), which ends the job\n")
+        time.sleep(_READ_S)
+    _exit_at_once(status)
 
 
 def _all_leave(status, patience_s):
@@ -201,9 +221,11 @@ def _last_word(code):
     if not isinstance(code, int):
         # Printed by the first of those that end with an error.
         if codes is None or _State.world.rank == min(r for r, other in enumerate(codes) if other != 0):
-            _write(f"{code}\n")
+            write(f"{code}\n")
         code = status
     if codes is None:
+        if first_of_host():
+            write(f"hpcllm: {_name()} has left with exit code {status}, the others have not; all are being ended\n")
         end_all(status)
     return code
 
@@ -253,17 +275,17 @@ def _fail(kind, error, trace, where=""):
     world = _State.world
     if world is not None:
         time.sleep(_TURN_S * min(world.hosts.index(world.host), _LAST_TURN))
-        head = f"hpcllm: rank {world.rank} of {world.size} on {world.host}{where}"
+        head = f"hpcllm: {_name()}{where}"
     else:
         head = f"hpcllm: {socket.gethostname()}"
-    if not _first_of_host():
+    if not first_of_host():
         time.sleep(_KILLED_S if world is not None else 0)
     elif isinstance(error, Refusal):
-        _write(f"{head}: {error}\n")
+        write(f"{head}: {error}\n")
         time.sleep(0 if world is not None else _TOGETHER_S)  # holding the claim
     else:
         text = "".join(traceback.format_exception(kind, error, trace))
-        _write(f"{head}: uncaught {kind.__name__}; all ranks are being ended\n{text}")
+        write(f"{head}: uncaught {kind.__name__}; all ranks are being ended\n{text}")
     end_all(code)
 
 
@@ -301,7 +323,7 @@ def _first_child_of_launcher():
     return True
 
 
-def _first_of_host():
+def first_of_host():
     """True in the first process of this host that asks, also when that process has ended since."""
     if _State.world is None:
         return _first_child_of_launcher()

@@ -1,27 +1,18 @@
-"""The torch.distributed backend "mpi4py": every collective that PyTorch's own parallelism calls, over MPI.
+"""The torch.distributed backend "mpi4py": groups of ranks over MPI communicators, and their names.
 
-A Python subclass of torch's ProcessGroup with one MPI communicator of its own. Collectives run inline and
-are complete when they return (MPI libraries do not progress them in the background without a spare core);
-send and receive are MPI requests that complete in `wait` (`work`). What adds up is in `reduce`, what ranks of one host
-do in memory that they share in `shared`, which memory MPI may touch in `device`. Spellings of torch 2.11 to 2.13 are
-both served, by aliases at the end of the class.
+A Python subclass of torch's ProcessGroup with one MPI communicator of its own; what it can do is in `collectives`.
 """
 
 import zlib
 
-import torch
 import torch.distributed as dist
-from mpi4py import MPI
+from torch.distributed.distributed_c10d import default_pg_timeout
 
-from . import reduce, shared
-from .device import from_host, to_host
-from .work import Done, Pending, timed
+from . import watch
+from .barrier import MonitoredBarrier
+from .collectives import Collectives
 
 BACKEND = "mpi4py"
-
-# MPI-3 counts are C ints; broadcasts and messages are cut into pieces of this many bytes (whole elements of any dtype).
-MOVE_CHUNK_BYTES = 1 << 30
-_UNIT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
 
 
 def register(comm):
@@ -33,9 +24,11 @@ def register(comm):
         ranks = list(options.global_ranks_in_group)
         if options.group_size != (len(ranks) or comm.size):
             raise ValueError(f"a group of {options.group_size} was asked for in an MPI world of {comm.size}")
+        # What torch hands over when nobody has asked for a timeout.
+        timeout = None if options.timeout == default_pg_timeout else options.timeout
         if not ranks or ranks == list(range(comm.size)):
-            return MpiProcessGroup(comm.Dup(), options.group_id)
-        return MpiProcessGroup(_part(comm, ranks), options.group_id)
+            return MpiProcessGroup(comm.Dup(), options.group_id, range(comm.size), timeout)
+        return MpiProcessGroup(_part(comm, ranks), options.group_id, ranks, timeout)
 
     dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
 
@@ -50,60 +43,15 @@ def _part(comm, ranks):
     return sub
 
 
-def _units(host):
-    """A contiguous CPU tensor as an MPI buffer of whole elements, whatever its dtype means."""
-    size = host.element_size()
-    return [host.reshape(-1).view(torch.uint8).numpy(), host.numel(), _UNIT[size]]
+class MpiProcessGroup(Collectives):
+    """One group of ranks, with a communicator of its own; its operations are in `collectives`."""
 
-
-def _bytes(host):
-    """A contiguous CPU tensor as flat uint8."""
-    return host.reshape(-1).view(torch.uint8)
-
-
-def _pieces(host):
-    """The same, cut into calls that MPI-3 can count."""
-    flat = host.view(-1)
-    step = MOVE_CHUNK_BYTES // host.element_size()
-    for start in range(0, max(flat.numel(), 1), step):
-        yield _units(flat[start : start + step])
-
-
-def _apart(sent, received):
-    """`sent`, or a copy where it shares memory with `received` (FSDP2 gathers in place), which MPI forbids."""
-    return sent.clone() if sent.untyped_storage().data_ptr() == received.untyped_storage().data_ptr() else sent
-
-
-def _same_dtype(what, *tensors):
-    """MPI moves bytes, so tensors of different dtypes would arrive as nonsense."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1:
-        raise TypeError(f"{what}: tensors of different dtypes: {', '.join(sorted(map(str, dtypes)))}")
-
-
-def _same_numel(what, given, expected):
-    if given != expected:
-        raise ValueError(f"{what}: {given} elements where {expected} are needed")
-
-
-class MpiProcessGroup(dist.ProcessGroup):
-    """One group of ranks; tensors may be on the CPU or a GPU, contiguous or not, of any dtype and shape.
-
-    Reductions refuse float8 and the pairs that have no meaning with TypeError (see `reduce.check`).
-    """
-
-    def __init__(self, comm, name):
-        super().__init__(comm.rank, comm.size)
-        self.comm = comm
+    def __init__(self, comm, name, ranks=None, timeout=None):
+        """ranks: world ranks of the members; timeout: timedelta that an operation may wait, None: the setting's."""
+        super().__init__(comm)
+        self.place = watch.place(name, ranks, timeout) if ranks else None
         self._name, self._description = name, "undefined"
-        self._under_way = []
-        self._arranged, self._shared = False, None
-
-    def _neighbours(self):
-        """shared.Shared of this group, or None; found out by its first collective call, which is one of all ranks."""
-        if not self._arranged:
-            self._shared, self._arranged = shared.arrange(self.comm), True
-        return self._shared
+        self._monitored = None
 
     # ---- names: DeviceMesh and the functional collectives find groups by these
 
@@ -153,7 +101,8 @@ class MpiProcessGroup(dist.ProcessGroup):
         """
         if self.comm.rank not in ranks:
             return None
-        part = MpiProcessGroup(_part(self.comm, list(ranks)), group_name)
+        world_ranks = [self.place.ranks[rank] for rank in ranks] if self.place else None
+        part = MpiProcessGroup(_part(self.comm, list(ranks)), group_name, world_ranks, timeout)
         if group_desc is not None:
             part.setGroupDesc(group_desc)
         return part
@@ -164,256 +113,10 @@ class MpiProcessGroup(dist.ProcessGroup):
     perform_nocolor_split = eager_connect_single_device = _set_sequence_number_for_group = _nothing_to_do
 
     def shutdown(self):
-        """Free the communicator (collective over the group). Further calls on the group fail."""
-        self._under_way = [pending for pending in self._under_way if not pending.is_completed()]
-        if self._shared is not None:
-            self._shared.free()
-            self._shared = None
-        if self.comm != MPI.COMM_NULL:
-            self.comm.Free()
+        """What torch calls when it destroys the group. Collective over it."""
+        self.free()
 
-    # ---- one tensor to or from all
-
-    @timed
-    def broadcast(self, tensors, opts):
-        neighbours = self._neighbours()
-        for tensor in tensors:
-            host = to_host(tensor, copy_in=opts.rootRank == self.comm.rank)
-            if neighbours is not None and neighbours.across is None:
-                neighbours.broadcast(_bytes(host), opts.rootRank)
-            else:
-                for piece in _pieces(host):
-                    self.comm.Bcast(piece, root=opts.rootRank)
-            from_host(host, tensor)
-        return Done(tensors)
-
-    def _reduce(self, tensors, op, root=None):
-        kind, factor = reduce.kind_of(op)
-        neighbours = self._neighbours()
-        for tensor in tensors:
-            host = to_host(tensor)
-            values, how = reduce.arithmetic(host, kind)
-            if neighbours is not None:
-                neighbours.all_reduce(values, how, factor, root)
-            else:
-                reduce.reduce(self.comm, values, how, values, factor, self.comm.size, root)
-            if root is None or root == self.comm.rank:
-                from_host(host, tensor)
-        return Done(tensors)
-
-    @timed
-    def allreduce(self, tensors, opts):
-        return self._reduce(tensors, opts.reduceOp)
-
-    @timed
-    def reduce(self, tensors, opts):
-        return self._reduce(tensors, opts.reduceOp, opts.rootRank)
-
-    # ---- pieces of all to all
-
-    def _all_gather(self, outputs, tensor):
-        """outputs: one tensor a rank, sizes may differ."""
-        _same_dtype("all_gather", tensor, *outputs)
-        _same_numel("all_gather: the input", tensor.numel(), outputs[self.comm.rank].numel())
-        gathered = torch.empty(sum(o.numel() for o in outputs), dtype=tensor.dtype)
-        counts = [output.numel() for output in outputs]
-        self.comm.Allgatherv(_units(to_host(tensor)), [_units(gathered)[0], counts, _UNIT[tensor.element_size()]])
-        for output, part in zip(outputs, gathered.split(counts), strict=True):
-            output.detach().copy_(part.view(output.shape))
-
-    @timed
-    def allgather(self, outputs, inputs, opts=None):
-        for parts, tensor in zip(outputs, inputs, strict=True):
-            self._all_gather(parts, tensor)
-        return Done([part for parts in outputs for part in parts])
-
-    @timed
-    def allgather_coalesced(self, outputs, inputs, opts=None):
-        # outputs[rank][i] receives inputs[i] of that rank
-        for i, tensor in enumerate(inputs):
-            self._all_gather([parts[i] for parts in outputs], tensor)
-        return Done([part for parts in outputs for part in parts])
-
-    @timed
-    def all_gather_single(self, output, tensor, opts=None):
-        count = tensor.numel()
-        _same_dtype("all_gather", tensor, output)
-        _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
-        host, neighbours = to_host(output, copy_in=False), self._neighbours()
-        if neighbours is not None:
-            neighbours.all_gather(_bytes(to_host(tensor)), _bytes(host).view(self.comm.size, -1).unbind(0))
-        else:
-            receive = [_units(host)[0], count, _UNIT[tensor.element_size()]]
-            self.comm.Allgather(_units(_apart(to_host(tensor), host)), receive)
-        from_host(host, output)
-        return Done([output])
-
-    def all_gather_single_coalesced(self, outputs, inputs, opts=None):
-        for output, tensor in zip(outputs, inputs, strict=True):
-            self.all_gather_single(output, tensor, opts)
-        return Done(outputs)
-
-    @timed
-    def gather(self, outputs, inputs, opts):
-        root = opts.rootRank == self.comm.rank
-        for i, tensor in enumerate(inputs):
-            if root:
-                _same_dtype("gather", tensor, *outputs[i])
-                for output in outputs[i]:
-                    _same_numel("gather: an output", output.numel(), tensor.numel())
-            host = to_host(tensor)
-            gathered = torch.empty((self.comm.size, *tensor.shape), dtype=tensor.dtype) if root else None
-            receive = [_units(gathered)[0], tensor.numel(), _UNIT[tensor.element_size()]] if root else None
-            self.comm.Gather(_units(host), receive, root=opts.rootRank)
-            if root:
-                for output, part in zip(outputs[i], gathered, strict=True):
-                    output.detach().copy_(part.view(output.shape))
-        return Done([part for parts in outputs for part in parts])
-
-    @timed
-    def scatter(self, outputs, inputs, opts):
-        root = opts.rootRank == self.comm.rank
-        for i, output in enumerate(outputs):
-            if root:
-                _same_dtype("scatter", output, *inputs[i])
-                for part in inputs[i]:
-                    _same_numel("scatter: an input", part.numel(), output.numel())
-            host = to_host(output, copy_in=False)
-            parts = torch.cat([_bytes(to_host(part)) for part in inputs[i]]) if root else None
-            send = [parts.numpy(), output.numel(), _UNIT[output.element_size()]] if root else None
-            self.comm.Scatter(send, _units(host), root=opts.rootRank)
-            from_host(host, output)
-        return Done(outputs)
-
-    # ---- reduce-scatter: exchange blocks as they are, fold them locally in rank order
-
-    def _reduce_scatter(self, output, blocks, opts):
-        """blocks: contiguous CPU tensor whose first dim has one entry a rank."""
-        kind, factor = reduce.kind_of(opts.reduceOp)
-        host, neighbours = to_host(output, copy_in=False), self._neighbours()
-        values, how = reduce.arithmetic(blocks, kind)
-        values, out = values.view(self.comm.size, -1), reduce.arithmetic(host, kind)[0]
-        if neighbours is not None:
-            neighbours.reduce_scatter(values, how, out, factor)
-        else:
-            reduce.reduce_scatter(self.comm, values, how, out, factor, self.comm.size)
-        from_host(host, output)
-
-    @timed
-    def reduce_scatter(self, outputs, inputs, opts):
-        for output, parts in zip(outputs, inputs, strict=True):
-            _same_dtype("reduce_scatter", output, *parts)
-            _same_numel("reduce_scatter: the output", output.numel(), parts[self.comm.rank].numel())
-            if any(part.numel() != output.numel() for part in parts):
-                # Ranks hold pieces of different sizes: every piece is summed, and each rank keeps its own.
-                for rank, part in enumerate(parts):
-                    total = part.detach().clone()
-                    self._reduce([total], opts.reduceOp, rank)
-                    if rank == self.comm.rank:
-                        output.detach().copy_(total.view(output.shape))
-            else:
-                self._reduce_scatter(output, torch.stack([to_host(part).view(-1) for part in parts]), opts)
-        return Done(outputs)
-
-    @timed
-    def reduce_scatter_single(self, output, tensor, opts):
-        _same_dtype("reduce_scatter", output, tensor)
-        _same_numel("reduce_scatter: the input", tensor.numel(), output.numel() * self.comm.size)
-        self._reduce_scatter(output, to_host(tensor).view(self.comm.size, -1), opts)
-        return Done([output])
-
-    def reduce_scatter_single_coalesced(self, outputs, inputs, opts):
-        for output, tensor in zip(outputs, inputs, strict=True):
-            self.reduce_scatter_single(output, tensor, opts)
-        return Done(outputs)
-
-    def allreduce_coalesced(self, tensors, opts):
-        return self.allreduce(tensors, opts)
-
-    # ---- all to all
-
-    def _all_to_all(self, received, sent, receive_counts, send_counts):
-        """received, sent: contiguous CPU tensors of one dtype; counts: elements from and to each rank."""
-        neighbours, size = self._neighbours(), sent.element_size()
-        sent = _apart(sent, received)
-        if neighbours is not None and neighbours.across is None:
-            in_bytes = [[count * size for count in counts] for counts in (send_counts, receive_counts)]
-            neighbours.all_to_all(_bytes(sent), in_bytes[0], _bytes(received), in_bytes[1])
-        else:
-            unit = _UNIT[size]
-            self.comm.Alltoallv([_units(sent)[0], send_counts, unit], [_units(received)[0], receive_counts, unit])
-
-    @timed
-    def alltoall(self, outputs, inputs, opts=None):
-        _same_dtype("all_to_all", *outputs, *inputs)
-        sent = torch.cat([_bytes(to_host(part)) for part in inputs]).view(inputs[0].dtype)
-        counts = [output.numel() for output in outputs]
-        received = torch.empty(sum(counts), dtype=sent.dtype)
-        self._all_to_all(received, sent, counts, [part.numel() for part in inputs])
-        for output, part in zip(outputs, received.split(counts), strict=True):
-            output.detach().copy_(part.view(output.shape))
-        return Done(outputs)
-
-    @timed
-    def all_to_all_single(self, output, tensor, output_splits, input_splits, opts=None):
-        _same_dtype("all_to_all_single", output, tensor)
-
-        def counts(splits, whole):
-            rows = splits or [whole.shape[0] // self.comm.size] * self.comm.size
-            if len(rows) != self.comm.size or sum(rows) != whole.shape[0]:
-                raise ValueError(f"all_to_all_single: {whole.shape[0]} rows cannot be split as {rows}")
-            row = whole[0].numel() if whole.shape[0] else 0
-            return [n * row for n in rows]
-
-        host = to_host(output, copy_in=False)
-        self._all_to_all(host, to_host(tensor), counts(output_splits, output), counts(input_splits, tensor))
-        from_host(host, output)
-        return Done([output])
-
-    # ---- point to point
-
-    @timed
-    def send(self, tensors, destination, tag):
-        (tensor,) = tensors
-        host = to_host(tensor)
-        requests = [self.comm.Isend(piece, dest=destination, tag=tag) for piece in _pieces(host)]
-        return self._keep(Pending(tensor, host, requests, receives=False))
-
-    def _keep(self, work):
-        # A caller may drop the handle; the buffer must live until MPI has read or filled it.
-        self._under_way = [pending for pending in self._under_way if not pending.is_completed()] + [work]
-        return work
-
-    @timed
-    def recv(self, tensors, source, tag):
-        (tensor,) = tensors
-        host = to_host(tensor, copy_in=False)
-        pieces = list(_pieces(host))
-        if source == MPI.ANY_SOURCE and len(pieces) > 1:
-            # The pieces of two senders could interleave.
-            raise ValueError(f"a message of {host.nbytes} bytes (> {MOVE_CHUNK_BYTES}) needs a named source")
-        requests = [self.comm.Irecv(piece, source=source, tag=tag) for piece in pieces]
-        return self._keep(Pending(tensor, host, requests, receives=True))
-
-    def recv_anysource(self, tensors, tag):
-        return self.recv(tensors, MPI.ANY_SOURCE, tag)
-
-    @timed
-    def barrier(self, opts=None):
-        self.comm.Barrier()
-        return Done([])
-
-    # ---- a block of calls that torch would like to have as one: they are made one by one
-
-    def _start_coalescing(self, device=None):
-        pass
-
-    def _end_coalescing(self, device=None):
-        return Done([])
-
-    # torch 2.11 and 2.12 call the same operations by these names
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-    alltoall_base = all_to_all_single
+    def monitored_barrier(self, timeout=None, wait_all_ranks=False):
+        """A barrier that raises on every rank after `timeout` (timedelta) and names who has not come (`barrier`)."""
+        self._monitored = self._monitored or MonitoredBarrier(self.comm)
+        self._monitored.wait((timeout or default_pg_timeout).total_seconds(), wait_all_ranks)

@@ -8,7 +8,7 @@ depends on the library, the message size and an element's place in the buffer. H
 16-bit floats travel as 16 bits, are summed in float32 and rounded once.
 
 Works on flat CPU tensors of a dtype that torch calculates with (see `arithmetic`). Ranks that share memory go through
-`shared`, which folds as this file does; device buffers are staged by `process_group`.
+`shared`, which folds as this file does; device buffers are staged by `collectives`.
 """
 
 import functools

@@ -1,4 +1,8 @@
-"""Handles of communication under way or done, as torch expects them, and the time that communication took."""
+"""Handles of communication under way or done, as torch expects them, and what is done around every operation.
+
+`timed` wraps each operation: it counts the time, notes the operation where the watchdogs see it (`progress`), and in
+checking mode compares the call with those of the other ranks (`check`).
+"""
 
 import threading
 import time
@@ -9,9 +13,20 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch.autograd import profiler
 
+from . import check
 from .device import from_host
 
 _communication_s = 0.0
+_checking = check.wanted()
+# What users call the operations whose methods have other names.
+_CALLED = {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "allgather_coalesced": "all_gather_coalesced",
+    "all_gather_single": "all_gather_into_tensor",
+    "reduce_scatter_single": "reduce_scatter_tensor",
+    "alltoall": "all_to_all",
+}
 
 
 def communication_s():
@@ -20,21 +35,29 @@ def communication_s():
 
 
 def timed(method):
-    """Count the seconds that `method` takes as communication. Timed methods must not call each other.
+    """Count the seconds that `method` takes as communication, and let the watchdogs see it.
 
-    Where torch's profiler runs, it shows the call as "mpi4py:" and the method's name.
+    For methods of what has a `place` (None: unwatched) and, for collectives, a `checker`. Timed methods must not call
+    each other. Where torch's profiler runs, it shows the call as "mpi4py:" and the method's name.
     """
+    op = _CALLED.get(method.__name__, method.__name__.strip("_"))
 
     @wraps(method)
-    def counted(*args, **kwargs):
+    def counted(self, *args, **kwargs):
         global _communication_s
+        place = self.place
         start = time.perf_counter()
+        number = None if place is None else place.log.enter(place, op, args)
         try:
+            if _checking:
+                check.check(self, op, (*args, *kwargs.values()))
             if profiler._is_profiler_enabled:  # one look; a range costs as much as a small message
                 with profiler.record_function(f"mpi4py:{method.__name__}"):
-                    return method(*args, **kwargs)
-            return method(*args, **kwargs)
+                    return method(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         finally:
+            if number is not None:
+                place.log.leave(number)
             _communication_s += time.perf_counter() - start
 
     return counted
@@ -76,22 +99,43 @@ class Done(dist.Work):
 
 
 class Pending(Done):
-    """The handle of a send or receive. Keeps the buffer alive; a received tensor is filled in by `wait`."""
+    """The handle of a send or receive. Keeps the buffer alive; a received tensor is filled in by `wait`.
 
-    def __init__(self, tensor, host, requests, receives):
+    place: the group's, for the watchdog; peer: group rank of the other side, MPI.ANY_SOURCE for any.
+    """
+
+    def __init__(self, tensor, host, requests, receives, place=None, peer=MPI.ANY_SOURCE):
         super().__init__([tensor])
         self._host, self._requests, self._receives = host, requests, receives
+        self.place, self._peer = place, peer
         self._statuses = [MPI.Status() for _ in requests]
         # MPI forbids two threads to wait for one request; autograd and the group itself may ask beside the owner.
         self._asking = threading.Lock()
 
-    @timed
     def wait(self, timeout=None):
+        """Block until the message is through. timeout: timedelta (zero or None: none); raises DistBackendError."""
+        if self._requests:
+            self._wait(self._tensors, self._peer, timeout.total_seconds() if timeout else 0.0)
+        return True
+
+    @timed
+    def _wait(self, tensors, peer, timeout_s):
         with self._asking:
-            if self._requests:
+            if self._requests and timeout_s > 0:
+                self._wait_until(time.monotonic() + timeout_s, timeout_s)
+            elif self._requests:
                 MPI.Request.Waitall(self._requests, self._statuses)
                 self._finish()
-        return True
+
+    def _wait_until(self, deadline, timeout_s):
+        pause = 1e-5
+        while not MPI.Request.Testall(self._requests, self._statuses):
+            if time.monotonic() > deadline:
+                what = "receive" if self._receives else "send"
+                raise dist.DistBackendError(f"timed out after {timeout_s:g} s waiting for a {what} to complete")
+            time.sleep(pause)
+            pause = min(2 * pause, 1e-3)
+        self._finish()
 
     def is_completed(self):
         if not self._asking.acquire(blocking=False):

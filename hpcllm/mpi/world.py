@@ -1,6 +1,6 @@
 """Who am I: join MPI, learn rank, size, host and local rank, and agree on errors.
 
-Nothing here moves tensors (`process_group` does) and nothing imports torch until `init` is called, so that
+Nothing here moves tensors (`collectives` does) and nothing imports torch until `init` is called, so that
 data preparation and tools start without it. mpi4py is imported inside `join`: importing it starts MPI,
 which must not happen for `--help`.
 """
@@ -110,8 +110,9 @@ def init(device="auto", backend="mpi"):
     or torch's own "gloo" or "nccl", which find each other through MPI.
     Afterwards torch.distributed, DDP, FSDP2, DTensor and pipelining work on all ranks of the job. The torch
     variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, and those by which Accelerate finds this process
-    group (`_environment`), are set where they are not set already. Further calls return the same World; after
-    `torch.distributed.destroy_process_group()` a call starts anew. Collective.
+    group (`_environment`), are set where they are not set already. A collective that does not end in
+    HPCLLM_TIMEOUT_S seconds (600; 0: never) ends the job with a report (`watch`). Further calls return the same
+    World; after `torch.distributed.destroy_process_group()` a call starts anew. Collective.
     """
     global _world
     world = join()

@@ -164,9 +164,9 @@ def test_tensors_that_need_gradients_are_filled_in_place(world):
 
 
 def test_messages_longer_than_one_call_may_carry_arrive_whole(world, monkeypatch):
-    from hpcllm.mpi import process_group
+    from hpcllm.mpi import collectives
 
-    monkeypatch.setattr(process_group, "MOVE_CHUNK_BYTES", 64)
+    monkeypatch.setattr(collectives, "MOVE_CHUNK_BYTES", 64)
     tensor = numbers(world.rank, (1003,), torch.int32)
     dist.broadcast(tensor, world.size - 1)
     assert same(tensor, numbers(world.size - 1, (1003,), torch.int32))

@@ -122,9 +122,9 @@ def test_batches_of_sends_and_receives(world):
 
 
 def test_long_messages_travel_in_pieces(world, monkeypatch):
-    from hpcllm.mpi import process_group
+    from hpcllm.mpi import collectives
 
-    monkeypatch.setattr(process_group, "MOVE_CHUNK_BYTES", 128)
+    monkeypatch.setattr(collectives, "MOVE_CHUNK_BYTES", 128)
     right, left = neighbours(world)
     received = torch.zeros(1001, dtype=torch.int16)
     work = dist.isend(numbers(world.rank, (1001,), torch.int16), right)
