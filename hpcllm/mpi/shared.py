@@ -13,7 +13,7 @@ from . import host, reduce
 from .reduce import AVG, PREMUL_SUM, SUM
 
 # Up to this many bytes from all ranks of a host together, each rank sums everything itself, which saves a meeting.
-SMALL_BYTES = 1 << 19
+SMALL_BYTES = 1 << 20
 
 
 def arrange(comm, local=None):
