@@ -45,6 +45,8 @@ test: venv
 
 test-mpi: venv
 	@for n in 2 3 4; do $(MAKE) --no-print-directory RANKS=$$n test-ranks || exit; done
+	@$(RANKED); export HPCLLM_RANKS=2 HPCLLM_OVERLAP=on; \
+	launch python -m pytest -q --color=no -m mpi tests/mpi/test_collectives.py tests/mpi/test_parallelism.py
 
 test-ranks: venv
 	@$(RANKED); launch python -m pytest -q --color=no -m mpi

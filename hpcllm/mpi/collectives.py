@@ -1,7 +1,7 @@
 """The operations of the backend: every collective and message that torch.distributed calls, over one communicator.
 
-Collectives run inline and are complete when they return (MPI libraries do not progress them in the background without
-a spare core); send and receive are MPI requests that complete in `wait` (`work`). What adds up is in `reduce`, what
+Collectives run inline and are complete when they return, unless `overlap` has a thread to carry them; send and receive
+are MPI requests that complete in `wait` (`work`). What adds up is in `reduce`, what
 ranks of one host do in memory that they share in `shared`, which memory MPI may touch in `device`. Spellings of torch
 2.11 to 2.13 are both served, by aliases at the end of the class. How groups come and go is `process_group`'s business.
 """
@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-from . import reduce, shared
+from . import overlap, reduce, shared
 from .device import from_host, to_host
+from .overlap import carried
 from .work import Done, Pending, timed
 
 # MPI-3 counts are C ints; broadcasts and messages are cut into pieces of this many bytes (whole elements of any dtype).
@@ -77,6 +78,7 @@ class Collectives(dist.ProcessGroup):
 
     def free(self):
         """Free the communicators (collective over the group). Further calls on the group fail."""
+        overlap.drain()
         self._under_way = [pending for pending in self._under_way if not pending.is_completed()]
         if self._shared is not None:
             self._shared.free()
@@ -88,6 +90,7 @@ class Collectives(dist.ProcessGroup):
 
     # ---- one tensor to or from all
 
+    @carried
     @timed
     def broadcast(self, tensors, opts):
         neighbours = self._neighbours()
@@ -115,10 +118,12 @@ class Collectives(dist.ProcessGroup):
                 from_host(host, tensor)
         return Done(tensors)
 
+    @carried
     @timed
     def allreduce(self, tensors, opts):
         return self._reduce(tensors, opts.reduceOp)
 
+    @carried
     @timed
     def reduce(self, tensors, opts):
         return self._reduce(tensors, opts.reduceOp, opts.rootRank)
@@ -135,12 +140,14 @@ class Collectives(dist.ProcessGroup):
         for output, part in zip(outputs, gathered.split(counts), strict=True):
             output.detach().copy_(part.view(output.shape))
 
+    @carried
     @timed
     def allgather(self, outputs, inputs, opts=None):
         for parts, tensor in zip(outputs, inputs, strict=True):
             self._all_gather(parts, tensor)
         return Done([part for parts in outputs for part in parts])
 
+    @carried
     @timed
     def allgather_coalesced(self, outputs, inputs, opts=None):
         # outputs[rank][i] receives inputs[i] of that rank
@@ -148,8 +155,7 @@ class Collectives(dist.ProcessGroup):
             self._all_gather([parts[i] for parts in outputs], tensor)
         return Done([part for parts in outputs for part in parts])
 
-    @timed
-    def all_gather_single(self, output, tensor, opts=None):
+    def _gather_single(self, output, tensor):
         count = tensor.numel()
         _same_dtype("all_gather", tensor, output)
         _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
@@ -160,13 +166,21 @@ class Collectives(dist.ProcessGroup):
             receive = [_units(host)[0], count, _UNIT[tensor.element_size()]]
             self.comm.Allgather(_units(_apart(to_host(tensor), host)), receive)
         from_host(host, output)
+
+    @carried
+    @timed
+    def all_gather_single(self, output, tensor, opts=None):
+        self._gather_single(output, tensor)
         return Done([output])
 
+    @carried
+    @timed
     def all_gather_single_coalesced(self, outputs, inputs, opts=None):
         for output, tensor in zip(outputs, inputs, strict=True):
-            self.all_gather_single(output, tensor, opts)
+            self._gather_single(output, tensor)
         return Done(outputs)
 
+    @carried
     @timed
     def gather(self, outputs, inputs, opts):
         root = opts.rootRank == self.comm.rank
@@ -184,6 +198,7 @@ class Collectives(dist.ProcessGroup):
                     output.detach().copy_(part.view(output.shape))
         return Done([part for parts in outputs for part in parts])
 
+    @carried
     @timed
     def scatter(self, outputs, inputs, opts):
         root = opts.rootRank == self.comm.rank
@@ -213,6 +228,7 @@ class Collectives(dist.ProcessGroup):
             reduce.reduce_scatter(self.comm, values, how, out, factor, self.comm.size)
         from_host(host, output)
 
+    @carried
     @timed
     def reduce_scatter(self, outputs, inputs, opts):
         for output, parts in zip(outputs, inputs, strict=True):
@@ -229,16 +245,22 @@ class Collectives(dist.ProcessGroup):
                 self._reduce_scatter(output, torch.stack([to_host(part).view(-1) for part in parts]), opts)
         return Done(outputs)
 
-    @timed
-    def reduce_scatter_single(self, output, tensor, opts):
+    def _scatter_single(self, output, tensor, opts):
         _same_dtype("reduce_scatter", output, tensor)
         _same_numel("reduce_scatter: the input", tensor.numel(), output.numel() * self.comm.size)
         self._reduce_scatter(output, to_host(tensor).view(self.comm.size, -1), opts)
+
+    @carried
+    @timed
+    def reduce_scatter_single(self, output, tensor, opts):
+        self._scatter_single(output, tensor, opts)
         return Done([output])
 
+    @carried
+    @timed
     def reduce_scatter_single_coalesced(self, outputs, inputs, opts):
         for output, tensor in zip(outputs, inputs, strict=True):
-            self.reduce_scatter_single(output, tensor, opts)
+            self._scatter_single(output, tensor, opts)
         return Done(outputs)
 
     def allreduce_coalesced(self, tensors, opts):
@@ -257,6 +279,7 @@ class Collectives(dist.ProcessGroup):
             unit = _UNIT[size]
             self.comm.Alltoallv([_units(sent)[0], send_counts, unit], [_units(received)[0], receive_counts, unit])
 
+    @carried
     @timed
     def alltoall(self, outputs, inputs, opts=None):
         _same_dtype("all_to_all", *outputs, *inputs)
@@ -268,6 +291,7 @@ class Collectives(dist.ProcessGroup):
             output.detach().copy_(part.view(output.shape))
         return Done(outputs)
 
+    @carried
     @timed
     def all_to_all_single(self, output, tensor, output_splits, input_splits, opts=None):
         _same_dtype("all_to_all_single", output, tensor)
@@ -312,6 +336,7 @@ class Collectives(dist.ProcessGroup):
     def recv_anysource(self, tensors, tag):
         return self.recv(tensors, MPI.ANY_SOURCE, tag)
 
+    @carried
     @timed
     def barrier(self, opts=None):
         self.comm.Barrier()
@@ -323,6 +348,7 @@ class Collectives(dist.ProcessGroup):
         pass
 
     def _end_coalescing(self, device=None):
+        overlap.drain()
         return Done([])
 
     # torch 2.11 and 2.12 call the same operations by these names

@@ -10,7 +10,7 @@ import socket
 import torch.distributed as dist
 
 from ..errors import UsageError
-from . import process_group, watch
+from . import overlap, process_group, watch
 
 BACKENDS = ("mpi", "gloo", "nccl")
 
@@ -27,6 +27,7 @@ def meet(world, backend, device):
         raise UsageError(f'backend: "nccl" needs a GPU for every rank, but {why}').known_to_all()
     if backend == "mpi":
         watch.start(world)
+        overlap.start(world, device)
         process_group.register(world.comm)
         # Each rank has a store of its own, in which nobody else would ever arrive at torch's store-based barrier.
         os.environ.pop("TORCH_DIST_INIT_BARRIER", None)

@@ -17,6 +17,7 @@ from . import check
 from .device import from_host
 
 _communication_s = 0.0
+_hidden = threading.local()
 _checking = check.wanted()
 # What users call the operations whose methods have other names.
 _CALLED = {
@@ -30,8 +31,19 @@ _CALLED = {
 
 
 def communication_s():
-    """Seconds this process has spent inside communication calls since it started."""
+    """Seconds that the program has spent in communication calls, or waiting for one, since it started."""
     return _communication_s
+
+
+def add_communication(seconds):
+    """Count `seconds` as communication."""
+    global _communication_s
+    _communication_s += seconds
+
+
+def hide_time():
+    """What this thread does from now on happens while the program computes: its time does not count."""
+    _hidden.yes = True
 
 
 def timed(method):
@@ -44,7 +56,6 @@ def timed(method):
 
     @wraps(method)
     def counted(self, *args, **kwargs):
-        global _communication_s
         place = self.place
         start = time.perf_counter()
         number = None if place is None else place.log.enter(place, op, args)
@@ -58,7 +69,8 @@ def timed(method):
         finally:
             if number is not None:
                 place.log.leave(number)
-            _communication_s += time.perf_counter() - start
+            if not hasattr(_hidden, "yes"):
+                add_communication(time.perf_counter() - start)
 
     return counted
 
