@@ -45,11 +45,11 @@ test: venv
 
 test-mpi: venv
 	@for n in 2 3 4; do $(MAKE) --no-print-directory RANKS=$$n test-ranks || exit; done
-	@$(RANKED); export HPCLLM_RANKS=2 HPCLLM_OVERLAP=on; \
-	launch python -m pytest -q --color=no -m mpi tests/mpi/test_collectives.py tests/mpi/test_parallelism.py
+	@HPCLLM_OVERLAP=on $(MAKE) --no-print-directory RANKS=2 test-ranks \
+	    TESTS="tests/mpi/test_collectives.py tests/mpi/test_parallelism.py"
 
 test-ranks: venv
-	@$(RANKED); launch python -m pytest -q --color=no -m mpi
+	@$(RANKED); launch python -m pytest -q --color=no -m mpi $(TESTS)
 
 # The collective tests again, on another MPI: MPICH from PyPI, in .venv-mpich.
 test-mpich: venv
