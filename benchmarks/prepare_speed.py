@@ -1,0 +1,79 @@
+"""How fast is text made into shards? `hpcllm prepare` on 1 and more ranks, beside a bare loop of the tokenizer.
+
+    python -m benchmarks.prepare_speed --tokenizer DIR [--megabytes 40] [--ranks 1 2]
+
+The text is the corpus of `hpcllm.data.corpus` over and over, the tokenizer a folder that `hpcllm prepare` wrote; so only
+tokenising and writing are timed. The bare loop is `encode_batch_fast` of the tokenizers library on the same documents
+in one process. Medians of three rounds, in which all take turns; whether the shards of all rank counts are the same is
+checked by their digests.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from . import jobs
+
+
+def bare(tokenizer, documents):
+    """Tokens a second of the library alone, in batches of the size that `prepare` uses."""
+    from tokenizers import Tokenizer
+
+    from hpcllm.data.tokenise import BATCH_CHARACTERS
+
+    encoder = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
+    began, tokens, batch, characters = time.perf_counter(), 0, [], 0
+    for text in [*documents, None]:
+        if text is not None:
+            batch.append(text)
+            characters += len(text)
+        if batch and (text is None or characters >= BATCH_CHARACTERS):
+            tokens += sum(len(e.ids) for e in encoder.encode_batch_fast(batch, add_special_tokens=False))
+            batch, characters = [], 0
+    return tokens / (time.perf_counter() - began)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--megabytes", type=float, default=40)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from hpcllm.data.corpus import collect
+
+    documents, size = list(collect()), 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        repeated = []
+        with open(folder / "text.jsonl", "w", encoding="utf-8") as file:
+            while size < args.megabytes * 1e6:
+                for text in documents:
+                    size += file.write(json.dumps({"text": text}) + "\n")
+                    repeated.append(text)
+        rates, digests = {way: [] for way in ("library", *args.ranks)}, set()
+        for turn in range(args.rounds):
+            rates["library"].append(bare(args.tokenizer, repeated))
+            for ranks in args.ranks:
+                output = folder / f"{turn}-{ranks}"
+                options = ["--jsonl-field", "text", "--tokenizer", args.tokenizer, "--output", output]
+                done = jobs.run(ranks, "-m", "hpcllm", "prepare", "--input", folder / "text.jsonl", *options)
+                summary = json.loads(done.stdout[done.stdout.index("{") :])
+                rates[ranks].append(summary["tokens_per_s"])
+                digests.add(summary["train"]["digest"])
+    print(f"{size / 1e6:.0f} MB, {jobs.versions()}; digests of the shards of all runs: {len(digests)} distinct")
+    print("| | tokens/s, median (smallest to largest) | of the library on one core |\n|---|---:|---:|")
+    base = statistics.median(rates["library"])
+    for way, values in rates.items():
+        middle = statistics.median(values)
+        name = "tokenizers alone, 1 process" if way == "library" else f"hpcllm prepare, {way} ranks"
+        print(f"| {name} | {middle:,.0f} ({min(values):,.0f} to {max(values):,.0f}) | {middle / base:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
