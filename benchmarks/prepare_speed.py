@@ -2,10 +2,10 @@
 
     python -m benchmarks.prepare_speed --tokenizer DIR [--megabytes 40] [--ranks 1 2]
 
-The text is the corpus of `hpcllm.data.corpus` over and over, the tokenizer a folder that `hpcllm prepare` wrote; so only
-tokenising and writing are timed. The bare loop is `encode_batch_fast` of the tokenizers library on the same documents
-in one process. Medians of three rounds, in which all take turns; whether the shards of all rank counts are the same is
-checked by their digests.
+The text is the corpus of `hpcllm.data.corpus` over and over, the tokenizer a folder that `hpcllm prepare` wrote; so
+only tokenising and writing are timed. The bare loop is `encode_batch_fast` of the tokenizers library on the same
+documents in one process. Medians of three rounds, in which all take turns; whether the shards of all rank counts are
+the same is checked by their digests.
 """
 
 import argparse
