@@ -140,8 +140,9 @@ def _fold_block(pieces, kind, out, factor, count):
     dtype, add = pieces[0].dtype, _FOLD[kind]
     between = wide(dtype, kind)
     divides = kind == AVG and count is not None
-    if factor is None and not divides and (between == dtype == out.dtype or (len(pieces) == 2 and dtype == out.dtype)):
-        # torch, too, adds two 16-bit numbers in float32 and rounds once.
+    # torch, too, adds two 16-bit numbers in float32 and rounds once.
+    plain = between is dtype or (len(pieces) == 2 and not divides)
+    if factor is None and plain and out.dtype is dtype:
         if len(pieces) == 1:
             out.copy_(pieces[0])
         elif len(pieces) == 2:
@@ -153,6 +154,8 @@ def _fold_block(pieces, kind, out, factor, count):
             for piece in pieces[2:-1]:
                 add(total, piece, out=total)
             add(total, pieces[-1], out=out)
+        if divides:
+            _divide(out, count)
         return
     total, term = (block[: out.numel()] for block in _scratch.get(between))
     if out.dtype is between is not dtype:
@@ -165,12 +168,17 @@ def _fold_block(pieces, kind, out, factor, count):
             target.mul_(factor)
         if target is term:
             add(total, term, out=total)
-    if divides and dtype in _EXACT:
-        torch.div(total, count, rounding_mode="trunc", out=total)
-    elif divides:
-        total.div_(count)
+    if divides:
+        _divide(total, count)
     if total is not out:
         out.copy_(total)
+
+
+def _divide(total, count):
+    if total.dtype in _EXACT:
+        torch.div(total, count, rounding_mode="trunc", out=total)
+    else:
+        total.div_(count)
 
 
 def raw(tensor):

@@ -51,6 +51,42 @@ def test_three_lines_make_torch_run_on_all_ranks_of_all_nodes(submit_python):
     assert "start 1: srun --mpi=pmix" in job["log"]
 
 
+def test_large_tensors_are_reduced_within_and_between_nodes(submit_python):
+    job, _ = submit_python(
+        "import torch, torch.distributed as dist, hpcllm.mpi\n"
+        "world = hpcllm.mpi.init()\n"
+        "n, ranks = (1 << 20) + 5, range(world.size)\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    draws = [torch.randn(n, generator=torch.Generator().manual_seed(r)).to(dtype) for r in ranks]\n"
+        "    # Within each node in rank order, then the nodes: in float32, rounded once.\n"
+        "    wide = [draw.float() for draw in draws]\n"
+        "    exact = ((wide[0] + wide[1]) + (wide[2] + wide[3])).to(dtype)\n"
+        "    total = draws[world.rank].clone()\n"
+        "    dist.all_reduce(total)\n"
+        "    assert torch.equal(total, exact)\n"
+        "    part = torch.empty(n // 4, dtype=dtype)\n"
+        "    dist.reduce_scatter_tensor(part, draws[world.rank][: n // 4 * 4].clone())\n"
+        "    assert torch.equal(part, exact[world.rank * (n // 4) : (world.rank + 1) * (n // 4)])\n"
+        "    every = torch.empty(4, n, dtype=dtype)\n"
+        "    dist.all_gather_into_tensor(every.view(-1), draws[world.rank])\n"
+        "    assert torch.equal(every, torch.stack(draws))\n"
+        "assert world.group._shared.table == [[0, 1], [2, 3]]\n"
+        "print('all right on rank', world.rank, flush=True)\n"
+    )
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), job["log"]
+    assert job["log"].count("all right on rank") == 4
+
+
+def test_the_doctor_looks_at_both_nodes(cluster, module_load, job_folder):
+    (job_folder / "own.sbatch").write_text(SCRIPT.replace("python own.py", "hpcllm doctor --exclude-file bad"))
+    job = cluster.wait(cluster.submit(*TWO_BY_TWO, "own.sbatch", cwd=job_folder, before=module_load), timeout_s=100)
+    # Pretended nodes have pretended cores, so there may be something to find; what it finds has two hosts and a cure.
+    assert (job["JobState"], job["ExitCode"]) in {("COMPLETED", "0:0"), ("FAILED", "69:0")}, job["log"]
+    assert "4 ranks on 2 hosts, started by srun" in job["log"]
+    assert "all_reduce is exact for" in job["log"] and "doctor: " in job["log"]
+    assert set((job_folder / "bad").read_text().strip().split(",")) <= {"", "n1", "n2"}
+
+
 def test_an_exception_on_one_rank_ends_the_job_with_one_traceback(submit_python):
     job, seconds = submit_python(
         "import time, hpcllm.mpi\n"
