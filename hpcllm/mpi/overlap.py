@@ -54,6 +54,11 @@ def start(world, device):
         atexit.register(drain)  # called before MPI is finalised, since `abort` has registered that earlier
 
 
+def active():
+    """True where asynchronous collectives travel while the program computes."""
+    return _courier is not None
+
+
 def spare_core(world, threads):
     """True where this rank, computing with `threads`, and those it shares its cores with leave one free for each.
 

@@ -5,6 +5,8 @@ import inspect
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from ..mpi import overlap
+
 
 def replicate(model, group):
     """Wrap `model` so that root's weights are everybody's, and backward leaves the *sum* of all ranks' gradients.
@@ -14,7 +16,11 @@ def replicate(model, group):
     # Buffers are constants in these models; sending them in every forward would be wasted.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     quiet = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}  # 2.13, before
-    replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True, **quiet)
+    # Buckets pay where they travel during the backward; otherwise each is one more place where ranks wait.
+    cap_mb = 25 if overlap.active() else 4096
+    replica = DistributedDataParallel(
+        model, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=cap_mb, **quiet
+    )
     replica.register_comm_hook(group, _sum)
     return replica
 
