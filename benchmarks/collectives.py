@@ -51,10 +51,13 @@ def calls(operation, size_bytes, dtype, comm, gloo):
     part = part.to(dtype)
     summed = np.float32 if dtype is torch.float32 else None
     a, b, c = (t.view(torch.uint8).numpy().view(summed or np.uint8) for t in (whole, other, part))
+    # The older names cost a warning a call from torch 2.13 on.
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     torches = {
         "all_reduce": lambda group: dist.all_reduce(whole, group=group),
-        "reduce_scatter": lambda group: dist.reduce_scatter_tensor(part, whole, group=group),
-        "all_gather": lambda group: dist.all_gather_into_tensor(whole, part, group=group),
+        "reduce_scatter": lambda group: scatter(part, whole, group=group),
+        "all_gather": lambda group: gather(whole, part, group=group),
         "broadcast": lambda group: dist.broadcast(whole, 0, group=group),
         "all_to_all": lambda group: dist.all_to_all_single(other, whole, group=group),
     }

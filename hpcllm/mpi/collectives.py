@@ -96,7 +96,7 @@ class Collectives(dist.ProcessGroup):
         neighbours = self._neighbours()
         for tensor in tensors:
             host = to_host(tensor, copy_in=opts.rootRank == self.comm.rank)
-            if neighbours is not None and neighbours.across is None:
+            if neighbours is not None and neighbours.across is None and host.nbytes >= shared.BROADCAST_BYTES:
                 neighbours.broadcast(_bytes(host), opts.rootRank)
             else:
                 for piece in _pieces(host):
@@ -159,12 +159,9 @@ class Collectives(dist.ProcessGroup):
         count = tensor.numel()
         _same_dtype("all_gather", tensor, output)
         _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
-        host, neighbours = to_host(output, copy_in=False), self._neighbours()
-        if neighbours is not None:
-            neighbours.all_gather(_bytes(to_host(tensor)), _bytes(host).view(self.comm.size, -1).unbind(0))
-        else:
-            receive = [_units(host)[0], count, _UNIT[tensor.element_size()]]
-            self.comm.Allgather(_units(_apart(to_host(tensor), host)), receive)
+        host = to_host(output, copy_in=False)
+        receive = [_units(host)[0], count, _UNIT[tensor.element_size()]]
+        self.comm.Allgather(_units(_apart(to_host(tensor), host)), receive)
         from_host(host, output)
 
     @carried
@@ -270,14 +267,8 @@ class Collectives(dist.ProcessGroup):
 
     def _all_to_all(self, received, sent, receive_counts, send_counts):
         """received, sent: contiguous CPU tensors of one dtype; counts: elements from and to each rank."""
-        neighbours, size = self._neighbours(), sent.element_size()
-        sent = _apart(sent, received)
-        if neighbours is not None and neighbours.across is None:
-            in_bytes = [[count * size for count in counts] for counts in (send_counts, receive_counts)]
-            neighbours.all_to_all(_bytes(sent), in_bytes[0], _bytes(received), in_bytes[1])
-        else:
-            unit = _UNIT[size]
-            self.comm.Alltoallv([_units(sent)[0], send_counts, unit], [_units(received)[0], receive_counts, unit])
+        unit, sent = _UNIT[sent.element_size()], _apart(sent, received)
+        self.comm.Alltoallv([_units(sent)[0], send_counts, unit], [_units(received)[0], receive_counts, unit])
 
     @carried
     @timed

@@ -1,9 +1,10 @@
-"""Collectives of ranks that share memory: they read each other's data where it lies, and MPI only says when.
+"""Sums and broadcasts of ranks that share memory: they read each other's data, and MPI only says when.
 
 A rank copies into its slot what others need of it, all meet, and each reads what it needs: one copy in and one out,
 in pieces that stay in the cache. Over several hosts the ranks of a host reduce first, then every rank meets its
 counterparts on the other hosts with its own slice, so that all of them keep the network busy. The order of a sum is
-fixed: ranks within a host in order, then the hosts in order, for every size and place in a tensor.
+fixed: ranks within a host in order, then the hosts in order, for every size and place in a tensor. What only moves
+data from each to each is left to MPI, which copies as fast within a host.
 """
 
 import torch
@@ -14,6 +15,8 @@ from .reduce import AVG, PREMUL_SUM, SUM
 
 # Up to this many bytes from all ranks of a host together, each rank sums everything itself, which saves a meeting.
 SMALL_BYTES = 1 << 20
+# From so many bytes on, a broadcast within a host is faster than MPI's own, which copies once but has every rank wait.
+BROADCAST_BYTES = 4 << 20
 
 
 def arrange(comm, local=None):
@@ -125,27 +128,6 @@ class Shared:
             onward = SUM if kind == PREMUL_SUM else kind
             reduce.reduce_scatter(self.across, between, onward, result, count=self.size)
 
-    def all_gather(self, tensor, outputs):
-        """outputs[r] = `tensor` of rank r. tensor: uint8 [n]; outputs: list of uint8 [n], one a rank."""
-        step, hosts = self.memory.slot_bytes // len(self.table), len(self.table)
-        wanted = zip(*(output.split(step) for output in outputs), strict=True)
-        for part, targets in zip(tensor.split(step), wanted, strict=True):
-            slots = self.memory.cut(torch.uint8, (part.numel(),) * hosts)
-            if self.across is None:
-                slots[self.me][0].copy_(part)
-            else:
-                gathered = torch.empty((hosts, part.numel()), dtype=torch.uint8)
-                self.across.Allgather(reduce.raw(part), reduce.raw(gathered))
-                for slot, row in zip(slots[self.me], gathered, strict=True):
-                    slot.copy_(row)
-            # Now, since `tensor` may be a part of an output.
-            targets[self.rank].copy_(part)
-            self.memory.meet()
-            for index, row in enumerate(self.table):
-                for rank, slot in zip(row, slots, strict=True):
-                    if rank != self.rank:
-                        targets[rank].copy_(slot[index])
-
     def broadcast(self, tensor, root):
         """Every rank gets the `tensor` (uint8 [n]) of group rank `root`. For ranks of one host."""
         source = self.table[0].index(root)
@@ -156,28 +138,3 @@ class Shared:
             self.memory.meet()
             if source != self.me:
                 part.copy_(slot)
-
-    def all_to_all(self, sent, send_counts, received, receive_counts):
-        """Rank after rank, what each has for this one. Flat uint8, not the same memory; counts: bytes to and from each.
-
-        For ranks of one host. Raises ValueError where a rank sends another number of bytes than this one expects.
-        """
-        heads = [slot[0] for slot in self.memory.cut(torch.int64, (self.size,))]
-        heads[self.me].copy_(torch.tensor(send_counts))
-        self.memory.meet()
-        counts = [head.tolist() for head in heads]
-        coming = [row[self.me] for row in counts]
-        if coming != list(receive_counts):
-            raise ValueError(f"all_to_all: bytes expected from each rank: {receive_counts}, but they send {coming}")
-        step = self.memory.slot_bytes // self.size
-        outgoing, incoming = sent.split(send_counts), received.split(coming)
-        incoming[self.me].copy_(outgoing[self.me])
-        for start in range(0, max(map(max, counts)), step):
-            slots = self.memory.cut(torch.uint8, (step,) * self.size)
-            for rank in self.others:
-                part = outgoing[rank][start : start + step]
-                slots[self.me][rank][: part.numel()].copy_(part)
-            self.memory.meet()
-            for rank in self.others:
-                part = incoming[rank][start : start + step]
-                part.copy_(slots[rank][self.me][: part.numel()])

@@ -172,6 +172,13 @@ def test_messages_longer_than_one_call_may_carry_arrive_whole(world, monkeypatch
     assert same(tensor, numbers(world.size - 1, (1003,), torch.int32))
 
 
+def test_a_long_broadcast_through_shared_memory_arrives_whole(world):
+    for root in range(world.size):
+        tensor = numbers(world.rank, ((1 << 20) + 3,), torch.float32)
+        dist.broadcast(tensor, root)
+        assert same(tensor, numbers(root, ((1 << 20) + 3,), torch.float32))
+
+
 def test_sizes_and_dtypes_that_do_not_fit_are_refused_by_name(world):
     tensor = torch.zeros(6)
     with pytest.raises(ValueError, match=f"all_gather: the output: 5 elements where {6 * world.size} are needed"):
