@@ -25,7 +25,7 @@ from . import jobs
 
 OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all")
 SIZES = (4, 256, 4 << 10, 64 << 10, 1 << 20, 4 << 20, 26 << 20, 64 << 20, 256 << 20)
-WAYS = ("hpcllm", "MPI", "Gloo", "copy")
+WAYS = {"hpcllm": "tab:blue", "MPI": "tab:orange", "Gloo": "tab:green", "copy": "tab:gray"}  # and their colours
 # A row of calls takes about so long; at most so many calls.
 ROW_S, ROW_CALLS = 0.02, 200
 
@@ -150,10 +150,10 @@ def plot(records, path, title):
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.4 * rows), squeeze=False, sharex=True)
     for axis, panel in zip(axes.flat, panels, strict=False):
         chosen = [record for record in records if (record["operation"], record["dtype"]) == panel]
-        for way in WAYS:
+        for way, colour in WAYS.items():
             points = [(r["size_bytes"], np.median(r["seconds"][way])) for r in chosen if way in r["seconds"]]
             if points:
-                axis.loglog(*zip(*points, strict=True), label=way, marker="o", markersize=3)
+                axis.loglog(*zip(*points, strict=True), label=way, color=colour, marker="o", markersize=3)
         axis.set_title(", ".join(panel))
         axis.set_xlabel("bytes")
         axis.set_ylabel("seconds a call")
@@ -181,7 +181,7 @@ def main():
                 taken = measure(operation, size_bytes, getattr(torch, dtype), world.comm, gloo, args.rounds)
                 records.append({"operation": operation, "dtype": dtype, "size_bytes": size_bytes, "seconds": taken})
     if world.is_root:
-        title = f"{world.size} ranks on {len(world.hosts)} hosts, {world.library}, {jobs.versions()}"
+        title = f"{world.size} ranks on {len(world.hosts)} host(s), {world.library}, {jobs.versions()}"
         print(f"{title}; median of {args.rounds} rounds (smallest to largest)")
         print(table(records), flush=True)
         if args.json:
