@@ -40,6 +40,11 @@ def arrange(comm, local=None):
     return Shared(comm, memory, across, [list(row) for row in zip(*table, strict=True)])
 
 
+def _onward(kind):
+    """The reduction of what hosts have reduced: a factor has been multiplied in by then."""
+    return SUM if kind == PREMUL_SUM else kind
+
+
 class Shared:
     """The ranks of a group as hosts x ranks within a host. Tensors are flat, on the CPU, of arithmetic dtypes.
 
@@ -69,64 +74,102 @@ class Shared:
             if keeps or self.across is not None:
                 self._fold(slots, kind, factor, values if keeps else values.clone())
             return
-        for part in values.split(self.memory.slot_bytes // values.element_size()):
-            self._reduce_part(part, kind, factor, keeps)
+        step = self.memory.slot_bytes // values.element_size()
+        if self.across is None:
+            for part in values.split(step):
+                self._reduce_part(part, kind, factor, keeps)
+            return
+        for many in values.split(step * max(1, reduce.CHUNK_BYTES * self.local_size // self.memory.slot_bytes)):
+            self._reduce_parts_between_hosts(many.split(step), kind, factor, keeps)
 
     def _reduce_part(self, part, kind, factor, keeps):
         """Each rank of a host gives the others their slices, sums its own, and they take the sums from each other.
 
         In its own slot a rank needs no place for its own slice: the sum goes there.
         """
+        slots, parts, pieces = self._give_slices(part)
+        total = slots[self.me][self.me]
+        reduce.fold(pieces, kind, total, factor, self._count(kind), copy=parts[self.me] if keeps else None)
+        self.memory.meet()
+        if keeps:
+            self._take_slices(slots, parts)
+
+    def _reduce_parts_between_hosts(self, parts, kind, factor, keeps):
+        """The same over several hosts: the sums of a rank's slices of many parts go to its counterparts at once."""
+        lengths = [reduce.shares(part.numel(), self.local_size)[self.me] for part in parts]
+        dtype = parts[0].dtype
+        of_host = torch.empty(sum(lengths), dtype=reduce.wide(dtype, kind))
+        for part, total in zip(parts, of_host.split(lengths), strict=True):
+            _, _, pieces = self._give_slices(part)
+            reduce.fold(pieces, kind, total, factor)
+        of_all = of_host if of_host.dtype is dtype else torch.empty(len(of_host), dtype=dtype)
+        reduce.reduce(self.across, of_host, _onward(kind), of_all, count=self._count(kind))
+        for part, total in zip(parts, of_all.split(lengths), strict=True):
+            slots, slices = self._cut_slices(part)
+            slots[self.me][self.me].copy_(total)
+            self.memory.meet()
+            if keeps:
+                slices[self.me].copy_(total)
+                self._take_slices(slots, slices)
+
+    def _cut_slices(self, part):
+        """(slots, part), both cut into a slice for each rank of the host."""
         lengths = tuple(reduce.shares(part.numel(), self.local_size))
-        slots, parts = self.memory.cut(part.dtype, lengths), part.split(lengths)
+        return self.memory.cut(part.dtype, lengths), part.split(lengths)
+
+    def _give_slices(self, part):
+        """As `_cut_slices`, and this rank's slice of all ranks in their order, once everybody has given."""
+        slots, parts = self._cut_slices(part)
         for local in self.others:
             slots[self.me][local].copy_(parts[local])
         self.memory.meet()
         pieces = [slot[self.me] for slot in slots]
-        total, pieces[self.me] = pieces[self.me], parts[self.me]
-        self._fold(pieces, kind, factor, total, copy=parts[self.me] if keeps else None)
-        self.memory.meet()
-        if keeps:
-            for local in self.others:
-                parts[local].copy_(slots[local][local])
+        pieces[self.me] = parts[self.me]
+        return slots, parts, pieces
 
-    def _fold(self, pieces, kind, factor, out, copy=None):
-        """out (and copy) = the pieces of this host, and after them those of the counterparts on the other hosts."""
-        count = self.size if kind == AVG else None
+    def _take_slices(self, slots, parts):
+        for local in self.others:
+            parts[local].copy_(slots[local][local])
+
+    def _count(self, kind):
+        return self.size if kind == AVG else None
+
+    def _fold(self, pieces, kind, factor, out):
+        """out = the pieces of this host, and after them those of the counterparts on the other hosts."""
         if self.across is None:
-            reduce.fold(pieces, kind, out, factor, count, copy)
+            reduce.fold(pieces, kind, out, factor, self._count(kind))
             return
-        between = torch.empty(out.numel(), dtype=reduce.wide(out.dtype, kind))
-        reduce.fold(pieces, kind, between, factor)
-        reduce.reduce(self.across, between, SUM if kind == PREMUL_SUM else kind, out, count=count)
-        if copy is not None:
-            copy.copy_(out)
+        of_host = torch.empty(out.numel(), dtype=reduce.wide(out.dtype, kind))
+        reduce.fold(pieces, kind, of_host, factor)
+        reduce.reduce(self.across, of_host, _onward(kind), out, count=self._count(kind))
 
     def reduce_scatter(self, blocks, kind, out, factor=None):
         """Reduce `blocks` [ranks, n] (rows contiguous) over ranks; this rank's row goes to `out` [n]."""
-        step = self.memory.slot_bytes // blocks.element_size() // self.size
-        hosts = len(self.table)
-        mine = [row[self.me] for row in self.table]  # the rows of this rank's counterparts and its own
-        for part, result in zip(blocks.split(step, dim=1), out.split(step), strict=True):
-            length = result.numel()
-            # In a slot: for every rank of the host, the rows of it and of its counterparts.
-            slots, rows = self.memory.cut(blocks.dtype, (length,) * self.size), part.unbind(0)
-            for local in self.others:
-                for index, row in enumerate(self.table):
-                    slots[self.me][local * hosts + index].copy_(rows[row[local]])
-            self.memory.meet()
-            if self.across is None:
-                pieces = [slot[self.me] for slot in slots]
-                pieces[self.me] = rows[self.rank]
-                reduce.fold(pieces, kind, result, factor, self.size)
-                continue
-            between = torch.empty((hosts, length), dtype=reduce.wide(blocks.dtype, kind))
-            for index, total in enumerate(between):
-                pieces = [slot[self.me * hosts + index] for slot in slots]
-                pieces[self.me] = rows[mine[index]]
-                reduce.fold(pieces, kind, total, factor)
-            onward = SUM if kind == PREMUL_SUM else kind
-            reduce.reduce_scatter(self.across, between, onward, result, count=self.size)
+        size, hosts = blocks.element_size(), len(self.table)
+        step = max(1, self.memory.slot_bytes // size // self.size)
+        if self.across is None:
+            for part, total in zip(blocks.split(step, dim=1), out.split(step), strict=True):
+                self._reduce_rows(part.unbind(0), kind, factor, [total], self._count(kind))
+            return
+        many = step * max(1, reduce.CHUNK_BYTES // (hosts * step * size))
+        for columns, result in zip(blocks.split(many, dim=1), out.split(many), strict=True):
+            of_host = torch.empty((hosts, result.numel()), dtype=reduce.wide(blocks.dtype, kind))
+            for part, totals in zip(columns.split(step, dim=1), of_host.split(step, dim=1), strict=True):
+                self._reduce_rows(part.unbind(0), kind, factor, totals.unbind(0), None)
+            reduce.reduce_scatter(self.across, of_host, _onward(kind), result, count=self._count(kind))
+
+    def _reduce_rows(self, rows, kind, factor, totals, count):
+        """totals[h] = the sum over this host's ranks of the row that is for this rank's counterpart on host h."""
+        # In a slot: for every rank of the host, the rows of it and of its counterparts.
+        slots, hosts = self.memory.cut(rows[0].dtype, (rows[0].numel(),) * self.size), len(self.table)
+        for local in self.others:
+            for index, row in enumerate(self.table):
+                slots[self.me][local * hosts + index].copy_(rows[row[local]])
+        self.memory.meet()
+        for index, (row, total) in enumerate(zip(self.table, totals, strict=True)):
+            pieces = [slot[self.me * hosts + index] for slot in slots]
+            pieces[self.me] = rows[row[self.me]]
+            reduce.fold(pieces, kind, total, factor, count)
 
     def broadcast(self, tensor, root):
         """Every rank gets the `tensor` (uint8 [n]) of group rank `root`. For ranks of one host."""

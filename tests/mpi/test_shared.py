@@ -11,14 +11,15 @@ from hpcllm.mpi import host, launcher, reduce, shared
 pytestmark = pytest.mark.mpi(min_size=2)
 SIZE = launcher.find()[1]
 # Two hosts that share memory need two ranks each.
-TWO_HOSTS = ["hosts in a row", "hosts in turn"] if SIZE > 2 and SIZE % 2 == 0 else []
+TWO_HOSTS = ["hosts in a row", "hosts in turn", "hosts, in small rounds"] if SIZE > 2 and SIZE % 2 == 0 else []
 
 
 @pytest.fixture(params=["one host", "small slots", *TWO_HOSTS])
 def neighbours(request, world, monkeypatch):
     """(Shared, hosts as lists of ranks): all ranks on one host, or two hosts of equal size."""
-    if request.param == "small slots":
+    if "small" in request.param:
         monkeypatch.setattr(shared, "SMALL_BYTES", 0)
+        monkeypatch.setattr(reduce, "CHUNK_BYTES", 1 << 19)
         monkeypatch.setenv("HPCLLM_SHARED_MEMORY_MB", "1")
     two = request.param in TWO_HOSTS
     half = world.size // 2
