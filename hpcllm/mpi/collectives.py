@@ -11,19 +11,12 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 from . import overlap, reduce, shared
-from .device import from_host, to_host
+from .device import UNIT, from_host, memory, to_host, units
 from .overlap import carried
 from .work import Done, Pending, timed
 
 # MPI-3 counts are C ints; broadcasts and messages are cut into pieces of this many bytes (whole elements of any dtype).
 MOVE_CHUNK_BYTES = 1 << 30
-_UNIT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
-
-
-def _units(host):
-    """A contiguous CPU tensor as an MPI buffer of whole elements, whatever its dtype means."""
-    size = host.element_size()
-    return [host.reshape(-1).view(torch.uint8).numpy(), host.numel(), _UNIT[size]]
 
 
 def _bytes(host):
@@ -32,23 +25,24 @@ def _bytes(host):
 
 
 def _pieces(host):
-    """The same, cut into calls that MPI-3 can count."""
-    flat = host.view(-1)
-    step = MOVE_CHUNK_BYTES // host.element_size()
-    for start in range(0, max(flat.numel(), 1), step):
-        yield _units(flat[start : start + step])
+    """The units of a contiguous CPU tensor, cut into calls that MPI-3 can count."""
+    if host.nbytes <= MOVE_CHUNK_BYTES:
+        return [units(host)]
+    return [units(part) for part in host.view(-1).split(MOVE_CHUNK_BYTES // host.element_size())]
 
 
 def _apart(sent, received):
     """`sent`, or a copy where it shares memory with `received` (FSDP2 gathers in place), which MPI forbids."""
-    return sent.clone() if sent.untyped_storage().data_ptr() == received.untyped_storage().data_ptr() else sent
+    first, second = sent.data_ptr(), received.data_ptr()
+    return sent.clone() if first < second + received.nbytes and second < first + sent.nbytes else sent
 
 
-def _same_dtype(what, *tensors):
+def _same_dtype(what, first, *others):
     """MPI moves bytes, so tensors of different dtypes would arrive as nonsense."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1:
-        raise TypeError(f"{what}: tensors of different dtypes: {', '.join(sorted(map(str, dtypes)))}")
+    for other in others:
+        if other.dtype is not first.dtype:
+            dtypes = sorted({str(tensor.dtype) for tensor in (first, *others)})
+            raise TypeError(f"{what}: tensors of different dtypes: {', '.join(dtypes)}")
 
 
 def _same_numel(what, given, expected):
@@ -96,7 +90,7 @@ class Collectives(dist.ProcessGroup):
         neighbours = self._neighbours()
         for tensor in tensors:
             host = to_host(tensor, copy_in=opts.rootRank == self.comm.rank)
-            if neighbours is not None and neighbours.across is None and host.nbytes >= shared.BROADCAST_BYTES:
+            if host.nbytes >= shared.BROADCAST_BYTES and neighbours is not None and neighbours.across is None:
                 neighbours.broadcast(_bytes(host), opts.rootRank)
             else:
                 for piece in _pieces(host):
@@ -134,9 +128,9 @@ class Collectives(dist.ProcessGroup):
         """outputs: one tensor a rank, sizes may differ."""
         _same_dtype("all_gather", tensor, *outputs)
         _same_numel("all_gather: the input", tensor.numel(), outputs[self.comm.rank].numel())
-        gathered = torch.empty(sum(o.numel() for o in outputs), dtype=tensor.dtype)
-        counts = [output.numel() for output in outputs]
-        self.comm.Allgatherv(_units(to_host(tensor)), [_units(gathered)[0], counts, _UNIT[tensor.element_size()]])
+        host, counts = to_host(tensor), [output.numel() for output in outputs]
+        gathered = torch.empty(sum(counts), dtype=tensor.dtype)
+        self.comm.Allgatherv(units(host), [memory(gathered), counts, UNIT[tensor.element_size()]])
         for output, part in zip(outputs, gathered.split(counts), strict=True):
             output.detach().copy_(part.view(output.shape))
 
@@ -160,8 +154,8 @@ class Collectives(dist.ProcessGroup):
         _same_dtype("all_gather", tensor, output)
         _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
         host = to_host(output, copy_in=False)
-        receive = [_units(host)[0], count, _UNIT[tensor.element_size()]]
-        self.comm.Allgather(_units(_apart(to_host(tensor), host)), receive)
+        sent = _apart(to_host(tensor), host)
+        self.comm.Allgather(units(sent), [memory(host), count, UNIT[tensor.element_size()]])
         from_host(host, output)
 
     @carried
@@ -188,8 +182,8 @@ class Collectives(dist.ProcessGroup):
                     _same_numel("gather: an output", output.numel(), tensor.numel())
             host = to_host(tensor)
             gathered = torch.empty((self.comm.size, *tensor.shape), dtype=tensor.dtype) if root else None
-            receive = [_units(gathered)[0], tensor.numel(), _UNIT[tensor.element_size()]] if root else None
-            self.comm.Gather(_units(host), receive, root=opts.rootRank)
+            receive = [memory(gathered), tensor.numel(), UNIT[tensor.element_size()]] if root else None
+            self.comm.Gather(units(host), receive, root=opts.rootRank)
             if root:
                 for output, part in zip(outputs[i], gathered, strict=True):
                     output.detach().copy_(part.view(output.shape))
@@ -206,8 +200,8 @@ class Collectives(dist.ProcessGroup):
                     _same_numel("scatter: an input", part.numel(), output.numel())
             host = to_host(output, copy_in=False)
             parts = torch.cat([_bytes(to_host(part)) for part in inputs[i]]) if root else None
-            send = [parts.numpy(), output.numel(), _UNIT[output.element_size()]] if root else None
-            self.comm.Scatter(send, _units(host), root=opts.rootRank)
+            send = [memory(parts), output.numel(), UNIT[output.element_size()]] if root else None
+            self.comm.Scatter(send, units(host), root=opts.rootRank)
             from_host(host, output)
         return Done(outputs)
 
@@ -267,8 +261,8 @@ class Collectives(dist.ProcessGroup):
 
     def _all_to_all(self, received, sent, receive_counts, send_counts):
         """received, sent: contiguous CPU tensors of one dtype; counts: elements from and to each rank."""
-        unit, sent = _UNIT[sent.element_size()], _apart(sent, received)
-        self.comm.Alltoallv([_units(sent)[0], send_counts, unit], [_units(received)[0], receive_counts, unit])
+        unit, sent = UNIT[sent.element_size()], _apart(sent, received)
+        self.comm.Alltoallv([memory(sent), send_counts, unit], [memory(received), receive_counts, unit])
 
     @carried
     @timed
@@ -288,11 +282,12 @@ class Collectives(dist.ProcessGroup):
         _same_dtype("all_to_all_single", output, tensor)
 
         def counts(splits, whole):
-            rows = splits or [whole.shape[0] // self.comm.size] * self.comm.size
-            if len(rows) != self.comm.size or sum(rows) != whole.shape[0]:
-                raise ValueError(f"all_to_all_single: {whole.shape[0]} rows cannot be split as {rows}")
-            row = whole[0].numel() if whole.shape[0] else 0
-            return [n * row for n in rows]
+            rows, size = whole.shape[0], self.comm.size
+            splits = splits or [rows // size] * size
+            if len(splits) != size or sum(splits) != rows:
+                raise ValueError(f"all_to_all_single: {rows} rows cannot be split as {splits}")
+            row = whole.numel() // max(rows, 1)
+            return splits if row == 1 else [n * row for n in splits]
 
         host = to_host(output, copy_in=False)
         self._all_to_all(host, to_host(tensor), counts(output_splits, output), counts(input_splits, tensor))
@@ -317,7 +312,7 @@ class Collectives(dist.ProcessGroup):
     def recv(self, tensors, source, tag):
         (tensor,) = tensors
         host = to_host(tensor, copy_in=False)
-        pieces = list(_pieces(host))
+        pieces = _pieces(host)
         if source == MPI.ANY_SOURCE and len(pieces) > 1:
             # The pieces of two senders could interleave.
             raise ValueError(f"a message of {host.nbytes} bytes (> {MOVE_CHUNK_BYTES}) needs a named source")

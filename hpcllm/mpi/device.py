@@ -8,8 +8,12 @@ import ctypes
 import os
 
 import torch
+from mpi4py import MPI
 
 from ..errors import UsageError
+
+# How MPI counts elements of so many bytes, whatever they mean.
+UNIT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
 
 
 def choose(world, name="auto"):
@@ -108,3 +112,13 @@ def from_host(staged, tensor):
     """
     if staged.data_ptr() != tensor.data_ptr() or staged.device != tensor.device:
         tensor.detach().copy_(staged)
+
+
+def memory(tensor):
+    """The memory of a contiguous tensor as mpi4py takes it, by address: the caller keeps the tensor alive."""
+    return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
+
+
+def units(tensor):
+    """The same as an MPI buffer of whole elements, of any dtype."""
+    return [memory(tensor), tensor.numel(), UNIT[tensor.element_size()]]

@@ -272,11 +272,11 @@ class Log:
         self._words[_KNOWN_GROUPS] = row + 1
         return place
 
-    def enter(self, place, op, arguments):
-        """Note the start of an operation of the group at `place`; returns what `leave` wants.
+    def enter(self, place, op, arguments, start):
+        """Note that an operation of the group at `place` starts; returns what `leave` wants.
 
         op: its name. arguments: what the group's method was called with, the tensors (in lists or not) first; for
-        operations between two ranks the other one's group rank second.
+        operations between two ranks the other one's group rank second. start: `time.monotonic_ns()`.
         """
         number = next(self._count)
         tensor, many = arguments[0] if arguments else None, 1
@@ -296,16 +296,16 @@ class Log:
             place.sequence = sequence = place.sequence + 1
             self._words[place.at + 1] = sequence
         at = _RING + (number % HISTORY) * _OPERATION
-        start = time.monotonic_ns()
         _write_operation(self._bytes, 8 * at, number + 1, place.key, sequence, name, peer, start, 0, 0)
         self.open[number] = (place, sequence, start, name, peer)
         return number
 
-    def leave(self, number):
+    def leave(self, number, end):
+        """Note that the operation `number` has ended at `end`, as `time.monotonic_ns()` counts."""
         place, sequence, *_ = self.open.pop(number)
         at = _RING + (number % HISTORY) * _OPERATION
         if self._words[at] == number + 1:  # not overwritten by 64 newer ones of other threads
-            self._words[at + 6] = time.monotonic_ns()
+            self._words[at + 6] = end
         if sequence:
             self._words[place.at + 2] = sequence
 

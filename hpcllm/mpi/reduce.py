@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
+from .device import memory
+
 SUM, AVG, PRODUCT, MIN, MAX = "SUM", "AVG", "PRODUCT", "MIN", "MAX"
 BAND, BOR, BXOR, PREMUL_SUM = "BAND", "BOR", "BXOR", "PREMUL_SUM"
 
@@ -25,8 +27,8 @@ BAND, BOR, BXOR, PREMUL_SUM = "BAND", "BOR", "BXOR", "PREMUL_SUM"
 CHUNK_BYTES = 1 << 26
 # Up to this many bytes from all ranks together, one all-gather beats an exchange of slices and a gather.
 GATHER_BYTES = 1 << 17
-# Elements folded at a time, so that partial sums stay in the cache of a core (measured: 2^17 best of 2^13 to 2^17).
-BLOCK = 1 << 17
+# Elements folded at a time, so that partial sums stay in the cache of a core (measured: 2^18 best of 2^13 to 2^18).
+BLOCK = 1 << 18
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _EXACT = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
@@ -162,12 +164,13 @@ def _fold_block(pieces, kind, out, factor, count):
         total = out
     if isinstance(factor, torch.Tensor):
         factor = factor.to(total)
-    for target, piece in zip((total, *[term] * (len(pieces) - 1)), pieces, strict=True):
-        target.copy_(piece)
+    total.copy_(pieces[0])
+    if factor is not None:
+        total.mul_(factor)
+    for piece in pieces[1:]:
         if factor is not None:
-            target.mul_(factor)
-        if target is term:
-            add(total, term, out=total)
+            piece = torch.mul(term.copy_(piece), factor, out=term)
+        add(total, piece, out=total)  # widens `piece` as it goes
     if divides:
         _divide(total, count)
     if total is not out:
@@ -181,17 +184,12 @@ def _divide(total, count):
         total.div_(count)
 
 
-def raw(tensor):
-    """The bytes of a contiguous CPU tensor, as MPI takes them."""
-    return tensor.view(-1).view(torch.uint8).numpy()
-
-
 def exchange(comm, send, send_counts, receive, receive_counts):
     """All-to-all of slices of contiguous CPU tensors; counts in elements, fewer than 2^31 bytes in all."""
     size = send.element_size()
     comm.Alltoallv(
-        [raw(send), [n * size for n in send_counts], MPI.BYTE],
-        [raw(receive), [n * size for n in receive_counts], MPI.BYTE],
+        [memory(send), [n * size for n in send_counts], MPI.BYTE],
+        [memory(receive), [n * size for n in receive_counts], MPI.BYTE],
     )
 
 
@@ -211,7 +209,7 @@ def reduce(comm, source, kind, target, factor=None, count=None, root=None):
         part, result = source[start : start + step], target[start : start + step]
         if part.nbytes * comm.size <= GATHER_BYTES:
             pieces = torch.empty((comm.size, part.numel()), dtype=part.dtype)
-            comm.Allgather([raw(part), MPI.BYTE], [raw(pieces), part.nbytes, MPI.BYTE])
+            comm.Allgather([memory(part), MPI.BYTE], [memory(pieces), part.nbytes, MPI.BYTE])
             if root is None or root == comm.rank:
                 fold(pieces.unbind(0), kind, result, factor, count)
             continue
@@ -224,10 +222,10 @@ def reduce(comm, source, kind, target, factor=None, count=None, root=None):
         fold(pieces.unbind(0), kind, total, factor, count)
         sizes = [n * result.element_size() for n in counts]
         if root is None:
-            comm.Allgatherv([raw(total), MPI.BYTE], [raw(result), sizes, MPI.BYTE])
+            comm.Allgatherv([memory(total), MPI.BYTE], [memory(result), sizes, MPI.BYTE])
         else:
-            receive = [raw(result), sizes, MPI.BYTE] if comm.rank == root else None
-            comm.Gatherv([raw(total), MPI.BYTE], receive, root=root)
+            receive = [memory(result), sizes, MPI.BYTE] if comm.rank == root else None
+            comm.Gatherv([memory(total), MPI.BYTE], receive, root=root)
 
 
 def reduce_scatter(comm, blocks, kind, out, factor=None, count=None):

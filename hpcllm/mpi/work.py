@@ -16,8 +16,7 @@ from torch.autograd import profiler
 from . import check
 from .device import from_host
 
-_communication_s = 0.0
-_hidden = threading.local()
+_communication_ns = 0
 _checking = check.wanted()
 # What users call the operations whose methods have other names.
 _CALLED = {
@@ -30,20 +29,27 @@ _CALLED = {
 }
 
 
+class _Thread(threading.local):
+    hidden = False
+
+
+_thread = _Thread()
+
+
 def communication_s():
     """Seconds that the program has spent in communication calls, or waiting for one, since it started."""
-    return _communication_s
+    return _communication_ns / 1e9
 
 
-def add_communication(seconds):
-    """Count `seconds` as communication."""
-    global _communication_s
-    _communication_s += seconds
+def add_communication(nanoseconds):
+    """Count `nanoseconds` as communication."""
+    global _communication_ns
+    _communication_ns += nanoseconds
 
 
 def hide_time():
     """What this thread does from now on happens while the program computes: its time does not count."""
-    _hidden.yes = True
+    _thread.hidden = True
 
 
 def timed(method):
@@ -52,13 +58,12 @@ def timed(method):
     For methods of what has a `place` (None: unwatched) and, for collectives, a `checker`. Timed methods must not call
     each other. Where torch's profiler runs, it shows the call as "mpi4py:" and the method's name.
     """
-    op = _CALLED.get(method.__name__, method.__name__.strip("_"))
+    op, now = _CALLED.get(method.__name__, method.__name__.strip("_")), time.monotonic_ns
 
     @wraps(method)
     def counted(self, *args, **kwargs):
-        place = self.place
-        start = time.perf_counter()
-        number = None if place is None else place.log.enter(place, op, args)
+        place, start = self.place, now()
+        number = None if place is None else place.log.enter(place, op, args, start)
         try:
             if _checking:
                 check.check(self, op, (*args, *kwargs.values()))
@@ -67,10 +72,11 @@ def timed(method):
                     return method(self, *args, **kwargs)
             return method(self, *args, **kwargs)
         finally:
+            end = now()
             if number is not None:
-                place.log.leave(number)
-            if not hasattr(_hidden, "yes"):
-                add_communication(time.perf_counter() - start)
+                place.log.leave(number, end)
+            if not _thread.hidden:
+                add_communication(end - start)
 
     return counted
 

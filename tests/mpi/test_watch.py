@@ -255,12 +255,12 @@ def test_time_in_which_the_process_was_suspended_does_not_count():
     world = SimpleNamespace(rank=0, size=2, host="here")
     watchdog = watch.Watchdog(world, progress.Memory(None, 1, 0), [], None)
     place = watchdog.place("0", (0, 1), 10.0)
-    number = watchdog.log.enter(place, "barrier", ())
+    number = watchdog.log.enter(place, "barrier", (), time.monotonic_ns())
     place, sequence, start, name, peer = watchdog.log.open[number]
     watchdog.log.open[number] = (place, sequence, start - 100 * 10**9, name, peer)  # as a clock shows it that went on
     assert watchdog._late(2.0) is None
     assert [watchdog._late(2.0) for _ in range(5)] == [None, None, None, None, number]
-    watchdog.log.leave(number)
+    watchdog.log.leave(number, time.monotonic_ns())
     assert watchdog._late(2.0) is None
 
 
