@@ -3,8 +3,9 @@
     mpirun -np 2 python -m benchmarks.ddp_step [--model 14M 110M] [--rounds 9]
 
 A BERT of each size, one sequence of 128 tokens a rank, forward, backward and fused AdamW in fp32. Every round takes one
-step each way, one after the other; "no communication" is DDP's `no_sync`. Exposed communication is what a step
-takes longer than that one, of the same round; a step takes as long as its slowest rank. Medians over rounds.
+step each way, one after the other; "hook" is this backend with `hpcllm.mpi.hooks.average_gradients`, which lets the
+ranks of a host sum the buckets where they lie; "no communication" is DDP's `no_sync`. Exposed communication is what a
+step takes longer than that one, of the same round; a step takes as long as its slowest rank. Medians over rounds.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import torch
 from mpi4py import MPI
 from torch.nn.parallel import DistributedDataParallel
 
+from hpcllm.mpi.hooks import average_gradients
+
 from . import jobs
 from .collectives import start
 
@@ -23,7 +26,7 @@ MODELS = {
     "14M": {"hidden_size": 312, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1200},
     "110M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
-WAYS = ("hpcllm", "Gloo", "no communication")
+WAYS = ("hpcllm", "hpcllm, hook", "Gloo", "no communication")
 
 
 def build(size):
@@ -50,6 +53,8 @@ def measure(size, comm, groups, rounds):
     made = {}
     for way, group in groups.items():
         replica = DistributedDataParallel(build(size), process_group=group, gradient_as_bucket_view=True)
+        if "hook" in way:
+            replica.register_comm_hook(group, average_gradients)
         made[way] = replica, torch.optim.AdamW(replica.parameters(), lr=1e-4, fused=True)
     made["no communication"] = made["hpcllm"]
     tokens = torch.randint(30_000, (1, 128), generator=torch.Generator().manual_seed(comm.rank))
@@ -71,7 +76,9 @@ def main():
         print(f"{world.size} ranks, {world.library}, {jobs.versions()}; median (smallest to largest) of {args.rounds}")
         print("| model | way | step, ms | exposed communication, ms | share of Gloo's |\n|---|---|---:|---:|---:|")
     for size in args.model:
-        taken = measure(size, world.comm, {"hpcllm": world.group, "Gloo": gloo}, args.rounds)
+        taken = measure(
+            size, world.comm, {"hpcllm": world.group, "hpcllm, hook": world.group, "Gloo": gloo}, args.rounds
+        )
         silent = np.array(taken["no communication"])
         exposed = {way: float(np.median(np.array(taken[way]) - silent)) for way in WAYS}
         for way in WAYS if world.is_root else ():

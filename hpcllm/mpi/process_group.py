@@ -5,10 +5,11 @@ A Python subclass of torch's ProcessGroup with one MPI communicator of its own; 
 
 import zlib
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import default_pg_timeout
 
-from . import watch
+from . import peers, watch
 from .barrier import MonitoredBarrier
 from .collectives import Collectives
 
@@ -90,6 +91,28 @@ class MpiProcessGroup(Collectives):
 
     def _get_backend(self, device=None):
         return self
+
+    def supports_tensor_alloc(self, device):
+        return torch.device(device).type == "cpu"
+
+    def allocate_tensor(self, size, *, dtype, device="cpu"):
+        """A 1-d tensor of `size` elements, not initialised, that ranks of one host sum without copying it.
+
+        As torch's backends have it; FSDP2 asks for its buffers here after
+        `model.set_allocate_memory_from_process_group_for_comm(True)`.
+        """
+        try:
+            return peers.pool.allocate(size, dtype)
+        except (OSError, AttributeError):  # no such memory, or not so much
+            return torch.empty(size, dtype=dtype)
+
+    def settle(self, tensor):
+        """Move the memory of `tensor` to where sums of ranks of one host need no copy, if there is such a place.
+
+        For what is reduced again and again (`hooks`), after the group's first collective; see `peers.Pool.adopt`.
+        """
+        if tensor.device.type == "cpu" and self._shared is not None and self._shared.reached is not None:
+            peers.pool.adopt(tensor, self._shared.local_size)
 
     def get_group_store(self):
         return dist.HashStore()  # of this rank alone, as that of the default group

@@ -1,16 +1,19 @@
 """Sums and broadcasts of ranks that share memory: they read each other's data, and MPI only says when.
 
-A rank copies into its slot what others need of it, all meet, and each reads what it needs: one copy in and one out,
-in pieces that stay in the cache. Over several hosts the ranks of a host reduce first, then every rank meets its
-counterparts on the other hosts with its own slice, so that all of them keep the network busy. The order of a sum is
-fixed: ranks within a host in order, then the hosts in order, for every size and place in a tensor. What only moves
-data from each to each is left to MPI, which copies as fast within a host.
+Small tensors: every rank copies its own into its slot, all meet, and each adds up everything. Large ones: a rank
+copies into its slot what others need of it, adds up its slice, and the others take the sum: one copy in and one out,
+in pieces that stay in the cache. Tensors that lie in memory that all can reach (`peers`) are not copied: each rank adds
+up its slice straight from the tensors of all and writes the sum into all. Over several hosts the ranks of a host reduce
+first, then every rank meets its counterparts on the other hosts with its own slice, so that all of them keep the
+network busy. The order of a sum is fixed, whatever way it goes: ranks within a host in order, then the hosts in order,
+for every size and place in a tensor. What only moves data from each to each is left to MPI, which copies as fast
+within a host.
 """
 
 import torch
 from mpi4py import MPI
 
-from . import host, reduce
+from . import host, peers, reduce
 from .reduce import AVG, PREMUL_SUM, SUM
 
 # Up to this many bytes from all ranks of a host together, each rank sums everything itself, which saves a meeting.
@@ -37,7 +40,7 @@ def arrange(comm, local=None):
         across = comm.Split(local.rank, comm.rank)
     # Row a, column l: the rank that is number l on the a-th host.
     table = local.allgather(across.allgather(comm.rank) if across else [comm.rank])
-    return Shared(comm, memory, across, [list(row) for row in zip(*table, strict=True)])
+    return Shared(comm, memory, across, [list(row) for row in zip(*table, strict=True)], peers.reach(memory))
 
 
 def _onward(kind):
@@ -49,11 +52,13 @@ class Shared:
     """The ranks of a group as hosts x ranks within a host. Tensors are flat, on the CPU, of arithmetic dtypes.
 
     memory: host.HostMemory; across: communicator of this rank's counterparts on all hosts, None on one host;
-    table: group rank by host and rank within it. All methods are collective over the group.
+    table: group rank by host and rank within it; reached: peers.Peers or None. All methods are collective over the
+    group.
     """
 
-    def __init__(self, comm, memory, across, table):
+    def __init__(self, comm, memory, across, table, reached):
         self.rank, self.size, self.memory, self.across, self.table = comm.rank, comm.size, memory, across, table
+        self.reached = reached
         self.me, self.local_size = memory.comm.rank, memory.comm.size
         self.others = [local for local in range(self.local_size) if local != self.me]
 
@@ -74,6 +79,10 @@ class Shared:
             if keeps or self.across is not None:
                 self._fold(slots, kind, factor, values if keeps else values.clone())
             return
+        given = self._open(values)
+        if given is not None:
+            self._reduce_in_place(given, values, kind, factor, root)
+            return
         step = self.memory.slot_bytes // values.element_size()
         if self.across is None:
             for part in values.split(step):
@@ -81,6 +90,27 @@ class Shared:
             return
         for many in values.split(step * max(1, reduce.CHUNK_BYTES * self.local_size // self.memory.slot_bytes)):
             self._reduce_parts_between_hosts(many.split(step), kind, factor, keeps)
+
+    def _open(self, tensor):
+        """The tensors of the ranks of this host where they lie, if all of them can be reached there, else None."""
+        return None if self.reached is None else self.reached.open(tensor)
+
+    def _reduce_in_place(self, given, values, kind, factor, root):
+        """Each rank of a host sums its slice of everybody's `values`, and writes the sum where it is wanted."""
+        row = next(row for row in self.table if self.rank in row)
+        lengths = tuple(reduce.shares(values.numel(), self.local_size))
+        slices = [tensor.split(lengths)[self.me] for tensor in given]
+        wanting = [slices[local] for local in self.others if root in (None, row[local])]
+        own, keeps = slices[self.me], root in (None, self.rank)
+        step = reduce.BLOCK if self.across is None else reduce.CHUNK_BYTES // values.element_size()
+        for start in range(0, own.numel(), step):
+            part = slice(start, start + step)
+            pieces = [piece[part] for piece in slices]
+            total = own[part] if keeps else torch.empty_like(own[part])
+            self._fold(pieces, kind, factor, total)
+            for other in wanting:
+                other[part].copy_(total)
+        self.memory.meet()
 
     def _reduce_part(self, part, kind, factor, keeps):
         """Each rank of a host gives the others their slices, sums its own, and they take the sums from each other.
@@ -145,6 +175,10 @@ class Shared:
 
     def reduce_scatter(self, blocks, kind, out, factor=None):
         """Reduce `blocks` [ranks, n] (rows contiguous) over ranks; this rank's row goes to `out` [n]."""
+        given = self._open(blocks.view(-1)) if blocks.nbytes * self.local_size > SMALL_BYTES else None
+        if given is not None:
+            self._reduce_scatter_in_place([tensor.view(blocks.shape) for tensor in given], kind, out, factor)
+            return
         size, hosts = blocks.element_size(), len(self.table)
         step = max(1, self.memory.slot_bytes // size // self.size)
         if self.across is None:
@@ -170,6 +204,20 @@ class Shared:
             pieces = [slot[self.me * hosts + index] for slot in slots]
             pieces[self.me] = rows[row[self.me]]
             reduce.fold(pieces, kind, total, factor, count)
+
+    def _reduce_scatter_in_place(self, given, kind, out, factor):
+        if self.across is None:
+            self._fold([blocks[self.rank] for blocks in given], kind, factor, out)
+        else:
+            hosts, dtype = len(self.table), out.dtype
+            step = max(1, reduce.CHUNK_BYTES // (hosts * dtype.itemsize))
+            for start in range(0, out.numel(), step):
+                part = slice(start, start + step)
+                of_host = torch.empty((hosts, out[part].numel()), dtype=reduce.wide(dtype, kind))
+                for row, total in zip(self.table, of_host, strict=True):
+                    reduce.fold([blocks[row[self.me], part] for blocks in given], kind, total, factor)
+                reduce.reduce_scatter(self.across, of_host, _onward(kind), out[part], count=self._count(kind))
+        self.memory.meet()
 
     def broadcast(self, tensor, root):
         """Every rank gets the `tensor` (uint8 [n]) of group rank `root`. For ranks of one host."""

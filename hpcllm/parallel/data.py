@@ -2,10 +2,9 @@
 
 import inspect
 
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ..mpi import overlap
+from ..mpi import hooks
 
 
 def replicate(model, group):
@@ -16,15 +15,6 @@ def replicate(model, group):
     # Buffers are constants in these models; sending them in every forward would be wasted.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     quiet = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}  # 2.13, before
-    # Buckets pay where they travel during the backward; otherwise each is one more place where ranks wait.
-    cap_mb = 25 if overlap.active() else 4096
-    replica = DistributedDataParallel(
-        model, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=cap_mb, **quiet
-    )
-    replica.register_comm_hook(group, _sum)
+    replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True, **quiet)
+    replica.register_comm_hook(group, hooks.sum_gradients)
     return replica
-
-
-def _sum(group, bucket):
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])

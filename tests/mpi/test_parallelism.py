@@ -3,7 +3,9 @@
 Gradients are compared, or weights after SGD: AdamW hides a wrong factor.
 """
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+
+from hpcllm.mpi import hooks, peers
 
 pytestmark = [
     pytest.mark.mpi(),
@@ -129,6 +133,54 @@ def test_ddp_with_a_hook_that_sends_bf16(world):
     model.register_comm_hook(world.group, compress)
     train_part(model, world)
     assert_gradients(model.module, gradients_of_one_process(), 1e-2)
+
+
+@pytest.mark.parametrize("views", [True, False], ids=["views", "copies"])
+def test_ddp_with_our_hooks(world, views, monkeypatch):
+    monkeypatch.setattr(hooks, "SMALLEST_BYTES", 0)
+    expected = gradients_of_one_process()
+    for hook, factor in ((hooks.average_gradients, 1), (hooks.sum_gradients, world.size)):
+        model = DistributedDataParallel(build(), gradient_as_bucket_view=views, bucket_cap_mb=0.02)
+        model.register_comm_hook(None, hook)
+        for accumulated in (1, 2, 1):  # DDP makes other buckets after the first step
+            model.zero_grad()
+            for last in range(1, accumulated + 1):
+                with contextlib.nullcontext() if last == accumulated else model.no_sync():
+                    train_part(model, world)
+            wanted = {name: g * factor * accumulated for name, g in expected.items()}
+            assert_gradients(model.module, wanted, 1e-5)
+        if views and world.size > 1:
+            places = {peers.pool.find(parameter.grad)[0] for parameter in model.parameters()}
+            assert len(places) > 1 and min(places) >= 0
+
+
+def test_memory_that_ddp_has_given_up_is_not_taken_for_shared(world):
+    pool = peers.Pool()
+    tensor = torch.arange(5000.0)
+    part = tensor[10:20]
+    assert pool.adopt(tensor, world.size) and pool.adopt(part)
+    assert pool.find(part)[1] == 40 and part.tolist() == list(range(10, 20))
+    del tensor
+    assert pool.find(part)[0] >= 0
+    address = part.data_ptr()
+    del part
+    assert pool.find(SimpleNamespace(data_ptr=lambda: address, nbytes=4)) == (-1, 0)
+    assert not pool.adopt(torch.zeros(4), 1 << 50)  # so many would not fit
+
+
+def test_fsdp2_with_buffers_from_the_group(world):
+    model = build()
+    mesh = init_device_mesh("cpu", (world.size,))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.set_allocate_memory_from_process_group_for_comm(True)
+    for _ in range(2):
+        model.zero_grad()
+        train_part(model, world)
+        assert_gradients(model, gradients_of_one_process())
+    given = world.group.allocate_tensor(1000, dtype=torch.bfloat16)
+    assert given.shape == (1000,) and given.dtype == torch.bfloat16 and peers.pool.find(given)[0] >= 0
 
 
 def test_ddp_sends_buffers_and_joins_ranks_with_fewer_batches(world):

@@ -6,17 +6,21 @@ import pytest
 import torch
 from rank_tensors import DTYPES, numbers, same
 
-from hpcllm.mpi import host, launcher, reduce, shared
+from hpcllm.mpi import host, launcher, peers, reduce, shared
 
 pytestmark = pytest.mark.mpi(min_size=2)
 SIZE = launcher.find()[1]
 # Two hosts that share memory need two ranks each.
-TWO_HOSTS = ["hosts in a row", "hosts in turn", "hosts, in small rounds"] if SIZE > 2 and SIZE % 2 == 0 else []
+TWO_HOSTS = (
+    ["hosts in a row", "hosts in turn", "hosts, in small rounds", "hosts, in the pool"]
+    if SIZE > 2 and SIZE % 2 == 0
+    else []
+)
 
 
-@pytest.fixture(params=["one host", "small slots", *TWO_HOSTS])
+@pytest.fixture(params=["one host", "one host, in the pool", "small slots", *TWO_HOSTS])
 def neighbours(request, world, monkeypatch):
-    """(Shared, hosts as lists of ranks): all ranks on one host, or two hosts of equal size."""
+    """(Shared, hosts as lists of ranks, how to copy a tensor): all ranks on one host, or two hosts of equal size."""
     if "small" in request.param:
         monkeypatch.setattr(shared, "SMALL_BYTES", 0)
         monkeypatch.setattr(reduce, "CHUNK_BYTES", 1 << 19)
@@ -28,9 +32,15 @@ def neighbours(request, world, monkeypatch):
     comm = world.comm.Dup()
     made = shared.arrange(comm, comm.Split(number))
     assert made is not None
-    yield made, hosts
+    assert made.reached is not None
+    yield made, hosts, pooled if "pool" in request.param else torch.clone
     made.free()
     comm.Free()
+
+
+def pooled(tensor):
+    """A copy where the other ranks of the host can reach it."""
+    return peers.pool.allocate(tensor.numel(), tensor.dtype).copy_(tensor)
 
 
 # One element, one below and above the border of the small ones, several rounds of a slot with a rest.
@@ -60,21 +70,21 @@ def ordered_sum(tensors, hosts, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_sums_are_taken_in_one_order_and_rounded_once_at_every_size(world, neighbours, dtype):
-    ours, hosts = neighbours
+    ours, hosts, copy = neighbours
     for length in LENGTHS:
         tensors = real(world, length, dtype)
-        values = tensors[world.rank].clone()
+        values = copy(tensors[world.rank])
         ours.all_reduce(values, "SUM")
         assert same(values, ordered_sum(tensors, hosts, dtype)), length
 
 
 @pytest.mark.parametrize("kind", ["AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR", "PREMUL_SUM"])
 def test_other_reductions_are_those_of_the_flat_algorithm(world, neighbours, kind):
-    ours, _ = neighbours
+    ours, _, copy = neighbours
     dtype = torch.int64 if kind.startswith("B") else torch.float64
     factor = 0.5 if kind == "PREMUL_SUM" else None
     for length in LENGTHS:
-        values = numbers(world.rank, (length,), dtype)
+        values = copy(numbers(world.rank, (length,), dtype))
         expected = values.clone()
         reduce.reduce(world.comm, expected, kind, expected, factor, world.size)
         ours.all_reduce(values, kind, factor)
@@ -82,11 +92,11 @@ def test_other_reductions_are_those_of_the_flat_algorithm(world, neighbours, kin
 
 
 def test_only_the_root_of_a_reduce_gets_the_sum(world, neighbours):
-    ours, hosts = neighbours
+    ours, hosts, copy = neighbours
     for root in range(world.size):
         for length in LENGTHS:
             tensors = real(world, length, torch.float32, salt=root)
-            values = tensors[world.rank].clone()
+            values = copy(tensors[world.rank])
             ours.all_reduce(values, "SUM", root=root)
             expected = ordered_sum(tensors, hosts, torch.float32) if root == world.rank else tensors[world.rank]
             assert same(values, expected)
@@ -95,11 +105,11 @@ def test_only_the_root_of_a_reduce_gets_the_sum(world, neighbours):
 @pytest.mark.parametrize("kind", ["SUM", "AVG"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reduce_scatter_gives_each_rank_its_part_of_the_same_sum(world, neighbours, dtype, kind):
-    ours, hosts = neighbours
+    ours, hosts, copy = neighbours
     for length in (1, 5, 1000, (1 << 18) + 3):
         tensors = real(world, world.size * length, dtype)
         out = torch.empty(length, dtype=dtype)
-        ours.reduce_scatter(tensors[world.rank].clone().view(world.size, length), kind, out)
+        ours.reduce_scatter(copy(tensors[world.rank]).view(world.size, length), kind, out)
         mine = slice(world.rank * length, (world.rank + 1) * length)
         if kind == "SUM":
             assert same(out, ordered_sum(tensors, hosts, dtype)[mine]), length
@@ -111,28 +121,95 @@ def test_reduce_scatter_gives_each_rank_its_part_of_the_same_sum(world, neighbou
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_broadcast_moves_the_bytes_of_its_root(world, neighbours, dtype):
-    ours, hosts = neighbours
-    if len(hosts) > 1:
+    ours, _, copy = neighbours
+    if ours.across is not None:
         return  # for ranks of one host
     for length in (0, 1, 1000, (1 << 20) + 3):
         everyone = [numbers(rank, (length,), dtype).view(torch.uint8) for rank in range(world.size)]
         for root in range(world.size):
-            tensor = everyone[world.rank].clone()
+            tensor = copy(everyone[world.rank])
             ours.broadcast(tensor, root)
             assert same(tensor, everyone[root])
 
 
 def test_calls_that_follow_each_other_do_not_meet(world, neighbours):
-    ours, hosts = neighbours
+    ours, _, copy = neighbours
     for turn in range(300):
         length = (1, 50, 5000)[turn % 3]
-        values = torch.full((length,), float(world.rank + turn))
+        values = copy(torch.full((length,), float(world.rank + turn)))
         ours.all_reduce(values, "SUM")
         assert values.eq(sum(rank + turn for rank in range(world.size))).all()
-        if len(hosts) == 1:
-            tensor = torch.full((length,), world.rank + turn % 7, dtype=torch.uint8)
+        if ours.across is None:
+            tensor = copy(torch.full((length,), world.rank + turn % 7, dtype=torch.uint8))
             ours.broadcast(tensor, turn % world.size)
             assert tensor.unique().tolist() == [turn % world.size + turn % 7]
+
+
+@pytest.fixture
+def ours(world):
+    comm = world.comm.Dup()
+    made = shared.arrange(comm)
+    yield made
+    made.free()
+    comm.Free()
+
+
+def test_tensors_in_the_pool_are_summed_where_they_lie(world, ours, monkeypatch):
+    numbers = torch.full((1 << 20,), float(world.rank))
+    total = float(sum(range(world.size)))
+
+    def refuse(*_):
+        raise AssertionError("slices went through the slots")
+
+    monkeypatch.setattr(ours, "_give_slices", refuse)
+    monkeypatch.setattr(ours, "_reduce_rows", refuse)
+    for turn in range(3):
+        # Memory of several ages, and a tensor that begins inside of one.
+        values = peers.pool.allocate(len(numbers) + turn, torch.float32)[turn:].copy_(numbers)
+        ours.all_reduce(values, "SUM")
+        assert values.eq(total).all()
+        out = torch.empty(1 << 20)
+        ours.reduce_scatter(pooled(numbers.repeat(world.size)).view(world.size, -1), "SUM", out)
+        assert out.eq(total).all()
+        world.comm.Barrier()
+
+
+def test_a_sum_of_tensors_of_which_some_lie_in_the_pool_is_right(world, ours):
+    numbers = torch.full((1 << 20,), float(world.rank))
+    for one in range(world.size):
+        values = pooled(numbers) if world.rank == one else numbers.clone()
+        ours.all_reduce(values, "SUM")
+        assert values.eq(sum(range(world.size))).all()
+
+
+def test_freed_memory_is_given_out_again(world):
+    pool = peers.Pool()
+    first = pool.allocate(1 << 20, torch.float32)
+    address = first.data_ptr()
+    part = first[5:9].fill_(7)
+    del first
+    second = pool.allocate(1 << 20, torch.float32)  # the first is still looked at
+    assert second.data_ptr() != address and part.eq(7).all()
+    del part
+    assert pool.allocate((1 << 20) - 100, torch.float32).data_ptr() == address
+    assert pool.allocate(1 << 10, torch.float32).data_ptr() not in (address, second.data_ptr())  # it would be a waste
+    assert pool.allocate(0, torch.float32).numel() == 0
+    assert pool.find(torch.zeros(4)) == (-1, 0)
+    assert pool.find(second[3:])[1] == 12
+
+
+def test_ranks_that_cannot_reach_each_other_use_the_slots(world, monkeypatch):
+    comm = world.comm.Dup()
+    # As where rank 1's processes are numbered anew: somebody else has the number of rank 0.
+    if world.rank == 1:
+        monkeypatch.setattr(peers, "_attach", lambda pid, _: torch.zeros(99, dtype=torch.uint8))
+    made = shared.arrange(comm)
+    assert made.reached is None
+    values = pooled(torch.full((1 << 20,), float(world.rank)))
+    made.all_reduce(values, "SUM")
+    assert values.eq(sum(range(world.size))).all()
+    made.free()
+    comm.Free()
 
 
 def test_hosts_of_unequal_size_and_hosts_of_one_rank_share_nothing(world):

@@ -1,0 +1,47 @@
+"""What DistributedDataParallel can do with its gradients over this backend, as communication hooks.
+
+    from hpcllm.mpi.hooks import average_gradients
+
+    replica = DistributedDataParallel(model)
+    replica.register_comm_hook(None, average_gradients)
+
+The mean is DDP's own. What the hooks add: buckets are moved to where the ranks of a host reach them, so that gradients
+are summed where they lie, without a copy in and out (`peers`); and where nothing travels during the backward pass
+(`overlap`), all buckets go at its end, since each on its own would be one more place where ranks wait for each other.
+"""
+
+import torch
+import torch.distributed as dist
+
+from . import overlap
+
+# Smaller buckets are not worth a file each.
+SMALLEST_BYTES = 1 << 20
+_waiting = {}  # group: (gradients, future) of the buckets of a backward pass under way
+
+
+def average_gradients(group, bucket):
+    """The mean over the ranks of `group` (None: all of them): the hook whose state is `group`."""
+    return _reduce(group, bucket, dist.ReduceOp.AVG)
+
+
+def sum_gradients(group, bucket):
+    """The sum over the ranks of `group` (None: all of them), for losses that are divided by a global count."""
+    return _reduce(group, bucket, dist.ReduceOp.SUM)
+
+
+def _reduce(group, bucket, op):
+    gradients, group = bucket.buffer(), group or dist.group.WORLD
+    ours = hasattr(group, "settle")
+    if ours and gradients.nbytes >= SMALLEST_BYTES:
+        group.settle(gradients)
+    if overlap.active() or not ours:
+        work = dist.all_reduce(gradients, op, group=group, async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+    future = torch.futures.Future(devices=[gradients.device] if gradients.is_cuda else [])
+    _waiting.setdefault(group, []).append((gradients, future))
+    if bucket.is_last():
+        for gradients, done in _waiting.pop(group):
+            dist.all_reduce(gradients, op, group=group)
+            done.set_result(gradients)
+    return future
