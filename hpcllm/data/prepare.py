@@ -117,11 +117,10 @@ def _check_replaceable(output, paths):
 
 def _use_own_cores(world):
     """Let the tokenizers library use the cores of this rank, divided by the ranks of the host that share them."""
-    mine = (world.host, frozenset(os.sched_getaffinity(0)))
-    sharing = world.comm.allgather(mine).count(mine)
-    cores = max(1, len(mine[1]) // sharing)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if cores > 1 else "false"
-    os.environ["RAYON_NUM_THREADS"] = str(cores)
+    cores, sharers = world.sharers()
+    threads = max(1, len(cores) // len(sharers))
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
 
 
 class Split:

@@ -59,10 +59,9 @@ def bind_threads(world):
 
     OMP_NUM_THREADS, where set, is the user's word and wins. Collective over the world.
     """
-    mine = (world.host, frozenset(os.sched_getaffinity(0)))
-    sharing = world.comm.allgather(mine).count(mine)
+    cores, sharers = world.sharers()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(mine[1]) // sharing))
+        torch.set_num_threads(max(1, len(cores) // len(sharers)))
 
 
 def keep_memory():

@@ -64,11 +64,8 @@ def spare_core(world, threads):
 
     Collective over `world`.
     """
-    mine = (world.host, frozenset(os.sched_getaffinity(0)))
-    everybody = world.comm.allgather((mine, threads))
-    busy = sum(threads for cores, threads in everybody if cores == mine)
-    sharing = sum(cores == mine for cores, _ in everybody)
-    return len(mine[1]) >= busy + sharing
+    cores, busy = world.sharers(threads)
+    return len(cores) >= sum(busy) + len(busy)
 
 
 def carried(collective):

@@ -175,7 +175,14 @@ class Shared:
 
     def reduce_scatter(self, blocks, kind, out, factor=None):
         """Reduce `blocks` [ranks, n] (rows contiguous) over ranks; this rank's row goes to `out` [n]."""
-        given = self._open(blocks.view(-1)) if blocks.nbytes * self.local_size > SMALL_BYTES else None
+        if blocks.nbytes * self.local_size <= SMALL_BYTES and self.across is None:
+            slots = [slot[0] for slot in self.memory.cut(blocks.dtype, (blocks.numel(),))]
+            slots[self.me].copy_(blocks.view(-1))
+            self.memory.meet()
+            start = self.rank * out.numel()
+            self._fold([slot.narrow(0, start, out.numel()) for slot in slots], kind, factor, out)
+            return
+        given = self._open(blocks.view(-1))
         if given is not None:
             self._reduce_scatter_in_place([tensor.view(blocks.shape) for tensor in given], kind, out, factor)
             return

@@ -48,6 +48,15 @@ class World:
     def is_root(self):
         return self.rank == 0
 
+    def sharers(self, said=None):
+        """(cores that this rank may use, what each rank of this host that may use the same ones has `said`).
+
+        Collective.
+        """
+        mine = self.host, frozenset(os.sched_getaffinity(0))
+        everybody = self.comm.allgather((mine, said))
+        return mine[1], [what for whose, what in everybody if whose == mine]
+
     def describe(self):
         """One line for the log: ranks, hosts, launcher, MPI library."""
         hosts = f"{len(self.hosts)} host{'s' if len(self.hosts) > 1 else ''} ({', '.join(self.hosts[:8])}"
