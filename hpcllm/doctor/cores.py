@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+from ..mpi.gpu_aware import CALLS
 from .finding import failure, named, odd_ones, ok, on, warning
 
 BIND = "bind each rank to its own cores (`srun --cpu-bind=cores -c N`, `mpirun --bind-to core --map-by slot:PE=N`)"
@@ -20,6 +21,8 @@ def look(world, sys="/sys"):
     """Facts of this rank: cores, their physical cores and NUMA nodes, threads, GPU. `sys`: where sysfs is mounted."""
     import torch
 
+    from ..mpi.device import handed_over
+
     cores = sorted(os.sched_getaffinity(0))
     places = numa_nodes(sys)
     return {
@@ -31,6 +34,7 @@ def look(world, sys="/sys"):
         "host_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         **_gpu(world.local_rank, sys),
+        "gpu_calls": handed_over(),
     }
 
 
@@ -96,7 +100,7 @@ def _numa_of_device(sys, pci):
 
 def judge(ranks, sharing_allowed=False):
     """Findings about the facts of all ranks; sharing_allowed: HPCLLM_SHARE_GPU=1 was given."""
-    return judge_cores(ranks) + judge_gpus(ranks, sharing_allowed)
+    return judge_cores(ranks) + judge_gpus(ranks, sharing_allowed) + judge_awareness(ranks)
 
 
 def by_host(ranks):
@@ -228,6 +232,19 @@ def judge_gpus(ranks, sharing_allowed=False):
         text = f"the ranks have different GPUs: {', '.join(models)}; the slowest sets the pace"
         findings.append(warning("gpu", text, "ask for nodes of one kind (`--constraint`)"))
     if not findings:
-        text = f"each rank has a GPU of its own ({models[0]}); tensors reach MPI through pinned host memory"
-        findings.append(ok("gpu", text))
+        findings.append(ok("gpu", f"each rank has a GPU of its own ({models[0]})"))
     return findings
+
+
+def judge_awareness(ranks):
+    """What MPI does with the memory of GPUs; nothing where no rank has one."""
+    seen = [set(rank["gpu_calls"]) for rank in ranks if rank["gpu"] is not None]
+    if not seen:
+        return []
+    calls = set.intersection(*seen)
+    if not calls:
+        text = "no MPI call takes GPU memory (each was tried): tensors travel through pinned host memory"
+        cure = "load the site's GPU-aware MPI; on Cray machines also MPICH_GPU_SUPPORT_ENABLED=1 and its GTL library"
+        return [warning("gpu", text, cure)]
+    rest = "" if calls.issuperset(CALLS) else "; in other calls tensors travel through pinned host memory"
+    return [ok("gpu", f"MPI takes GPU memory in {', '.join(sorted(calls))}{rest}")]

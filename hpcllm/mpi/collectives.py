@@ -11,7 +11,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 from . import overlap, reduce, shared
-from .device import UNIT, from_host, memory, to_host, units
+from .device import UNIT, from_mpi, memory, to_mpi, units
 from .overlap import carried
 from .work import Done, Pending, timed
 
@@ -20,12 +20,12 @@ MOVE_CHUNK_BYTES = 1 << 30
 
 
 def _bytes(host):
-    """A contiguous CPU tensor as flat uint8."""
+    """A contiguous tensor as flat uint8."""
     return host.reshape(-1).view(torch.uint8)
 
 
 def _pieces(host):
-    """The units of a contiguous CPU tensor, cut into calls that MPI-3 can count."""
+    """The units of a contiguous tensor, cut into calls that MPI-3 can count."""
     if host.nbytes <= MOVE_CHUNK_BYTES:
         return [units(host)]
     return [units(part) for part in host.view(-1).split(MOVE_CHUNK_BYTES // host.element_size())]
@@ -89,27 +89,32 @@ class Collectives(dist.ProcessGroup):
     def broadcast(self, tensors, opts):
         neighbours = self._neighbours()
         for tensor in tensors:
-            host = to_host(tensor, copy_in=opts.rootRank == self.comm.rank)
-            if host.nbytes >= shared.BROADCAST_BYTES and neighbours is not None and neighbours.across is None:
+            host = to_mpi(tensor, "Bcast", copy_in=opts.rootRank == self.comm.rank)
+            if (
+                host.is_cpu
+                and host.nbytes >= shared.BROADCAST_BYTES
+                and neighbours is not None
+                and neighbours.across is None
+            ):
                 neighbours.broadcast(_bytes(host), opts.rootRank)
             else:
                 for piece in _pieces(host):
                     self.comm.Bcast(piece, root=opts.rootRank)
-            from_host(host, tensor)
+            from_mpi(host, tensor)
         return Done(tensors)
 
     def _reduce(self, tensors, op, root=None):
         kind, factor = reduce.kind_of(op)
         neighbours = self._neighbours()
         for tensor in tensors:
-            host = to_host(tensor)
+            host = to_mpi(tensor, *reduce.CALLS)
             values, how = reduce.arithmetic(host, kind)
-            if neighbours is not None:
+            if neighbours is not None and host.is_cpu:
                 neighbours.all_reduce(values, how, factor, root)
             else:
                 reduce.reduce(self.comm, values, how, values, factor, self.comm.size, root)
             if root is None or root == self.comm.rank:
-                from_host(host, tensor)
+                from_mpi(host, tensor)
         return Done(tensors)
 
     @carried
@@ -128,8 +133,8 @@ class Collectives(dist.ProcessGroup):
         """outputs: one tensor a rank, sizes may differ."""
         _same_dtype("all_gather", tensor, *outputs)
         _same_numel("all_gather: the input", tensor.numel(), outputs[self.comm.rank].numel())
-        host, counts = to_host(tensor), [output.numel() for output in outputs]
-        gathered = torch.empty(sum(counts), dtype=tensor.dtype)
+        host, counts = to_mpi(tensor, "Allgatherv"), [output.numel() for output in outputs]
+        gathered = torch.empty(sum(counts), dtype=tensor.dtype, device=host.device)
         self.comm.Allgatherv(units(host), [memory(gathered), counts, UNIT[tensor.element_size()]])
         for output, part in zip(outputs, gathered.split(counts), strict=True):
             output.detach().copy_(part.view(output.shape))
@@ -153,10 +158,10 @@ class Collectives(dist.ProcessGroup):
         count = tensor.numel()
         _same_dtype("all_gather", tensor, output)
         _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
-        host = to_host(output, copy_in=False)
-        sent = _apart(to_host(tensor), host)
+        host = to_mpi(output, "Allgather", copy_in=False)
+        sent = _apart(to_mpi(tensor, "Allgather"), host)
         self.comm.Allgather(units(sent), [memory(host), count, UNIT[tensor.element_size()]])
-        from_host(host, output)
+        from_mpi(host, output)
 
     @carried
     @timed
@@ -180,9 +185,10 @@ class Collectives(dist.ProcessGroup):
                 _same_dtype("gather", tensor, *outputs[i])
                 for output in outputs[i]:
                     _same_numel("gather: an output", output.numel(), tensor.numel())
-            host = to_host(tensor)
-            gathered = torch.empty((self.comm.size, *tensor.shape), dtype=tensor.dtype) if root else None
-            receive = [memory(gathered), tensor.numel(), UNIT[tensor.element_size()]] if root else None
+            host, receive = to_mpi(tensor, "Gather"), None
+            if root:
+                gathered = torch.empty((self.comm.size, *tensor.shape), dtype=tensor.dtype, device=host.device)
+                receive = [memory(gathered), tensor.numel(), UNIT[tensor.element_size()]]
             self.comm.Gather(units(host), receive, root=opts.rootRank)
             if root:
                 for output, part in zip(outputs[i], gathered, strict=True):
@@ -198,26 +204,26 @@ class Collectives(dist.ProcessGroup):
                 _same_dtype("scatter", output, *inputs[i])
                 for part in inputs[i]:
                     _same_numel("scatter: an input", part.numel(), output.numel())
-            host = to_host(output, copy_in=False)
-            parts = torch.cat([_bytes(to_host(part)) for part in inputs[i]]) if root else None
+            host = to_mpi(output, "Scatter", copy_in=False)
+            parts = torch.cat([_bytes(to_mpi(part, "Scatter")) for part in inputs[i]]) if root else None
             send = [memory(parts), output.numel(), UNIT[output.element_size()]] if root else None
             self.comm.Scatter(send, units(host), root=opts.rootRank)
-            from_host(host, output)
+            from_mpi(host, output)
         return Done(outputs)
 
     # ---- reduce-scatter: exchange blocks as they are, fold them locally in rank order
 
     def _reduce_scatter(self, output, blocks, opts):
-        """blocks: contiguous CPU tensor whose first dim has one entry a rank."""
+        """blocks: contiguous tensor whose first dim has one entry a rank."""
         kind, factor = reduce.kind_of(opts.reduceOp)
-        host, neighbours = to_host(output, copy_in=False), self._neighbours()
+        host, neighbours = to_mpi(output, *reduce.CALLS, copy_in=False), self._neighbours()
         values, how = reduce.arithmetic(blocks, kind)
         values, out = values.view(self.comm.size, -1), reduce.arithmetic(host, kind)[0]
-        if neighbours is not None:
+        if neighbours is not None and host.is_cpu:
             neighbours.reduce_scatter(values, how, out, factor)
         else:
             reduce.reduce_scatter(self.comm, values, how, out, factor, self.comm.size)
-        from_host(host, output)
+        from_mpi(host, output)
 
     @carried
     @timed
@@ -233,13 +239,15 @@ class Collectives(dist.ProcessGroup):
                     if rank == self.comm.rank:
                         output.detach().copy_(total.view(output.shape))
             else:
-                self._reduce_scatter(output, torch.stack([to_host(part).view(-1) for part in parts]), opts)
+                self._reduce_scatter(
+                    output, torch.stack([to_mpi(part, *reduce.CALLS).view(-1) for part in parts]), opts
+                )
         return Done(outputs)
 
     def _scatter_single(self, output, tensor, opts):
         _same_dtype("reduce_scatter", output, tensor)
         _same_numel("reduce_scatter: the input", tensor.numel(), output.numel() * self.comm.size)
-        self._reduce_scatter(output, to_host(tensor).view(self.comm.size, -1), opts)
+        self._reduce_scatter(output, to_mpi(tensor, *reduce.CALLS).view(self.comm.size, -1), opts)
 
     @carried
     @timed
@@ -260,7 +268,7 @@ class Collectives(dist.ProcessGroup):
     # ---- all to all
 
     def _all_to_all(self, received, sent, receive_counts, send_counts):
-        """received, sent: contiguous CPU tensors of one dtype; counts: elements from and to each rank."""
+        """received, sent: contiguous tensors of one dtype; counts: elements from and to each rank."""
         unit, sent = UNIT[sent.element_size()], _apart(sent, received)
         self.comm.Alltoallv([memory(sent), send_counts, unit], [memory(received), receive_counts, unit])
 
@@ -268,9 +276,9 @@ class Collectives(dist.ProcessGroup):
     @timed
     def alltoall(self, outputs, inputs, opts=None):
         _same_dtype("all_to_all", *outputs, *inputs)
-        sent = torch.cat([_bytes(to_host(part)) for part in inputs]).view(inputs[0].dtype)
+        sent = torch.cat([_bytes(to_mpi(part, "Alltoallv")) for part in inputs]).view(inputs[0].dtype)
         counts = [output.numel() for output in outputs]
-        received = torch.empty(sum(counts), dtype=sent.dtype)
+        received = torch.empty(sum(counts), dtype=sent.dtype, device=sent.device)
         self._all_to_all(received, sent, counts, [part.numel() for part in inputs])
         for output, part in zip(outputs, received.split(counts), strict=True):
             output.detach().copy_(part.view(output.shape))
@@ -289,9 +297,9 @@ class Collectives(dist.ProcessGroup):
             row = whole.numel() // max(rows, 1)
             return splits if row == 1 else [n * row for n in splits]
 
-        host = to_host(output, copy_in=False)
-        self._all_to_all(host, to_host(tensor), counts(output_splits, output), counts(input_splits, tensor))
-        from_host(host, output)
+        host = to_mpi(output, "Alltoallv", copy_in=False)
+        self._all_to_all(host, to_mpi(tensor, "Alltoallv"), counts(output_splits, output), counts(input_splits, tensor))
+        from_mpi(host, output)
         return Done([output])
 
     # ---- point to point
@@ -299,7 +307,7 @@ class Collectives(dist.ProcessGroup):
     @timed
     def send(self, tensors, destination, tag):
         (tensor,) = tensors
-        host = to_host(tensor)
+        host = to_mpi(tensor, "Isend")
         requests = [self.comm.Isend(piece, dest=destination, tag=tag) for piece in _pieces(host)]
         return self._keep(Pending(tensor, host, requests, False, self.place, destination))
 
@@ -311,7 +319,7 @@ class Collectives(dist.ProcessGroup):
     @timed
     def recv(self, tensors, source, tag):
         (tensor,) = tensors
-        host = to_host(tensor, copy_in=False)
+        host = to_mpi(tensor, "Isend", copy_in=False)
         pieces = _pieces(host)
         if source == MPI.ANY_SOURCE and len(pieces) > 1:
             # The pieces of two senders could interleave.

@@ -1,7 +1,7 @@
 """Which device and how many threads a rank gets, and buffers that MPI may touch.
 
-MPI here always works on host memory: whether an MPI library takes device pointers cannot be asked, only
-probed, and a wrong guess is a segmentation fault. Device tensors travel through pinned host memory.
+Tensors of a GPU are handed to those MPI calls that were seen to take them (`gpu_aware`); for all others they travel
+through pinned host memory.
 """
 
 import ctypes
@@ -80,15 +80,32 @@ def keep_memory():
         mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def to_host(tensor, *, copy_in=True):
-    """A contiguous CPU tensor for MPI: `tensor` itself where it is one, else a staging copy.
+class _Direct:
+    """The MPI calls that take device memory; set by `hand_over`."""
+
+    calls = frozenset()
+
+
+def hand_over(calls):
+    """From now on, give device memory itself to the MPI calls named in `calls`."""
+    _Direct.calls = frozenset(calls)
+
+
+def handed_over():
+    """The MPI calls that get device memory itself, by name."""
+    return sorted(_Direct.calls)
+
+
+def to_mpi(tensor, *calls, copy_in=True):
+    """A contiguous tensor that MPI may touch in all of `calls`: `tensor` itself where it is one, else a staging copy.
 
     copy_in: False where MPI will overwrite all of it, which saves the copy. Raises TypeError for tensors whose
     memory is not one array of elements (sparse, meta).
     """
     strided = tensor.layout is torch.strided
+    direct = tensor.is_cpu or (tensor.is_cuda and _Direct.calls.issuperset(calls))
     # A conjugated or negated view holds other numbers than it means; copying it resolves that.
-    if strided and tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+    if direct and strided and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         if tensor.requires_grad:
             tensor = tensor.detach()
         # Tensors of no or one element count as contiguous whatever their strides say.
@@ -97,24 +114,32 @@ def to_host(tensor, *, copy_in=True):
     if not strided or tensor.is_meta:
         raise TypeError(f"hpcllm.mpi cannot send a tensor of layout {tensor.layout} on device {tensor.device}")
     tensor = tensor.detach()
-    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    if direct:
+        staged = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    else:
+        staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     if copy_in:
-        # Blocking: ordered after the work on the current stream of the tensor's device, complete before MPI reads.
+        # To the host it is blocking: ordered after the work on the current stream, complete before MPI reads.
         staged.copy_(tensor)
     return staged
 
 
-def from_host(staged, tensor):
-    """Bring a result back into `tensor`; nothing to do where `to_host` returned the tensor itself.
+def from_mpi(staged, tensor):
+    """Bring a result back into `tensor`; nothing to do where `to_mpi` returned the tensor itself.
 
-    Blocking, so that the staging copy may go and any stream may read the tensor afterwards.
+    From the host it is blocking, so that the staging copy may go and any stream may read the tensor afterwards.
     """
     if staged.data_ptr() != tensor.data_ptr() or staged.device != tensor.device:
         tensor.detach().copy_(staged)
 
 
 def memory(tensor):
-    """The memory of a contiguous tensor as mpi4py takes it, by address: the caller keeps the tensor alive."""
+    """The memory of a contiguous tensor as mpi4py takes it, by address: the caller keeps the tensor alive.
+
+    Where it is a GPU's, all that the current stream still does with it is done when this returns.
+    """
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
     return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
 
 

@@ -105,7 +105,11 @@ class Courier:
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record()  # what the caller has computed so far is what is to be sent
-        self._last = taken = Carried(call, _tensors(arguments), ready)
+        tensors = _tensors(arguments)
+        for tensor in tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(self._stream)  # its memory is not given out again before the courier is done
+        self._last = taken = Carried(call, tensors, ready)
         self._calls.put(taken)
         return taken
 
@@ -125,7 +129,7 @@ class Courier:
                 carried = self._calls.get()
                 if carried.ready is not None:
                     self._stream.wait_event(carried.ready)
-                carried.run()
+                carried.run(self._stream)
 
 
 def _tensors(arguments):
@@ -148,9 +152,11 @@ class Carried(dist.Work):
         devices = sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
         self._future = torch.futures.Future(devices=devices) if devices else torch.futures.Future()
 
-    def run(self):
+    def run(self, stream):
         try:
             self._made = self._call()
+            if stream is not None:
+                stream.synchronize()  # then any stream may use the results
         except BaseException as error:  # whatever it is, the caller must hear of it and not wait for ever
             self._error = error
         self._call = None

@@ -7,8 +7,8 @@ depends on the library, the message size and an element's place in the buffer. H
 ((r0 + r1) + r2) + ..., whatever bucket it travels in, so a resumed run repeats an uninterrupted one exactly.
 16-bit floats travel as 16 bits, are summed in float32 and rounded once.
 
-Works on flat CPU tensors of a dtype that torch calculates with (see `arithmetic`). Ranks that share memory go through
-`shared`, which folds as this file does; device buffers are staged by `collectives`.
+Works on flat tensors of a dtype that torch calculates with (see `arithmetic`), on the CPU or where MPI takes them on a
+GPU, which then adds them up. Ranks that share memory go through `shared`, which folds as this file does.
 """
 
 import functools
@@ -23,6 +23,8 @@ from .device import memory
 SUM, AVG, PRODUCT, MIN, MAX = "SUM", "AVG", "PRODUCT", "MIN", "MAX"
 BAND, BOR, BXOR, PREMUL_SUM = "BAND", "BOR", "BXOR", "PREMUL_SUM"
 
+# What is called here; a device buffer is handed over where all of them take it.
+CALLS = ("Allgather", "Allgatherv", "Alltoallv", "Gatherv")
 # Bytes of one round: bounds the scratch memory, and keeps MPI-3's counts (C ints) far away.
 CHUNK_BYTES = 1 << 26
 # Up to this many bytes from all ranks together, one all-gather beats an exchange of slices and a gather.
@@ -85,7 +87,7 @@ def check(dtype, kind):
 def arithmetic(tensor, kind):
     """(the same memory, flat, as a dtype that torch calculates with; the reduction to do there).
 
-    tensor: contiguous, on the CPU. Raises TypeError as `check`.
+    tensor: contiguous. Raises TypeError as `check`.
     """
     dtype = tensor.dtype
     check(dtype, kind)
@@ -109,10 +111,13 @@ class _Scratch(threading.local):
     def __init__(self):
         self.blocks = {}
 
-    def get(self, dtype):
+    def get(self, dtype, like):
+        """Two tensors of the length and device of `like`."""
+        if not like.is_cpu:
+            return torch.empty((2, like.numel()), dtype=dtype, device=like.device).unbind(0)  # torch keeps memory there
         if dtype not in self.blocks:
             self.blocks[dtype] = torch.empty((2, BLOCK), dtype=dtype).unbind(0)
-        return self.blocks[dtype]
+        return [block[: like.numel()] for block in self.blocks[dtype]]
 
 
 _scratch = _Scratch()
@@ -121,12 +126,15 @@ _scratch = _Scratch()
 def fold(pieces, kind, out, factor=None, count=None, copy=None):
     """out = pieces[0] + pieces[1] + ... (or another reduction), in that order.
 
-    pieces: flat CPU tensors of one dtype and length; out: of that length, of their dtype or `wide` of it, its memory
+    pieces: flat tensors of one dtype and length; out: of that length, of their dtype or `wide` of it, its memory
     its own or exactly that of one piece. factor: multiplied into every piece first (PREMUL_SUM). count: what AVG
     divides by, None where a later fold will do it; the quotient of integers is truncated towards zero. copy: where
-    the result goes a second time, while it is in the cache.
+    the result goes a second time, while it is in the cache (on the CPU).
     """
     length = out.numel()
+    if not out.is_cpu:  # a GPU has no use for pieces
+        _fold_block(pieces, kind, out, factor, count)
+        return
     for start in range(0, length, BLOCK):
         if length > BLOCK:
             block = slice(start, start + BLOCK)
@@ -151,7 +159,7 @@ def _fold_block(pieces, kind, out, factor, count):
             add(pieces[0], pieces[1], out=out)
         else:
             # `out` may be a piece that is still to be read.
-            total = _scratch.get(dtype)[0][: out.numel()]
+            total = _scratch.get(dtype, out)[0]
             add(pieces[0], pieces[1], out=total)
             for piece in pieces[2:-1]:
                 add(total, piece, out=total)
@@ -159,7 +167,7 @@ def _fold_block(pieces, kind, out, factor, count):
         if divides:
             _divide(out, count)
         return
-    total, term = (block[: out.numel()] for block in _scratch.get(between))
+    total, term = _scratch.get(between, out)
     if out.dtype is between is not dtype:
         total = out
     if isinstance(factor, torch.Tensor):
@@ -185,7 +193,7 @@ def _divide(total, count):
 
 
 def exchange(comm, send, send_counts, receive, receive_counts):
-    """All-to-all of slices of contiguous CPU tensors; counts in elements, fewer than 2^31 bytes in all."""
+    """All-to-all of slices of contiguous tensors; counts in elements, fewer than 2^31 bytes in all."""
     size = send.element_size()
     comm.Alltoallv(
         [memory(send), [n * size for n in send_counts], MPI.BYTE],
@@ -208,7 +216,7 @@ def reduce(comm, source, kind, target, factor=None, count=None, root=None):
     for start in range(0, source.numel(), step):
         part, result = source[start : start + step], target[start : start + step]
         if part.nbytes * comm.size <= GATHER_BYTES:
-            pieces = torch.empty((comm.size, part.numel()), dtype=part.dtype)
+            pieces = torch.empty((comm.size, part.numel()), dtype=part.dtype, device=part.device)
             comm.Allgather([memory(part), MPI.BYTE], [memory(pieces), part.nbytes, MPI.BYTE])
             if root is None or root == comm.rank:
                 fold(pieces.unbind(0), kind, result, factor, count)
@@ -216,9 +224,9 @@ def reduce(comm, source, kind, target, factor=None, count=None, root=None):
         # Rank r reduces the r-th slice.
         counts = shares(part.numel(), comm.size)
         mine = counts[comm.rank]
-        pieces = torch.empty((comm.size, mine), dtype=part.dtype)
+        pieces = torch.empty((comm.size, mine), dtype=part.dtype, device=part.device)
         exchange(comm, part, counts, pieces, [mine] * comm.size)
-        total = torch.empty(mine, dtype=result.dtype)
+        total = torch.empty(mine, dtype=result.dtype, device=part.device)
         fold(pieces.unbind(0), kind, total, factor, count)
         sizes = [n * result.element_size() for n in counts]
         if root is None:

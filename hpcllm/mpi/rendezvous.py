@@ -10,7 +10,8 @@ import socket
 import torch.distributed as dist
 
 from ..errors import UsageError
-from . import overlap, process_group, watch
+from . import gpu_aware, overlap, process_group, watch
+from .device import hand_over
 
 BACKENDS = ("mpi", "gloo", "nccl")
 
@@ -27,6 +28,8 @@ def meet(world, backend, device):
         raise UsageError(f'backend: "nccl" needs a GPU for every rank, but {why}').known_to_all()
     if backend == "mpi":
         watch.start(world)
+        if device.type == "cuda":
+            hand_over(gpu_aware.find(world, device))
         overlap.start(world, device)
         process_group.register(world.comm)
         # Each rank has a store of its own, in which nobody else would ever arrive at torch's store-based barrier.

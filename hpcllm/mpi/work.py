@@ -14,7 +14,7 @@ from mpi4py import MPI
 from torch.autograd import profiler
 
 from . import check
-from .device import from_host
+from .device import from_mpi
 
 _communication_ns = 0
 _checking = check.wanted()
@@ -177,5 +177,5 @@ class Pending(Done):
     def _finish(self):
         self._requests = []
         if self._receives:
-            from_host(self._host, self._tensors[0])
+            from_mpi(self._host, self._tensors[0])
         self._host = None

@@ -4,6 +4,7 @@ import pytest
 
 from hpcllm.doctor import cores, finding, job, judge_storage, plot, speed
 from hpcllm.errors import UsageError
+from hpcllm.mpi import gpu_aware
 
 GB = 10**9
 
@@ -21,6 +22,7 @@ def rank(number, host="n0", own=None, **other):
         "threads": 1,
         "gpu": None,
         "gpu_devices": [],
+        "gpu_calls": [],
         "library": "Open MPI v5",
         "library_path": "/opt/mpi/libmpi.so.40",
         "thread_level": "multiple",
@@ -158,7 +160,7 @@ def test_loose_ranks_and_too_many_threads_are_told():
 
 def test_ranks_that_share_a_gpu_or_have_none_are_a_failure():
     only(cores.judge_gpus([rank(0), rank(1)]), "ok", "gpu", "no rank sees a GPU")
-    only(cores.judge_gpus([with_gpu(0), with_gpu(1)]), "ok", "gpu", "a GPU of its own (H100)", "pinned host memory")
+    only(cores.judge_gpus([with_gpu(0), with_gpu(1)]), "ok", "gpu", "a GPU of its own (H100)")
     shared = [with_gpu(0, uuid="GPU-a"), with_gpu(1, uuid="GPU-a"), with_gpu(2, "n1", uuid="GPU-a")]
     only(cores.judge_gpus(shared), "failure", "gpu", "ranks share a GPU on n0: ranks 0-1 on n0 have GPU-a")
     only(cores.judge_gpus(shared, sharing_allowed=True), "warning", "gpu", "ranks 0-1")
@@ -166,6 +168,15 @@ def test_ranks_that_share_a_gpu_or_have_none_are_a_failure():
     only(cores.judge_gpus(some), "failure", "gpu", "1 of 2 ranks see no GPU", "rank 1 on n1", hosts=["n1"])
     unseen = [rank(0, gpu_devices=["/dev/nvidia0"]), rank(1)]
     only(cores.judge_gpus(unseen), "warning", "gpu", "torch sees no GPU although there is /dev/nvidia0 on n0")
+
+
+def test_mpi_that_takes_gpu_memory_or_not_is_told():
+    assert cores.judge_awareness([rank(0)]) == []
+    only(cores.judge_awareness([with_gpu(0), with_gpu(1)]), "warning", "gpu", "no MPI call", "pinned host memory")
+    some = [with_gpu(0, gpu_calls=["Bcast", "Isend"]), with_gpu(1, gpu_calls=["Bcast"])]
+    only(cores.judge_awareness(some), "ok", "gpu", "takes GPU memory in Bcast;")
+    every = [with_gpu(0, gpu_calls=gpu_aware.CALLS), rank(1)]
+    only(cores.judge_awareness(every), "ok", "gpu", "Isend, Scatter")
 
 
 def test_a_gpu_far_from_its_cores_and_gpus_of_two_kinds_are_told():

@@ -27,7 +27,8 @@ if len(sys.argv) > 2:
     hosts = tuple(f"host{n}" for n in range(-(-world.size // int(sys.argv[2]))))
     world = replace(world, host=hosts[host], hosts=hosts)
     watch.start(world, world.comm.Split(host))
-world = hpcllm.mpi.init("cpu")
+limit = os.environ.get("INIT_TIMEOUT_S")
+world = hpcllm.mpi.init("cpu", timeout=datetime.timedelta(seconds=float(limit)) if limit else None)
 os.write(1, f"started {os.getpid()}\n".encode())
 for _ in range(16):
     dist.all_reduce(torch.ones(5, 3))

@@ -73,16 +73,16 @@ def test_the_cores_of_a_host_are_divided_among_its_ranks(world, monkeypatch):
 
 def test_only_what_mpi_cannot_read_is_copied():
     plain = torch.arange(6.0).view(2, 3)
-    assert device.to_host(plain).data_ptr() == plain.data_ptr()
+    assert device.to_mpi(plain).data_ptr() == plain.data_ptr()
     strided = plain.t()
-    staged = device.to_host(strided)
+    staged = device.to_mpi(strided)
     assert staged.is_contiguous()
     assert torch.equal(staged, strided)
     staged.mul_(2)
-    device.from_host(staged, strided)
+    device.from_mpi(staged, strided)
     assert torch.equal(plain, torch.arange(6.0).view(2, 3) * 2)
     with pytest.raises(TypeError, match="on device meta"):
-        device.to_host(torch.empty(3, device="meta"))
+        device.to_mpi(torch.empty(3, device="meta"))
 
 
 @needs_gpu

@@ -68,7 +68,8 @@ def test_a_stopped_rank_is_named(hang):
 
 
 def test_a_rank_of_another_host_that_holds_pythons_lock_is_named_and_shows_its_stack(hang):
-    result = hang("holds_gil", 2)  # two ranks a host
+    result = hang("holds_gil", 2, timeout_s=60, INIT_TIMEOUT_S="3")  # two ranks a host
+    assert re.search(r"has not ended in 3\.\d s", result.said), result.said
     blames(result, 2, "does not answer")
     assert "rank 2 on host1" in result.said
     assert re.search(r'stacks of rank 2:(\n  .*)*hang_how.py", line \d+ in fails', result.said), result.said

@@ -1,0 +1,181 @@
+"""To which of its calls this MPI library takes the addresses of GPU memory, found out by trying.
+
+A library cannot be asked: answers are wrong both ways, awareness differs from call to call, and a wrong guess is a
+segmentation fault or wrong numbers. So a small job of its own on each host, two processes on this rank's GPU, makes one
+call after the other and says which gave the right numbers; only those get device memory from then on, the others pinned
+host memory (`device`). The answer is kept in the user's cache folder under library, GPU and driver.
+
+    HPCLLM_GPU_AWARE    auto, on (every call, untried: for machines where no second job can be started), or off
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ..errors import UsageError
+
+CALLS = ("Isend", "Bcast", "Allgather", "Allgatherv", "Alltoallv", "Gather", "Gatherv", "Scatter")
+# Elements of 4 bytes: libraries take other ways for large messages.
+_SIZES = (1, 1000, 1 << 20)
+_STARTED, _RIGHT, _WRONG = "hpcllm-gpu-aware", "right", "wrong"
+_JOB_S = 120.0
+# By these a process knows the job that it belongs to; the trial must not.
+_JOB_VARIABLES = (
+    "OMPI_COMM",
+    "OMPI_FILE",
+    "OMPI_UNIVERSE",
+    "PMIX_",
+    "PRTE_LAUNCHED",
+    "PMI",
+    "MPI_LOCAL",
+    "HYD",
+    "SLURM_",
+)
+_JOB_VARIABLES += ("PALS_", "FLUX_", "JSM_", "MV2_COMM", "MPIEXEC", "PBS_")
+
+
+def find(world, device):
+    """The frozenset of MPI calls to which ranks may hand memory of their GPUs. Collective over `world`.
+
+    device: torch.device of this rank. Tries once per library, GPU and driver; a minute where nothing is known yet.
+    """
+    wish = world.comm.bcast(os.environ.get("HPCLLM_GPU_AWARE", "auto"))
+    if wish not in ("auto", "on", "off"):
+        raise UsageError(f'HPCLLM_GPU_AWARE="{wish}" is not one of auto, on, off').known_to_all()
+    if wish != "auto":
+        return frozenset(CALLS if wish == "on" else ())
+    mine = _known(world, device) if world.local_rank == 0 else None
+    answers = [answer for answer in world.comm.allgather(mine) if answer is not None]
+    return frozenset.intersection(*map(frozenset, answers))
+
+
+def _known(world, device):
+    """What the cache says of this host's library and GPU, or else a trial, which is then written there."""
+    import torch
+
+    gpu, driver = torch.cuda.get_device_name(device), torch.version.cuda or torch.version.hip
+    key = " | ".join((world.library_path, world.library, gpu, str(driver)))
+    file = _cache_file()
+    answers = {}
+    with contextlib.suppress(OSError, ValueError):
+        answers = json.loads(file.read_text())
+    if key not in answers:
+        mpirun = _mpirun(world.library_path)
+        answers[key] = sorted(trial(mpirun, str(device))) if mpirun else []
+        with contextlib.suppress(OSError):  # it would only be asked again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            new = file.with_suffix(f".{os.getpid()}")
+            new.write_text(json.dumps(answers, indent=1))
+            new.replace(file)
+    return answers[key]
+
+
+def _cache_file():
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpcllm" / "gpu_aware.json"
+
+
+def _mpirun(library_path):
+    """The mpirun that belongs to the library, or the one on the path; None where there is none."""
+    for name in ("mpirun", "mpiexec"):
+        beside = Path(library_path).resolve().parent.parent / "bin" / name
+        if os.access(beside, os.X_OK):
+            return str(beside)
+    return shutil.which("mpirun") or shutil.which("mpiexec")
+
+
+def _command(mpirun, device, calls):
+    open_mpi = "open mpi" in subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout.lower()
+    options = ["--oversubscribe", "--bind-to", "none"] if open_mpi else []
+    return [mpirun, "-np", "2", *options, sys.executable, "-m", "hpcllm.mpi.gpu_aware", device, *calls]
+
+
+def trial(mpirun, device):
+    """The set of calls that a job of two processes, started by `mpirun`, found to be right on `device` ("cuda:0").
+
+    A call that ends the job, or does not end, is wrong; those after it are tried by a new job.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_JOB_VARIABLES)}
+    proven, left = set(), list(CALLS)
+    while left:
+        try:
+            command = _command(mpirun, device, left)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=_JOB_S, stdin=subprocess.DEVNULL
+            )
+            output = done.stdout
+        except subprocess.TimeoutExpired as expired:
+            output = (expired.stdout or b"").decode(errors="replace")
+        except OSError:
+            return proven
+        words = [line.split() for line in output.splitlines()]
+        if [_STARTED] not in words:
+            return proven  # no such job can be started here
+        said = [line for line in words if len(line) == 2 and line[0] in (_RIGHT, _WRONG)]
+        proven.update(call for verdict, call in said if verdict == _RIGHT)
+        left = left[len(said) + 1 :]
+    return proven
+
+
+# ---- what each of the two processes does
+
+
+def _make(call, count, device):
+    """True if `call` of `count` elements on `device` gives the right numbers on this rank."""
+    import torch
+    from mpi4py import MPI
+
+    from .device import memory, units
+
+    comm = MPI.COMM_WORLD
+    rank, size = comm.rank, comm.size
+    everything = torch.arange(size * count, dtype=torch.int32)
+    parts = everything.chunk(size)
+    mine, one = parts[rank].to(device), torch.full((count,), -1, dtype=torch.int32, device=device)
+    whole = torch.full((size * count,), -1, dtype=torch.int32, device=device)
+    counts, last = [count] * size, size - 1
+    split = [memory(whole), counts, MPI.INT32_T]
+    if call == "Isend":
+        other = size - 1 - rank
+        MPI.Request.Waitall([comm.Irecv(units(one), other), comm.Isend(units(mine), other)])
+        return torch.equal(one.cpu(), parts[other])
+    if call == "Bcast":
+        comm.Bcast(units(mine), root=last)
+        return torch.equal(mine.cpu(), parts[last])
+    if call == "Scatter":
+        everything = everything.to(device)
+        comm.Scatter([memory(everything), count, MPI.INT32_T], units(one), root=last)
+        return torch.equal(one.cpu(), parts[rank])
+    if call == "Alltoallv":
+        sent = torch.cat([parts[rank] + 10 * other for other in range(size)]).to(device)
+        comm.Alltoallv([memory(sent), counts, MPI.INT32_T], split)
+        return torch.equal(whole.cpu(), everything + 10 * rank)
+    if call == "Allgather":
+        comm.Allgather(units(mine), [memory(whole), count, MPI.INT32_T])
+    elif call == "Allgatherv":
+        comm.Allgatherv(units(mine), split)
+    elif call == "Gather":
+        comm.Gather(units(mine), [memory(whole), count, MPI.INT32_T] if rank == last else None, root=last)
+    else:
+        comm.Gatherv(units(mine), split if rank == last else None, root=last)
+    return torch.equal(whole.cpu(), everything) or (call.startswith("Gather") and rank != last)
+
+
+def main(device, calls):
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    if comm.rank == 0:
+        print(_STARTED, flush=True)
+    for call in calls:
+        right = [_make(call, count, device) for count in _SIZES]
+        right = comm.allreduce(all(right), op=MPI.LAND)
+        if comm.rank == 0:
+            print(_RIGHT if right else _WRONG, call, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
