@@ -70,6 +70,11 @@ class Collectives(dist.ProcessGroup):
             self._shared, self._arranged = shared.arrange(self.comm), True
         return self._shared
 
+    def _moves_inside(self, host):
+        """True where moving `host` is worth a look at what ranks of one host share."""
+        neighbours = self._neighbours()
+        return host.nbytes >= shared.MOVE_BYTES and host.is_cpu and neighbours is not None and neighbours.across is None
+
     def free(self):
         """Free the communicators (collective over the group). Further calls on the group fail."""
         overlap.drain()
@@ -87,16 +92,10 @@ class Collectives(dist.ProcessGroup):
     @carried
     @timed
     def broadcast(self, tensors, opts):
-        neighbours = self._neighbours()
         for tensor in tensors:
             host = to_mpi(tensor, "Bcast", copy_in=opts.rootRank == self.comm.rank)
-            if (
-                host.is_cpu
-                and host.nbytes >= shared.BROADCAST_BYTES
-                and neighbours is not None
-                and neighbours.across is None
-            ):
-                neighbours.broadcast(_bytes(host), opts.rootRank)
+            if self._moves_inside(host):
+                self._shared.broadcast(_bytes(host), opts.rootRank)
             else:
                 for piece in _pieces(host):
                     self.comm.Bcast(piece, root=opts.rootRank)
@@ -158,9 +157,13 @@ class Collectives(dist.ProcessGroup):
         count = tensor.numel()
         _same_dtype("all_gather", tensor, output)
         _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
-        host = to_mpi(output, "Allgather", copy_in=False)
-        sent = _apart(to_mpi(tensor, "Allgather"), host)
-        self.comm.Allgather(units(sent), [memory(host), count, UNIT[tensor.element_size()]])
+        host, sent = to_mpi(output, "Allgather", copy_in=False), to_mpi(tensor, "Allgather")
+        if not (
+            self._moves_inside(host)
+            and self._shared.all_gather(host.view(self.comm.size, -1).view(torch.uint8), _bytes(sent))
+        ):
+            sent = _apart(sent, host)
+            self.comm.Allgather(units(sent), [memory(host), count, UNIT[tensor.element_size()]])
         from_mpi(host, output)
 
     @carried

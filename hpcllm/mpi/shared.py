@@ -18,8 +18,9 @@ from .reduce import AVG, PREMUL_SUM, SUM
 
 # Up to this many bytes from all ranks of a host together, each rank sums everything itself, which saves a meeting.
 SMALL_BYTES = 1 << 20
-# From so many bytes on, a broadcast within a host is faster than MPI's own, which copies once but has every rank wait.
-BROADCAST_BYTES = 4 << 20
+# From so many bytes on, a broadcast within a host is faster than MPI's own, which copies once but has every rank wait,
+# and for a gather it pays to look whether all tensors can be reached.
+MOVE_BYTES = 4 << 20
 
 
 def arrange(comm, local=None):
@@ -236,3 +237,17 @@ class Shared:
             self.memory.meet()
             if source != self.me:
                 part.copy_(slot)
+
+    def all_gather(self, whole, tensor):
+        """Rank r's `tensor` (1-d) becomes `whole[r]` on every rank. For ranks of one host.
+
+        False, and nothing done, where a tensor lies where others cannot reach it: MPI's own copies as fast then.
+        """
+        given = self._open(tensor)
+        if given is None:
+            return False
+        for rank, theirs in zip(self.table[0], given, strict=True):
+            if theirs.data_ptr() != whole[rank].data_ptr():  # FSDP2 gathers in place
+                whole[rank].copy_(theirs)
+        self.memory.meet()
+        return True

@@ -132,6 +132,23 @@ def test_a_broadcast_moves_the_bytes_of_its_root(world, neighbours, dtype):
             assert same(tensor, everyone[root])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_a_gather_copies_from_where_tensors_lie(world, neighbours, dtype):
+    ours, _, copy = neighbours
+    if ours.across is not None:
+        return  # for ranks of one host
+    everyone = torch.stack([numbers(rank, (1000,), dtype) for rank in range(world.size)])
+    whole = torch.zeros_like(everyone)
+    done = ours.all_gather(whole, copy(everyone[world.rank]))
+    assert done == (copy is pooled)
+    assert not done or same(whole, everyone)
+    # In place, as FSDP2 does it.
+    whole = copy(torch.zeros_like(everyone).view(-1)).view(everyone.shape)
+    mine = whole[world.rank].copy_(everyone[world.rank])
+    assert ours.all_gather(whole, mine) == done
+    assert not done or same(whole, everyone)
+
+
 def test_calls_that_follow_each_other_do_not_meet(world, neighbours):
     ours, _, copy = neighbours
     for turn in range(300):
