@@ -25,6 +25,7 @@ export TRANSFORMERS_OFFLINE="${TRANSFORMERS_OFFLINE:-1}"
 export HDF5_USE_FILE_LOCKING="${HDF5_USE_FILE_LOCKING:-FALSE}"   # locks fail on many parallel file systems
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}"
 # export MPI4PY_LIBMPI=/opt/openmpi/lib/libmpi.so.40   # the MPI library, where mpi4py finds a wrong one
+# More tasks than cores, Open MPI: export OMPI_MCA_mpi_yield_when_idle=1   # mpirun knows by itself, srun does not
 # Cray, GPUs and MPI:   export MPICH_GPU_SUPPORT_ENABLED=1
 #                       export LD_PRELOAD=$CRAY_MPICH_ROOTDIR/gtl/lib/libmpi_gtl_cuda.so   # AMD: libmpi_gtl_hsa.so
 # NCCL or RCCL:         export MPICH_GPU_SUPPORT_ENABLED=0   # both at once can hang

@@ -35,7 +35,8 @@ class _Chunk:
         self.descriptor = os.memfd_create("hpcllm")
         try:
             os.posix_fallocate(self.descriptor, 0, size)  # a page that cannot be had later would be a SIGBUS
-            self.array = np.frombuffer(_map(self.descriptor, size), dtype=np.uint8)
+            mapped = mmap.mmap(self.descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            self.array = np.frombuffer(mapped, dtype=np.uint8)
         except OSError:
             os.close(self.descriptor)
             raise
@@ -93,12 +94,11 @@ class Pool:
         if self.find(tensor)[0] >= 0:
             return True
         storage = tensor.untyped_storage()
-        room = os.statvfs("/dev/shm")
-        if room.f_bavail * room.f_frsize < _SLACK * sharers * storage.nbytes():
-            return False
-        with contextlib.suppress(RuntimeError, AttributeError):
-            self._enter(_Adopted(storage))
-            return True
+        with contextlib.suppress(OSError, RuntimeError, AttributeError):
+            room = os.statvfs("/dev/shm")
+            if room.f_bavail * room.f_frsize >= _SLACK * sharers * storage.nbytes():
+                self._enter(_Adopted(storage))
+                return True
         return False
 
     def find(self, tensor):
@@ -155,17 +155,19 @@ def reach(memory):
         os.write(descriptor, token)
     told = comm.allgather((os.getpid(), descriptor, token))
     reached = False
-    with contextlib.suppress(OSError):
-        # Another process of that number, in a container, would show something else.
-        reached = all(bytes(_attach(pid, there)[: len(shown)].tolist()) == shown for pid, there, shown in told)
+    with contextlib.suppress(OSError, ValueError):
+        # Where a container numbers its processes anew, another one has the number, and shows something else.
+        reached = all(
+            _is_ours(pid, there) and bytes(_attach(pid, there).tolist()) == shown for pid, there, shown in told
+        )
     everybody = all(comm.allgather(reached))  # and nobody closes before all have looked
     if descriptor >= 0:
         os.close(descriptor)
     return Peers(memory, [pid for pid, *_ in told]) if everybody else None
 
 
-def _map(descriptor, size):
-    return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+def _is_ours(pid, descriptor):
+    return os.readlink(f"/proc/{pid}/fd/{descriptor}").startswith("/memfd:hpcllm")
 
 
 def _attach(pid, descriptor):
@@ -176,7 +178,9 @@ def _attach(pid, descriptor):
         handle = os.open(file, os.O_RDWR)
         try:
             seen = os.fstat(handle)
-            _attached[key] = seen.st_ino, torch.frombuffer(_map(handle, seen.st_size), dtype=torch.uint8)
+            # Page tables for what is touched alone: of the tensors of many neighbours, a rank sums a slice each.
+            mapped = mmap.mmap(handle, seen.st_size, flags=mmap.MAP_SHARED)
+            _attached[key] = seen.st_ino, torch.frombuffer(mapped, dtype=torch.uint8)
         finally:
             os.close(handle)
     return _attached[key][1]
