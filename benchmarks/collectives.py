@@ -2,10 +2,12 @@
 
     mpirun -np 2 python -m benchmarks.collectives [--operation all_reduce ...] [--json FILE] [--plot FILE]
 
-Every round measures all four one after the other, several rounds make medians and spreads; a call takes as long as its
-slowest rank. "size" is that of the whole tensor: what goes into all_reduce, reduce_scatter, broadcast and all_to_all,
-what comes out of all_gather. MPI's own calls are mpi4py's on NumPy arrays, which cannot sum bfloat16. "copy" is one
-copy of as many bytes in each rank at the same time. Short calls are timed in rows of several.
+Every round measures all of them one after the other, several rounds make medians and spreads; a call takes as long as
+its slowest rank. "size" is that of the whole tensor: what goes into all_reduce, reduce_scatter, broadcast and
+all_to_all, what comes out of all_gather. "in place" is this backend on tensors of its `allocate_tensor`, which ranks of
+a host reach from where they are, as DDP's gradients with its hooks. MPI's own calls are mpi4py's on NumPy arrays, which
+cannot sum bfloat16. "copy" is one copy of as many bytes in each rank at the same time. Short calls are timed in rows of
+several.
 """
 
 import argparse
@@ -25,7 +27,13 @@ from . import jobs
 
 OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all")
 SIZES = (4, 256, 4 << 10, 64 << 10, 1 << 20, 4 << 20, 26 << 20, 64 << 20, 256 << 20)
-WAYS = {"hpcllm": "tab:blue", "MPI": "tab:orange", "Gloo": "tab:green", "copy": "tab:gray"}  # and their colours
+WAYS = {
+    "hpcllm": "tab:blue",
+    "in place": "tab:cyan",
+    "MPI": "tab:orange",
+    "Gloo": "tab:green",
+    "copy": "tab:gray",
+}  # and their colours
 # A row of calls takes about so long; at most so many calls.
 ROW_S, ROW_CALLS = 0.02, 200
 
@@ -47,19 +55,21 @@ def calls(operation, size_bytes, dtype, comm, gloo):
     n = comm.size
     count = max(1, size_bytes // dtype.itemsize)
     count = -(-count // n) * n if operation in ("reduce_scatter", "all_gather", "all_to_all") else count
-    whole, other, part = torch.ones(count, dtype=dtype), torch.zeros(count, dtype=dtype), torch.ones(count // n or 1)
-    part = part.to(dtype)
+    lengths = count, count, count // n or 1
+    # Zeros: sums must not overflow in hundreds of calls.
+    whole, other, part = ordinary = [torch.zeros(length, dtype=dtype) for length in lengths]
+    reached = [dist.group.WORLD.allocate_tensor(length, dtype=dtype).zero_() for length in lengths]
     summed = np.float32 if dtype is torch.float32 else None
     a, b, c = (t.view(torch.uint8).numpy().view(summed or np.uint8) for t in (whole, other, part))
     # The older names cost a warning a call from torch 2.13 on.
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     torches = {
-        "all_reduce": lambda group: dist.all_reduce(whole, group=group),
-        "reduce_scatter": lambda group: scatter(part, whole, group=group),
-        "all_gather": lambda group: gather(whole, part, group=group),
-        "broadcast": lambda group: dist.broadcast(whole, 0, group=group),
-        "all_to_all": lambda group: dist.all_to_all_single(other, whole, group=group),
+        "all_reduce": lambda group, whole, other, part: dist.all_reduce(whole, group=group),
+        "reduce_scatter": lambda group, whole, other, part: scatter(part, whole, group=group),
+        "all_gather": lambda group, whole, other, part: gather(whole, part, group=group),
+        "broadcast": lambda group, whole, other, part: dist.broadcast(whole, 0, group=group),
+        "all_to_all": lambda group, whole, other, part: dist.all_to_all_single(other, whole, group=group),
     }
     raw = {
         "all_reduce": lambda: comm.Allreduce(a, b),
@@ -68,13 +78,13 @@ def calls(operation, size_bytes, dtype, comm, gloo):
         "broadcast": lambda: comm.Bcast(a, root=0),
         "all_to_all": lambda: comm.Alltoall(a, b),
     }
-    made = {"hpcllm": lambda: torches[operation](None), "Gloo": lambda: torches[operation](gloo)}
+    ours = torches[operation]
+    made = {"hpcllm": lambda: ours(None, *ordinary), "Gloo": lambda: ours(gloo, *ordinary)}
+    if operation in ("all_reduce", "reduce_scatter", "all_gather"):
+        made["in place"] = lambda: ours(None, *reached)
     made["copy"] = lambda: other.copy_(whole)
     if summed or operation in ("all_gather", "broadcast", "all_to_all"):
         made["MPI"] = raw[operation]
-    # Sums must not overflow in hundreds of calls.
-    whole.zero_()
-    part.zero_()
     return made
 
 
@@ -118,8 +128,9 @@ def table(records):
     """Markdown: median (smallest to largest) of each way, and how many times longer the others take."""
     lines = []
     for operation, dtype in dict.fromkeys((record["operation"], record["dtype"]) for record in records):
-        lines += [f"\n**{operation}, {dtype}**\n", "| size | hpcllm | MPI | Gloo | copy | MPI / ours | Gloo / ours |"]
-        lines.append("|---:|---:|---:|---:|---:|---:|---:|")
+        ratios = [f"{other} / {ours}" for ours in ("hpcllm", "in place") for other in ("MPI", "Gloo")]
+        heads = ["size", *WAYS, *ratios]
+        lines += [f"\n**{operation}, {dtype}**\n", f"| {' | '.join(heads)} |", "|---:" * len(heads) + "|"]
         for record in records:
             if (record["operation"], record["dtype"]) != (operation, dtype):
                 continue
@@ -131,8 +142,9 @@ def table(records):
                     cells.append(f"{text(middle[way])} ({text(min(values))} to {text(max(values))})")
                 else:
                     cells.append("none")
-            for way in ("MPI", "Gloo"):
-                cells.append(f"{middle[way] / middle['hpcllm']:.2f}" if way in middle else "")
+            for ratio in ratios:
+                other, ours = ratio.split(" / ")
+                cells.append(f"{middle[other] / middle[ours]:.2f}" if other in middle and ours in middle else "")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
