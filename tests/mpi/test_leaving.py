@@ -203,9 +203,7 @@ def both_mpis():
     pairs = [(beside / "bin/mpirun", beside / "lib/libmpi.so.40"), (MPICH / "bin/mpirun", MPICH / "lib/libmpi.so.12")]
     missing = [str(path) for pair in pairs for path in pair if not path.exists()]
     if missing:
-        pytest.skip(
-            f"needs Open MPI's and MPICH's wheels (tests/mpi/other_mpi.sh mpich); missing: {', '.join(missing)}"
-        )
+        pytest.skip(f"needs the wheels of two MPIs (tests/mpi/other_mpi.sh mpich); missing: {', '.join(missing)}")
     return pairs
 
 
