@@ -43,7 +43,7 @@ def train(config, world, *, resume=False, overwrite=False):
         if last:
             checkpoint.load_optimizer(last, net, adjust)
     on_root(world.comm, open_output, config, resume, overwrite)
-    replica = replicate(net, world.group)
+    replica = replicate(net, world.group, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.parallel.reduce_dtype])
     journal = monitor.Journal(config.run.output_dir, state["restart"], world.is_root)
     journal.event("start", step=state["step"], ranks=world.size, hosts=world.hosts, library=world.library)
     progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)

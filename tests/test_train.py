@@ -86,11 +86,12 @@ def test_losses_do_not_depend_on_the_number_of_ranks(world, prepared, tmp_path, 
 
 
 @pytest.mark.mpi()
-def test_bf16_follows_fp32(world, prepared, tmp_path):
+@pytest.mark.parametrize("key", ["train.precision", "parallel.reduce_dtype"])
+def test_bf16_follows_fp32(world, prepared, tmp_path, key):
     base = shared(world, tmp_path)
     curves = []
     for precision in ("fp32", "bf16"):
-        run = settings(prepared, base / precision, **{"train.precision": precision})
+        run = settings(prepared, base / precision, **{key: precision})
         train.train(run, world)
         curves.append(losses(run.run.output_dir))
     assert curves[0] != curves[1]

@@ -71,9 +71,9 @@ class Collectives(dist.ProcessGroup):
         return self._shared
 
     def _moves_inside(self, host):
-        """True where moving `host` is worth a look at what ranks of one host share."""
+        """True for a tensor on the CPU, in a group whose ranks share the memory of one host."""
         neighbours = self._neighbours()
-        return host.nbytes >= shared.MOVE_BYTES and host.is_cpu and neighbours is not None and neighbours.across is None
+        return neighbours is not None and neighbours.across is None and host.is_cpu
 
     def free(self):
         """Free the communicators (collective over the group). Further calls on the group fail."""
@@ -94,7 +94,7 @@ class Collectives(dist.ProcessGroup):
     def broadcast(self, tensors, opts):
         for tensor in tensors:
             host = to_mpi(tensor, "Bcast", copy_in=opts.rootRank == self.comm.rank)
-            if self._moves_inside(host):
+            if host.nbytes >= shared.BROADCAST_BYTES and self._moves_inside(host):
                 self._shared.broadcast(_bytes(host), opts.rootRank)
             else:
                 for piece in _pieces(host):
@@ -158,10 +158,10 @@ class Collectives(dist.ProcessGroup):
         _same_dtype("all_gather", tensor, output)
         _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
         host, sent = to_mpi(output, "Allgather", copy_in=False), to_mpi(tensor, "Allgather")
-        if not (
-            self._moves_inside(host)
-            and self._shared.all_gather(host.view(self.comm.size, -1).view(torch.uint8), _bytes(sent))
-        ):
+        done = False
+        if host.nbytes >= shared.LOOK_GATHER_BYTES and self._moves_inside(host):
+            done = self._shared.all_gather(host.view(self.comm.size, -1).view(torch.uint8), _bytes(sent))
+        if not done:
             sent = _apart(sent, host)
             self.comm.Allgather(units(sent), [memory(host), count, UNIT[tensor.element_size()]])
         from_mpi(host, output)

@@ -17,7 +17,7 @@ from . import overlap
 
 # Smaller buckets are not worth a file each.
 SMALLEST_BYTES = 1 << 20
-_waiting = {}  # group: (gradients, future) of the buckets of a backward pass under way
+_waiting = {}  # group: (what travels, gradients, future) of the buckets of a backward pass under way
 
 
 def average_gradients(group, bucket):
@@ -30,18 +30,39 @@ def sum_gradients(group, bucket):
     return _reduce(group, bucket, dist.ReduceOp.SUM)
 
 
-def _reduce(group, bucket, op):
+def sum_gradients_as(dtype):
+    """A hook as `sum_gradients`, whose gradients travel as `dtype`: bfloat16 halves what a network carries.
+
+    They are rounded to it, added up in float32, and the sum is rounded once more.
+    """
+
+    def sum_rounded_gradients(group, bucket):
+        return _reduce(group, bucket, dist.ReduceOp.SUM, dtype)
+
+    return sum_rounded_gradients
+
+
+def _reduce(group, bucket, op, dtype=None):
     gradients, group = bucket.buffer(), group or dist.group.WORLD
     ours = hasattr(group, "settle")
-    if ours and gradients.nbytes >= SMALLEST_BYTES:
+    pooled = ours and gradients.nbytes >= SMALLEST_BYTES
+    sent = gradients
+    if dtype not in (None, gradients.dtype):
+        empty = group.allocate_tensor if pooled and gradients.is_cpu else torch.empty
+        sent = empty(gradients.numel(), dtype=dtype, device=gradients.device).copy_(gradients)
+    elif pooled:
         group.settle(gradients)
     if overlap.active() or not ours:
-        work = dist.all_reduce(gradients, op, group=group, async_op=True)
-        return work.get_future().then(lambda future: future.value()[0])
+        work = dist.all_reduce(sent, op, group=group, async_op=True)
+        return work.get_future().then(lambda future: _arrived(future.value()[0], gradients))
     future = torch.futures.Future(devices=[gradients.device] if gradients.is_cuda else [])
-    _waiting.setdefault(group, []).append((gradients, future))
+    _waiting.setdefault(group, []).append((sent, gradients, future))
     if bucket.is_last():
-        for gradients, done in _waiting.pop(group):
-            dist.all_reduce(gradients, op, group=group)
-            done.set_result(gradients)
+        for sent, gradients, done in _waiting.pop(group):
+            dist.all_reduce(sent, op, group=group)
+            done.set_result(_arrived(sent, gradients))
     return future
+
+
+def _arrived(sent, gradients):
+    return gradients if sent is gradients else gradients.copy_(sent)

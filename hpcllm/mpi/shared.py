@@ -18,9 +18,10 @@ from .reduce import AVG, PREMUL_SUM, SUM
 
 # Up to this many bytes from all ranks of a host together, each rank sums everything itself, which saves a meeting.
 SMALL_BYTES = 1 << 20
-# From so many bytes on, a broadcast within a host is faster than MPI's own, which copies once but has every rank wait,
-# and for a gather it pays to look whether all tensors can be reached.
-MOVE_BYTES = 4 << 20
+# From so many bytes on, a broadcast within a host is faster than MPI's own, which copies once but has every rank wait.
+BROADCAST_BYTES = 4 << 20
+# From so many bytes on it pays to look whether all tensors can be reached where they lie, which is one more meeting.
+LOOK_BYTES, LOOK_GATHER_BYTES = 4 << 20, 16 << 20
 
 
 def arrange(comm, local=None):
@@ -80,7 +81,7 @@ class Shared:
             if keeps or self.across is not None:
                 self._fold(slots, kind, factor, values if keeps else values.clone())
             return
-        given = self._open(values)
+        given = self._open(values, values.nbytes >= LOOK_BYTES)
         if given is not None:
             self._reduce_in_place(given, values, kind, factor, root)
             return
@@ -92,9 +93,9 @@ class Shared:
         for many in values.split(step * max(1, reduce.CHUNK_BYTES * self.local_size // self.memory.slot_bytes)):
             self._reduce_parts_between_hosts(many.split(step), kind, factor, keeps)
 
-    def _open(self, tensor):
-        """The tensors of the ranks of this host where they lie, if all of them can be reached there, else None."""
-        return None if self.reached is None else self.reached.open(tensor)
+    def _open(self, tensor, worth):
+        """The tensors of the ranks of this host where they lie, if it is `worth` it and they can be reached."""
+        return self.reached.open(tensor) if worth and self.reached is not None else None
 
     def _reduce_in_place(self, given, values, kind, factor, root):
         """Each rank of a host sums its slice of everybody's `values`, and writes the sum where it is wanted."""
@@ -183,7 +184,7 @@ class Shared:
             start = self.rank * out.numel()
             self._fold([slot.narrow(0, start, out.numel()) for slot in slots], kind, factor, out)
             return
-        given = self._open(blocks.view(-1))
+        given = self._open(blocks.view(-1), blocks.nbytes >= LOOK_BYTES)
         if given is not None:
             self._reduce_scatter_in_place([tensor.view(blocks.shape) for tensor in given], kind, out, factor)
             return
@@ -243,7 +244,7 @@ class Shared:
 
         False, and nothing done, where a tensor lies where others cannot reach it: MPI's own copies as fast then.
         """
-        given = self._open(tensor)
+        given = self._open(tensor, True)
         if given is None:
             return False
         for rank, theirs in zip(self.table[0], given, strict=True):

@@ -21,6 +21,7 @@ TWO_HOSTS = (
 @pytest.fixture(params=["one host", "one host, in the pool", "small slots", *TWO_HOSTS])
 def neighbours(request, world, monkeypatch):
     """(Shared, hosts as lists of ranks, how to copy a tensor): all ranks on one host, or two hosts of equal size."""
+    monkeypatch.setattr(shared, "LOOK_BYTES", 0)
     if "small" in request.param:
         monkeypatch.setattr(shared, "SMALL_BYTES", 0)
         monkeypatch.setattr(reduce, "CHUNK_BYTES", 1 << 19)
