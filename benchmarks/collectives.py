@@ -12,6 +12,7 @@ several.
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import replace
 
@@ -46,7 +47,9 @@ def start():
     # A store that Gloo can use; this backend needs none.
     backend, _ = rendezvous.meet(world, "mpi", torch.device("cpu"))
     _, store = rendezvous.meet(world, "gloo", torch.device("cpu"))
+    hook = sys.excepthook  # torch's would wait for an answer that does not come (see `hpcllm.mpi.init`)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+    sys.excepthook = hook
     return replace(world, group=dist.group.WORLD), dist.new_group(backend="gloo")
 
 

@@ -81,9 +81,8 @@ def main():
         print(f"{world.size} ranks, {world.library}, {jobs.versions()}; median (smallest to largest) of {args.rounds}")
         print("| model | way | step, ms | exposed communication, ms | share of Gloo's |\n|---|---|---:|---:|---:|")
     for size in args.model:
-        taken = measure(
-            size, world.comm, {"hpcllm": world.group, "hpcllm, hook": world.group, "Gloo": gloo}, args.rounds
-        )
+        groups = {way: gloo if way == "Gloo" else world.group for way in WAYS}
+        taken = measure(size, world.comm, groups, args.rounds)
         silent = np.array(taken["no communication"])
         exposed = {way: float(np.median(np.array(taken[way]) - silent)) for way in WAYS}
         for way in WAYS if world.is_root else ():
