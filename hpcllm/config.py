@@ -74,7 +74,7 @@ class Parallel(Section):
     backend: Literal["mpi", "gloo", "nccl"] = "mpi"
     """Who carries gradients and parameters: MPI, or PyTorch's own Gloo or NCCL; ranks always come from MPI."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What gradients travel as. bf16 halves the bytes on the network; they are added up in fp32 all the same."""
+    """What gradients travel as. bf16: half of the bytes within a host, three quarters between; added up in fp32."""
 
     @model_validator(mode="after")
     def data_axis_only(self):

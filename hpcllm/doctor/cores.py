@@ -243,7 +243,7 @@ def judge_awareness(ranks):
         return []
     calls = set.intersection(*seen)
     if not calls:
-        text = "no MPI call takes GPU memory (each was tried): tensors travel through pinned host memory"
+        text = "no MPI call was seen to take GPU memory: tensors travel through pinned host memory"
         cure = "load the site's GPU-aware MPI; on Cray machines also MPICH_GPU_SUPPORT_ENABLED=1 and its GTL library"
         return [warning("gpu", text, cure)]
     rest = "" if calls.issuperset(CALLS) else "; in other calls tensors travel through pinned host memory"

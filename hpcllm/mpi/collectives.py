@@ -31,10 +31,20 @@ def _pieces(host):
     return [units(part) for part in host.view(-1).split(MOVE_CHUNK_BYTES // host.element_size())]
 
 
+def _overlap(one, other):
+    """True where two contiguous tensors share memory."""
+    first, second = one.data_ptr(), other.data_ptr()
+    return first < second + other.nbytes and second < first + one.nbytes
+
+
 def _apart(sent, received):
     """`sent`, or a copy where it shares memory with `received` (FSDP2 gathers in place), which MPI forbids."""
-    first, second = sent.data_ptr(), received.data_ptr()
-    return sent.clone() if first < second + received.nbytes and second < first + sent.nbytes else sent
+    return sent.clone() if _overlap(sent, received) else sent
+
+
+def _is_row(part, whole, index):
+    """True where the contiguous tensor `part` is the row `index` of `whole`, which is made up of such rows."""
+    return part.data_ptr() == whole.data_ptr() + index * part.nbytes
 
 
 def _same_dtype(what, first, *others):
@@ -159,6 +169,8 @@ class Collectives(dist.ProcessGroup):
         _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
         host, sent = to_mpi(output, "Allgather", copy_in=False), to_mpi(tensor, "Allgather")
         done = False
+        if not _is_row(sent, host, self.comm.rank):
+            sent = _apart(sent, host)
         if host.nbytes >= shared.LOOK_GATHER_BYTES and self._moves_inside(host):
             done = self._shared.all_gather(host.view(self.comm.size, -1).view(torch.uint8), _bytes(sent))
         if not done:
@@ -220,6 +232,8 @@ class Collectives(dist.ProcessGroup):
         """blocks: contiguous tensor whose first dim has one entry a rank."""
         kind, factor = reduce.kind_of(opts.reduceOp)
         host, neighbours = to_mpi(output, *reduce.CALLS, copy_in=False), self._neighbours()
+        if not _is_row(host, blocks, self.comm.rank):
+            blocks = _apart(blocks, host)
         values, how = reduce.arithmetic(blocks, kind)
         values, out = values.view(self.comm.size, -1), reduce.arithmetic(host, kind)[0]
         if neighbours is not None and host.is_cpu:

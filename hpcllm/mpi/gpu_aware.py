@@ -3,15 +3,18 @@
 A library cannot be asked: answers are wrong both ways, awareness differs from call to call, and a wrong guess is a
 segmentation fault or wrong numbers. So a small job of its own on each host, two processes on this rank's GPU, makes one
 call after the other and says which gave the right numbers; only those get device memory from then on, the others pinned
-host memory (`device`). The answer is kept in the user's cache folder under library, GPU and driver.
+host memory (`device`). What a library does between hosts is not tried. The answer is kept in the user's cache folder
+under library, its variables, GPU and driver.
 
     HPCLLM_GPU_AWARE    auto, on (every call, untried: for machines where no second job can be started), or off
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +25,7 @@ CALLS = ("Isend", "Bcast", "Allgather", "Allgatherv", "Alltoallv", "Gather", "Ga
 # Elements of 4 bytes: libraries take other ways for large messages.
 _SIZES = (1, 1000, 1 << 20)
 _STARTED, _RIGHT, _WRONG = "hpcllm-gpu-aware", "right", "wrong"
-_JOB_S = 120.0
+_JOB_S, _RANKS = 120.0, 2
 # By these a process knows the job that it belongs to; the trial must not.
 _JOB_VARIABLES = (
     "OMPI_COMM",
@@ -36,12 +39,14 @@ _JOB_VARIABLES = (
     "SLURM_",
 )
 _JOB_VARIABLES += ("PALS_", "FLUX_", "JSM_", "MV2_COMM", "MPIEXEC", "PBS_")
+# By these users choose what a library does with GPU memory, and how it travels.
+_TUNING = ("OMPI_MCA_", "MPICH_", "UCX_", "FI_", "PSM", "MV2_", "I_MPI_", "CUDA_VISIBLE", "LD_PRELOAD")
 
 
 def find(world, device):
     """The frozenset of MPI calls to which ranks may hand memory of their GPUs. Collective over `world`.
 
-    device: torch.device of this rank. Tries once per library, GPU and driver; a minute where nothing is known yet.
+    device: torch.device of this rank. Where nothing is known yet this takes seconds, or minutes if many calls fail.
     """
     wish = world.comm.bcast(os.environ.get("HPCLLM_GPU_AWARE", "auto"))
     if wish not in ("auto", "on", "off"):
@@ -55,27 +60,42 @@ def find(world, device):
 
 def _known(world, device):
     """What the cache says of this host's library and GPU, or else a trial, which is then written there."""
-    import torch
-
-    gpu, driver = torch.cuda.get_device_name(device), torch.version.cuda or torch.version.hip
-    key = " | ".join((world.library_path, world.library, gpu, str(driver)))
-    file = _cache_file()
-    answers = {}
-    with contextlib.suppress(OSError, ValueError):
+    key, file, answers = _key(world, device), None, {}
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpcllm" / "gpu_aware.json"
         answers = json.loads(file.read_text())
-    if key not in answers:
-        mpirun = _mpirun(world.library_path)
-        answers[key] = sorted(trial(mpirun, str(device))) if mpirun else []
-        with contextlib.suppress(OSError):  # it would only be asked again
-            file.parent.mkdir(parents=True, exist_ok=True)
-            new = file.with_suffix(f".{os.getpid()}")
-            new.write_text(json.dumps(answers, indent=1))
-            new.replace(file)
+    if key in answers:
+        return answers[key]
+    mpirun = _mpirun(world.library_path)
+    proven = trial(mpirun, str(device)) if mpirun else None
+    if proven is None:
+        return []
+    answers[key] = sorted(proven)
+    with contextlib.suppress(OSError, AttributeError):  # it would only be asked again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(answers, indent=1))
+        new.replace(file)
     return answers[key]
 
 
-def _cache_file():
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpcllm" / "gpu_aware.json"
+def _key(world, device):
+    """All that the answer depends on: library, the user's settings for it and its transports, GPU and driver."""
+    import torch
+
+    settings = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith(_TUNING) and not _belongs_to_job(k))
+    digest = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:16]
+    driver = ""
+    with contextlib.suppress(OSError):
+        driver = Path("/proc/driver/nvidia/version").read_text().split("\n")[0]
+    toolkit = torch.version.cuda or torch.version.hip
+    return " | ".join(
+        (world.library_path, world.library, torch.cuda.get_device_name(device), f"{toolkit} {driver}", digest)
+    )
+
+
+def _belongs_to_job(name):
+    return name.startswith(_JOB_VARIABLES)
 
 
 def _mpirun(library_path):
@@ -90,34 +110,40 @@ def _mpirun(library_path):
 def _command(mpirun, device, calls):
     open_mpi = "open mpi" in subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout.lower()
     options = ["--oversubscribe", "--bind-to", "none"] if open_mpi else []
-    return [mpirun, "-np", "2", *options, sys.executable, "-m", "hpcllm.mpi.gpu_aware", device, *calls]
+    return [mpirun, "-np", str(_RANKS), *options, sys.executable, "-m", "hpcllm.mpi.gpu_aware", device, *calls]
 
 
 def trial(mpirun, device):
     """The set of calls that a job of two processes, started by `mpirun`, found to be right on `device` ("cuda:0").
 
-    A call that ends the job, or does not end, is wrong; those after it are tried by a new job.
+    A call that ends the job, or does not end, is wrong; those after it are tried by a new job. None where no such job
+    can be started.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_JOB_VARIABLES)}
+    environment = {name: value for name, value in os.environ.items() if not _belongs_to_job(name)}
     proven, left = set(), list(CALLS)
     while left:
         try:
-            command = _command(mpirun, device, left)
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=_JOB_S, stdin=subprocess.DEVNULL
-            )
-            output = done.stdout
-        except subprocess.TimeoutExpired as expired:
-            output = (expired.stdout or b"").decode(errors="replace")
+            words = [line.split() for line in _output(_command(mpirun, device, left), environment).splitlines()]
         except OSError:
-            return proven
-        words = [line.split() for line in output.splitlines()]
-        if [_STARTED] not in words:
-            return proven  # no such job can be started here
+            return None
+        if words.count([_STARTED]) != 1:
+            return None
         said = [line for line in words if len(line) == 2 and line[0] in (_RIGHT, _WRONG)]
         proven.update(call for verdict, call in said if verdict == _RIGHT)
         left = left[len(said) + 1 :]
     return proven
+
+
+def _output(command, environment):
+    """What the job prints until it ends, or is ended after `_JOB_S`."""
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **options) as job:
+        for patience_s, end in ((_JOB_S, signal.SIGTERM), (10.0, signal.SIGKILL)):  # mpirun passes the first one on
+            try:
+                return job.communicate(timeout=patience_s)[0]
+            except subprocess.TimeoutExpired:
+                os.killpg(job.pid, end)
+        return job.communicate()[0]
 
 
 # ---- what each of the two processes does
@@ -165,9 +191,14 @@ def _make(call, count, device):
 
 
 def main(device, calls):
+    import torch
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
+    if comm.size != _RANKS:
+        sys.exit("this mpirun does not belong to this MPI library")
+    torch.zeros(1, device=device)  # a GPU that serves one process alone ends the trial here
+    comm.Barrier()
     if comm.rank == 0:
         print(_STARTED, flush=True)
     for call in calls:

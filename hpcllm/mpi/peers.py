@@ -15,32 +15,35 @@ import contextlib
 import mmap
 import os
 import secrets
+import threading
 import weakref
 
-import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _TOKEN_BYTES = 32
-# Memory that is less than so much larger than what is wanted is given out again.
+# Memory that is less than so much larger than what is wanted is given out again; and so many times what is in use may
+# lie idle.
 _SLACK = 2
 
 
 class _Chunk:
     """One file of the pool, mapped. `start`: its address."""
 
-    gone = False
-
     def __init__(self, size):
+        self.gone = False
         self.descriptor = os.memfd_create("hpcllm")
         try:
             os.posix_fallocate(self.descriptor, 0, size)  # a page that cannot be had later would be a SIGBUS
-            mapped = mmap.mmap(self.descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-            self.array = np.frombuffer(mapped, dtype=np.uint8)
-        except OSError:
+            self.array = _map(f"/proc/self/fd/{self.descriptor}", size).numpy()
+        except (OSError, RuntimeError):
             os.close(self.descriptor)
             raise
         self.start, self.size = self.array.ctypes.data, size
+
+    def drop(self):
+        self.gone = True
+        os.close(self.descriptor)
 
 
 class _Adopted:
@@ -56,33 +59,43 @@ class _Adopted:
 
 
 class Pool:
-    """Memory of this process that others may map. What is freed is kept and given out again, never unmapped."""
+    """Memory of this process that others may map. What is freed is kept for a while and given out again."""
 
     def __init__(self):
-        self._starts, self._chunks = [], []  # by address
+        self._index = [], []  # addresses and chunks, in order; replaced as one, since other threads look at it
         self._free = []
+        self._lock = threading.Lock()
 
     def allocate(self, count, dtype):
-        """A 1-d tensor of `count` elements, not initialised. OSError where the memory is not there."""
+        """A 1-d tensor of `count` elements, not initialised. OSError or RuntimeError where the memory is not there."""
         length = count * dtype.itemsize
-        fitting = [chunk for chunk in self._free if length <= chunk.size <= _SLACK * length]
-        if fitting:
-            chunk = min(fitting, key=lambda chunk: chunk.size)
-            self._free.remove(chunk)
-        else:
-            chunk = _Chunk(max(1, -(-length // mmap.PAGESIZE)) * mmap.PAGESIZE)
-            self._enter(chunk)
+        with self._lock:
+            fitting = [chunk for chunk in self._free if length <= chunk.size <= _SLACK * length]
+            if fitting:
+                chunk = min(fitting, key=lambda chunk: chunk.size)
+                self._free.remove(chunk)
+            else:
+                self._drop_idle(length)
+                chunk = _Chunk(max(1, -(-length // mmap.PAGESIZE)) * mmap.PAGESIZE)
+                self._enter(chunk)
         # The tensor holds on to this array, and all that looks at the tensor's memory holds on to the tensor's.
         given = chunk.array[:length]
         weakref.finalize(given, self._free.append, chunk).atexit = False
         return torch.from_numpy(given).view(dtype)
 
-    def _enter(self, chunk):
-        self._chunks = sorted((*self._living(), chunk), key=lambda chunk: chunk.start)
-        self._starts = [chunk.start for chunk in self._chunks]
+    def _drop_idle(self, wanted):
+        """Give memory back, the longest idle first, where more lies idle than is likely to be wanted again."""
+        idle = sum(chunk.size for chunk in self._free)
+        used = sum(chunk.size for chunk in self._index[1]) - idle
+        while self._free and idle > _SLACK * (used + wanted):
+            chunk = self._free.pop(0)
+            idle -= chunk.size
+            chunk.drop()
 
-    def _living(self):
-        return [chunk for chunk in self._chunks if not chunk.gone]
+    def _enter(self, *new):
+        chunks = [chunk for chunk in self._index[1] if not chunk.gone]
+        chunks = sorted((*chunks, *new), key=lambda chunk: chunk.start)
+        self._index = [chunk.start for chunk in chunks], chunks
 
     def adopt(self, tensor, sharers=1):
         """Move the memory of `tensor`, and so of all its views, to where others can map it. True if it is there.
@@ -93,8 +106,9 @@ class Pool:
         """
         if self.find(tensor)[0] >= 0:
             return True
+        forget()  # what others have adopted before, as a rule, is freed when there is something new
         storage = tensor.untyped_storage()
-        with contextlib.suppress(OSError, RuntimeError, AttributeError):
+        with contextlib.suppress(OSError, RuntimeError, AttributeError), self._lock:
             room = os.statvfs("/dev/shm")
             if room.f_bavail * room.f_frsize >= _SLACK * sharers * storage.nbytes():
                 self._enter(_Adopted(storage))
@@ -104,20 +118,18 @@ class Pool:
     def find(self, tensor):
         """(descriptor, offset in bytes) of a contiguous tensor that lies in the pool; (-1, 0) for any other."""
         address = tensor.data_ptr()
-        at = bisect.bisect(self._starts, address) - 1
-        if at >= 0:
-            chunk = self._chunks[at]
-            if chunk.gone:
-                self._chunks = self._living()
-                self._starts = [chunk.start for chunk in self._chunks]
-                return self.find(tensor)
-            if address + tensor.nbytes <= chunk.start + chunk.size:
-                return chunk.descriptor, address - chunk.start
+        starts, chunks = self._index
+        at = bisect.bisect(starts, address) - 1
+        # One that is gone may lie in the place of, or before, one that lives.
+        while at >= 0 and chunks[at].gone:
+            at -= 1
+        if at >= 0 and address + tensor.nbytes <= chunks[at].start + chunks[at].size:
+            return chunks[at].descriptor, address - chunks[at].start
         return -1, 0
 
 
 pool = Pool()
-_attached = {}  # (process, descriptor): (inode, its memory here)
+_attached = {}  # (process, descriptor): (which file, its memory here)
 
 
 class Peers:
@@ -155,7 +167,7 @@ def reach(memory):
         os.write(descriptor, token)
     told = comm.allgather((os.getpid(), descriptor, token))
     reached = False
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, RuntimeError):
         # Where a container numbers its processes anew, another one has the number, and shows something else.
         reached = all(
             _is_ours(pid, there) and bytes(_attach(pid, there).tolist()) == shown for pid, there, shown in told
@@ -170,28 +182,35 @@ def _is_ours(pid, descriptor):
     return os.readlink(f"/proc/{pid}/fd/{descriptor}").startswith("/memfd:hpcllm")
 
 
+def _map(file, size):
+    """`size` bytes of a file, shared, as uint8. Unlike Python's mmap it keeps no descriptor, of which there are few.
+
+    Pages are mapped as they are touched: of the tensors of many neighbours, a rank sums a slice each.
+    """
+    return torch.from_file(file, shared=True, size=size, dtype=torch.uint8)
+
+
+def _identity(pid, descriptor):
+    seen = os.stat(f"/proc/{pid}/fd/{descriptor}")
+    return seen.st_dev, seen.st_ino, seen.st_size
+
+
 def _attach(pid, descriptor):
     """All of the memory behind `descriptor` of process `pid`, as uint8; mapped once."""
-    key, file = (pid, descriptor), f"/proc/{pid}/fd/{descriptor}"
-    if key not in _attached or os.stat(file).st_ino != _attached[key][0]:
-        _forget()
-        handle = os.open(file, os.O_RDWR)
-        try:
-            seen = os.fstat(handle)
-            # Page tables for what is touched alone: of the tensors of many neighbours, a rank sums a slice each.
-            mapped = mmap.mmap(handle, seen.st_size, flags=mmap.MAP_SHARED)
-            _attached[key] = seen.st_ino, torch.frombuffer(mapped, dtype=torch.uint8)
-        finally:
-            os.close(handle)
-    return _attached[key][1]
+    which = _identity(pid, descriptor)
+    known = _attached.get((pid, descriptor))
+    if known is None or known[0] != which:
+        forget()
+        _attached[pid, descriptor] = known = which, _map(f"/proc/{pid}/fd/{descriptor}", which[2])
+    return known[1]
 
 
-def _forget():
-    """Unmap what its owner has closed."""
-    for (pid, descriptor), (inode, _) in list(_attached.items()):
+def forget():
+    """Unmap what its owners have closed."""
+    for key, (which, _) in list(_attached.items()):
         try:
-            gone = os.stat(f"/proc/{pid}/fd/{descriptor}").st_ino != inode
+            gone = _identity(*key) != which
         except OSError:
             gone = True
         if gone:
-            del _attached[pid, descriptor]
+            _attached.pop(key, None)

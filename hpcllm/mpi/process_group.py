@@ -103,7 +103,7 @@ class MpiProcessGroup(Collectives):
         """
         try:
             return peers.pool.allocate(size, dtype)
-        except (OSError, AttributeError):  # no such memory, or not so much
+        except (OSError, RuntimeError, AttributeError):  # no such memory, or not so much
             return torch.empty(size, dtype=dtype)
 
     def settle(self, tensor):

@@ -5,7 +5,7 @@ rank order, and the slices are gathered. MPI's own reductions are not used, beca
 bfloat16 (mpi4py hands it over as bytes, which Open MPI adds as bytes), and because the order in which they sum
 depends on the library, the message size and an element's place in the buffer. Here every element is
 ((r0 + r1) + r2) + ..., whatever bucket it travels in, so a resumed run repeats an uninterrupted one exactly.
-16-bit floats travel as 16 bits, are summed in float32 and rounded once.
+16-bit floats travel as 16 bits (partial sums of hosts in float32), are summed in float32 and rounded once.
 
 Works on flat tensors of a dtype that torch calculates with (see `arithmetic`), on the CPU or where MPI takes them on a
 GPU, which then adds them up. Ranks that share memory go through `shared`, which folds as this file does.

@@ -42,7 +42,11 @@ def arrange(comm, local=None):
         across = comm.Split(local.rank, comm.rank)
     # Row a, column l: the rank that is number l on the a-th host.
     table = local.allgather(across.allgather(comm.rank) if across else [comm.rank])
-    return Shared(comm, memory, across, [list(row) for row in zip(*table, strict=True)], peers.reach(memory))
+    reached = peers.reach(memory)
+    everywhere = all(comm.allgather(reached is not None))
+    return Shared(
+        comm, memory, across, [list(row) for row in zip(*table, strict=True)], reached if everywhere else None
+    )
 
 
 def _onward(kind):
@@ -66,6 +70,7 @@ class Shared:
 
     def free(self):
         """Free the communicators; the memory goes with the last tensor that looks at it."""
+        peers.forget()
         self.memory.comm.Free()
         if self.across is not None:
             self.across.Free()
@@ -94,8 +99,16 @@ class Shared:
             self._reduce_parts_between_hosts(many.split(step), kind, factor, keeps)
 
     def _open(self, tensor, worth):
-        """The tensors of the ranks of this host where they lie, if it is `worth` it and they can be reached."""
-        return self.reached.open(tensor) if worth and self.reached is not None else None
+        """The tensors of the ranks of this host where they lie, if that is `worth` it and all hosts can.
+
+        All hosts go the same way, since between them other elements travel the one way than the other.
+        """
+        if not worth or self.reached is None:
+            return None
+        given = self.reached.open(tensor)
+        if self.across is not None and not self.across.allreduce(given is not None, op=MPI.LAND):
+            return None
+        return given
 
     def _reduce_in_place(self, given, values, kind, factor, root):
         """Each rank of a host sums its slice of everybody's `values`, and writes the sum where it is wanted."""

@@ -12,6 +12,7 @@ import traceback
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 from ..errors import Refusal, UsageError
@@ -143,6 +144,8 @@ def init(device="auto", backend="mpi", timeout=None):
     # torch wraps the hook for uncaught exceptions in one that collects its words and prints them when it returns,
     # which `abort` never does.
     hook = sys.excepthook
+    if timeout is not None:
+        timeout += timedelta(microseconds=1)  # torch's own 30 minutes would look as if nobody had asked
     dist.init_process_group(name, timeout=timeout, store=store, rank=world.rank, world_size=world.size)
     sys.excepthook = hook
     _world = replace(world, device=chosen, group=dist.group.WORLD)

@@ -172,7 +172,13 @@ def test_ranks_that_share_a_gpu_or_have_none_are_a_failure():
 
 def test_mpi_that_takes_gpu_memory_or_not_is_told():
     assert cores.judge_awareness([rank(0)]) == []
-    only(cores.judge_awareness([with_gpu(0), with_gpu(1)]), "warning", "gpu", "no MPI call", "pinned host memory")
+    only(
+        cores.judge_awareness([with_gpu(0), with_gpu(1)]),
+        "warning",
+        "gpu",
+        "no MPI call was seen",
+        "pinned host memory",
+    )
     some = [with_gpu(0, gpu_calls=["Bcast", "Isend"]), with_gpu(1, gpu_calls=["Bcast"])]
     only(cores.judge_awareness(some), "ok", "gpu", "takes GPU memory in Bcast;")
     every = [with_gpu(0, gpu_calls=gpu_aware.CALLS), rank(1)]

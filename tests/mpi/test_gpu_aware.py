@@ -48,6 +48,7 @@ def test_a_call_that_gives_wrong_numbers_is_not_proven(monkeypatch, capsys):
     pytest.importorskip("mpi4py.MPI")
     make = gpu_aware._make
     monkeypatch.setattr(gpu_aware, "_make", lambda call, *rest: make(call, *rest) and call != "Gather")
+    monkeypatch.setattr(gpu_aware, "_RANKS", 1)
     gpu_aware.main("cpu", ["Bcast", "Gather"])
     assert capsys.readouterr().out.split() == ["hpcllm-gpu-aware", "right", "Bcast", "wrong", "Gather"]
 
@@ -64,9 +65,16 @@ def test_a_call_that_does_not_end_is_left_out_too(monkeypatch):
     assert gpu_aware.trial("mpirun", "cuda:0") == set(gpu_aware.CALLS) - {"Bcast", "Allgather"}
 
 
-def test_where_no_second_job_can_be_started_nothing_is_proven():
-    assert gpu_aware.trial("/no/such/mpirun", "cuda:0") == set()
-    assert gpu_aware.trial("/bin/true", "cuda:0") == set()
+def test_where_no_second_job_can_be_started_nothing_is_known(monkeypatch):
+    assert gpu_aware.trial("/no/such/mpirun", "cuda:0") is None
+    assert gpu_aware.trial("/bin/true", "cuda:0") is None
+    # An mpirun of another library: every process is alone in its world.
+    for name in set(os.environ) - set(clean_environment()):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(
+        gpu_aware, "_command", lambda *_: [sys.executable, "-m", "hpcllm.mpi.gpu_aware", "cpu", "Bcast"]
+    )
+    assert gpu_aware.trial("mpirun", "cpu") is None
 
 
 @pytest.fixture
@@ -86,10 +94,17 @@ def test_one_trial_for_each_library_and_gpu(gpu, monkeypatch, tmp_path):
     gpu.library = "MPICH 5"
     gpu_aware._known(gpu, torch.device("cuda", 1))
     assert len(tried) == 2
+    monkeypatch.setenv("MPICH_GPU_SUPPORT_ENABLED", "1")
+    gpu_aware._known(gpu, torch.device("cuda", 1))
+    assert len(tried) == 3
     (file,) = (tmp_path / "cache" / "hpcllm").iterdir()
-    assert len(json.loads(file.read_text())) == 2
+    assert len(json.loads(file.read_text())) == 3
     file.write_text("{ not JSON")
     assert gpu_aware._known(gpu, torch.device("cuda", 1)) == ["Bcast", "Isend"]
+    # What could not be tried is not kept, and may be tried by the next job.
+    file.unlink()
+    monkeypatch.setattr(gpu_aware, "trial", lambda *_: None)
+    assert gpu_aware._known(gpu, torch.device("cuda", 1)) == [] and not file.exists()
 
 
 def test_mpirun_is_the_one_beside_the_library(tmp_path, monkeypatch):

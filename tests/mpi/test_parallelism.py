@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from hpcllm.mpi import hooks, peers
+from hpcllm.mpi import hooks, peers, shared
 
 pytestmark = [
     pytest.mark.mpi(),
@@ -135,9 +135,21 @@ def test_ddp_with_a_hook_that_sends_bf16(world):
     assert_gradients(model.module, gradients_of_one_process(), 1e-2)
 
 
-@pytest.mark.parametrize("views", [True, False], ids=["views", "copies"])
-def test_ddp_with_our_hooks(world, views, monkeypatch):
+@pytest.fixture
+def in_place(monkeypatch):
+    """Everything that can be is summed where it lies, however small; a list of what was."""
+    for name in ("SMALL_BYTES", "LOOK_BYTES", "LOOK_GATHER_BYTES"):
+        monkeypatch.setattr(shared, name, 0)
     monkeypatch.setattr(hooks, "SMALLEST_BYTES", 0)
+    done = []
+    for name in ("_reduce_in_place", "_reduce_scatter_in_place"):
+        method = getattr(shared.Shared, name)
+        monkeypatch.setattr(shared.Shared, name, lambda self, *a, method=method: done.append(1) or method(self, *a))
+    return done
+
+
+@pytest.mark.parametrize("views", [True, False], ids=["views", "copies"])
+def test_ddp_with_our_hooks(world, views, in_place):
     expected = gradients_of_one_process()
     short = hooks.sum_gradients_as(torch.bfloat16)
     for hook, factor in ((hooks.average_gradients, 1), (hooks.sum_gradients, world.size), (short, world.size)):
@@ -153,6 +165,7 @@ def test_ddp_with_our_hooks(world, views, monkeypatch):
         if hook is short:
             assert all(torch.equal(p.grad, p.grad.bfloat16().float()) for p in model.parameters())
             continue
+        assert world.size == 1 or in_place
         if views and world.size > 1:
             places = {peers.pool.find(parameter.grad)[0] for parameter in model.parameters()}
             assert len(places) > 1 and min(places) >= 0
@@ -172,17 +185,19 @@ def test_memory_that_ddp_has_given_up_is_not_taken_for_shared(world):
     assert not pool.adopt(torch.zeros(4), 1 << 50)  # so many would not fit
 
 
-def test_fsdp2_with_buffers_from_the_group(world):
+def test_fsdp2_with_buffers_from_the_group(world, in_place):
     model = build()
     mesh = init_device_mesh("cpu", (world.size,))
     for block in model:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model.set_allocate_memory_from_process_group_for_comm(True)
+    for module in (*model, model):
+        module.set_allocate_memory_from_process_group_for_comm(True)
     for _ in range(2):
         model.zero_grad()
         train_part(model, world)
         assert_gradients(model, gradients_of_one_process())
+    assert world.size == 1 or in_place
     given = world.group.allocate_tensor(1000, dtype=torch.bfloat16)
     assert given.shape == (1000,) and given.dtype == torch.bfloat16 and peers.pool.find(given)[0] >= 0
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from rank_tensors import DTYPES, numbers, same
 
 from hpcllm.mpi import host, launcher, peers, reduce, shared
@@ -22,6 +23,9 @@ TWO_HOSTS = (
 def neighbours(request, world, monkeypatch):
     """(Shared, hosts as lists of ranks, how to copy a tensor): all ranks on one host, or two hosts of equal size."""
     monkeypatch.setattr(shared, "LOOK_BYTES", 0)
+    if "pool" in request.param:
+        monkeypatch.setattr(shared, "SMALL_BYTES", 0)
+        monkeypatch.setattr(reduce, "CHUNK_BYTES", 1 << 19)
     if "small" in request.param:
         monkeypatch.setattr(shared, "SMALL_BYTES", 0)
         monkeypatch.setattr(reduce, "CHUNK_BYTES", 1 << 19)
@@ -34,7 +38,8 @@ def neighbours(request, world, monkeypatch):
     made = shared.arrange(comm, comm.Split(number))
     assert made is not None
     assert made.reached is not None
-    yield made, hosts, pooled if "pool" in request.param else torch.clone
+    here = "in the pool" in request.param and (number == 0 or "one in" not in request.param)
+    yield made, hosts, pooled if here else torch.clone
     made.free()
     comm.Free()
 
@@ -198,6 +203,58 @@ def test_a_sum_of_tensors_of_which_some_lie_in_the_pool_is_right(world, ours):
         values = pooled(numbers) if world.rank == one else numbers.clone()
         ours.all_reduce(values, "SUM")
         assert values.eq(sum(range(world.size))).all()
+
+
+def test_what_overlaps_is_gathered_and_reduced_all_the_same(world, monkeypatch):
+    monkeypatch.setattr(shared, "LOOK_BYTES", 0)
+    monkeypatch.setattr(shared, "LOOK_GATHER_BYTES", 0)
+    monkeypatch.setattr(shared, "SMALL_BYTES", 0)
+    length = 5000
+    for row in range(world.size):  # where in the whole the part lies; every rank has it at the same place
+        whole = pooled(torch.full((world.size * length,), -1.0))
+        part = whole[row * length : (row + 1) * length].fill_(world.rank)
+        dist.all_gather_single(whole, part, group=world.group)
+        assert same(whole, torch.arange(float(world.size)).repeat_interleave(length))
+        whole = pooled(torch.arange(float(world.size)).repeat_interleave(length) + world.rank)
+        part = whole[row * length : (row + 1) * length]
+        dist.reduce_scatter_single(part, whole, group=world.group)
+        assert part.eq(sum(world.rank + rank for rank in range(world.size))).all()
+
+
+def test_idle_memory_is_given_back(world):
+    pool = peers.Pool()
+    for length in range(1, 40):
+        pool.allocate(length << 12, torch.uint8)
+    assert sum(chunk.size for chunk in pool._index[1]) < 3 * 40 << 12
+    assert all(os.path.exists(f"/proc/self/fd/{chunk.descriptor}") for chunk in pool._index[1])
+
+
+def test_peers_keep_no_descriptors_and_unmap_what_is_gone(world, ours):
+    def opened():
+        return len(os.listdir("/proc/self/fd"))
+
+    def mapped():
+        return sum(1 for pid, _ in peers._attached if pid != os.getpid())
+
+    peers.forget()
+    pool, before, known = peers.Pool(), opened(), mapped()
+    tensors = [torch.full((1 << 20,), 1.0) for _ in range(5)]
+    assert all(pool.adopt(tensor, world.size) for tensor in tensors)
+    real, peers.pool = peers.pool, pool
+    try:
+        for tensor in tensors:
+            ours.all_reduce(tensor, "SUM")
+            assert tensor.eq(world.size).all()
+    finally:
+        peers.pool = real
+    assert mapped() >= known + 5 * (world.size - 1)
+    assert opened() == before + 5  # those of the five adopted ones
+    world.comm.Barrier()
+    del tensors, tensor
+    world.comm.Barrier()
+    peers.forget()
+    assert opened() == before and mapped() <= known
+    world.comm.Barrier()
 
 
 def test_freed_memory_is_given_out_again(world):
