@@ -13,7 +13,7 @@ pytestmark = pytest.mark.mpi(min_size=2)
 SIZE = launcher.find()[1]
 # Two hosts that share memory need two ranks each.
 TWO_HOSTS = (
-    ["hosts in a row", "hosts in turn", "hosts, in small rounds", "hosts, in the pool"]
+    ["hosts in a row", "hosts in turn", "hosts, in small rounds", "hosts, in the pool", "hosts, one in the pool"]
     if SIZE > 2 and SIZE % 2 == 0
     else []
 )
