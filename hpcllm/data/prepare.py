@@ -117,10 +117,9 @@ def _check_replaceable(output, paths):
 
 def _use_own_cores(world):
     """Let the tokenizers library use the cores of this rank, divided by the ranks of the host that share them."""
-    cores, sharers = world.sharers()
-    threads = max(1, len(cores) // len(sharers))
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    cores = world.own_cores()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if cores > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(cores)
 
 
 class Split:

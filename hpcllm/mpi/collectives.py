@@ -38,7 +38,7 @@ def _overlap(one, other):
 
 
 def _apart(sent, received):
-    """`sent`, or a copy where it shares memory with `received` (FSDP2 gathers in place), which MPI forbids."""
+    """`sent`, or a copy where it shares memory with `received`, which MPI forbids."""
     return sent.clone() if _overlap(sent, received) else sent
 
 
@@ -168,13 +168,14 @@ class Collectives(dist.ProcessGroup):
         _same_dtype("all_gather", tensor, output)
         _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
         host, sent = to_mpi(output, "Allgather", copy_in=False), to_mpi(tensor, "Allgather")
-        done = False
-        if not _is_row(sent, host, self.comm.rank):
+        in_place = _is_row(sent, host, self.comm.rank)  # as FSDP2 gathers
+        if not in_place:
             sent = _apart(sent, host)
+        done = False
         if host.nbytes >= shared.LOOK_GATHER_BYTES and self._moves_inside(host):
             done = self._shared.all_gather(host.view(self.comm.size, -1).view(torch.uint8), _bytes(sent))
         if not done:
-            sent = _apart(sent, host)
+            sent = sent.clone() if in_place else sent
             self.comm.Allgather(units(sent), [memory(host), count, UNIT[tensor.element_size()]])
         from_mpi(host, output)
 

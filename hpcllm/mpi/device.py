@@ -59,9 +59,9 @@ def bind_threads(world):
 
     OMP_NUM_THREADS, where set, is the user's word and wins. Collective over the world.
     """
-    cores, sharers = world.sharers()
+    cores = world.own_cores()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(cores) // len(sharers)))
+        torch.set_num_threads(cores)
 
 
 def keep_memory():

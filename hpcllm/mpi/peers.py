@@ -92,9 +92,9 @@ class Pool:
             idle -= chunk.size
             chunk.drop()
 
-    def _enter(self, *new):
+    def _enter(self, new):
         chunks = [chunk for chunk in self._index[1] if not chunk.gone]
-        chunks = sorted((*chunks, *new), key=lambda chunk: chunk.start)
+        chunks = sorted((*chunks, new), key=lambda chunk: chunk.start)
         self._index = [chunk.start for chunk in chunks], chunks
 
     def adopt(self, tensor, sharers=1):

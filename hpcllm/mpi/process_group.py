@@ -98,8 +98,8 @@ class MpiProcessGroup(Collectives):
     def allocate_tensor(self, size, *, dtype, device="cpu"):
         """A 1-d tensor of `size` elements, not initialised, that ranks of one host sum without copying it.
 
-        As torch's backends have it; FSDP2 asks for its buffers here after
-        `model.set_allocate_memory_from_process_group_for_comm(True)`.
+        As torch's backends have it; FSDP2 asks for its buffers here for each module on which
+        `set_allocate_memory_from_process_group_for_comm(True)` was called.
         """
         try:
             return peers.pool.allocate(size, dtype)

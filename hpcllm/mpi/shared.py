@@ -66,6 +66,7 @@ class Shared:
         self.rank, self.size, self.memory, self.across, self.table = comm.rank, comm.size, memory, across, table
         self.reached = reached
         self.me, self.local_size = memory.comm.rank, memory.comm.size
+        self.here = next(row for row in table if comm.rank in row)  # group ranks of this host
         self.others = [local for local in range(self.local_size) if local != self.me]
 
     def free(self):
@@ -88,7 +89,7 @@ class Shared:
             return
         given = self._open(values, values.nbytes >= LOOK_BYTES)
         if given is not None:
-            self._reduce_in_place(given, values, kind, factor, root)
+            self._reduce_in_place(given, kind, factor, root)
             return
         step = self.memory.slot_bytes // values.element_size()
         if self.across is None:
@@ -110,14 +111,13 @@ class Shared:
             return None
         return given
 
-    def _reduce_in_place(self, given, values, kind, factor, root):
-        """Each rank of a host sums its slice of everybody's `values`, and writes the sum where it is wanted."""
-        row = next(row for row in self.table if self.rank in row)
-        lengths = tuple(reduce.shares(values.numel(), self.local_size))
+    def _reduce_in_place(self, given, kind, factor, root):
+        """Each rank of a host sums its slice of the tensors in `given`, and writes the sum where it is wanted."""
+        lengths = tuple(reduce.shares(given[self.me].numel(), self.local_size))
         slices = [tensor.split(lengths)[self.me] for tensor in given]
-        wanting = [slices[local] for local in self.others if root in (None, row[local])]
+        wanting = [slices[local] for local in self.others if root in (None, self.here[local])]
         own, keeps = slices[self.me], root in (None, self.rank)
-        step = reduce.BLOCK if self.across is None else reduce.CHUNK_BYTES // values.element_size()
+        step = reduce.BLOCK if self.across is None else reduce.CHUNK_BYTES // own.element_size()
         for start in range(0, own.numel(), step):
             part = slice(start, start + step)
             pieces = [piece[part] for piece in slices]
@@ -243,7 +243,7 @@ class Shared:
 
     def broadcast(self, tensor, root):
         """Every rank gets the `tensor` (uint8 [n]) of group rank `root`. For ranks of one host."""
-        source = self.table[0].index(root)
+        source = self.here.index(root)
         for part in tensor.split(self.memory.slot_bytes):
             slot = self.memory.cut(torch.uint8, (part.numel(),))[source][0]
             if source == self.me:
@@ -260,7 +260,7 @@ class Shared:
         given = self._open(tensor, True)
         if given is None:
             return False
-        for rank, theirs in zip(self.table[0], given, strict=True):
+        for rank, theirs in zip(self.here, given, strict=True):
             if theirs.data_ptr() != whole[rank].data_ptr():  # FSDP2 gathers in place
                 whole[rank].copy_(theirs)
         self.memory.meet()

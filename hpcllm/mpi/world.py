@@ -58,6 +58,11 @@ class World:
         everybody = self.comm.allgather((mine, said))
         return mine[1], [what for whose, what in everybody if whose == mine]
 
+    def own_cores(self):
+        """How many of its cores this rank has for itself, the ranks that share them having as many. Collective."""
+        cores, sharers = self.sharers()
+        return max(1, len(cores) // len(sharers))
+
     def describe(self):
         """One line for the log: ranks, hosts, launcher, MPI library."""
         hosts = f"{len(self.hosts)} host{'s' if len(self.hosts) > 1 else ''} ({', '.join(self.hosts[:8])}"

@@ -1,8 +1,9 @@
 """Inputs of the collective tests: numbers that every rank can compute for every rank, in any dtype and layout; and what
-their reductions are on one process."""
+their reductions are on one process. And who runs only where there is a GPU."""
 
 import functools
 
+import pytest
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -11,6 +12,8 @@ UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 COMPLEX = (torch.complex64, torch.complex128)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DTYPES = (torch.bool, *INTEGERS, *UNSIGNED, *FLOATS, *COMPLEX, *FLOAT8)
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that this machine does not have")
 
 
 @functools.cache

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from rank_tensors import needs_gpu
 
 from hpcllm.errors import UsageError
 from hpcllm.mpi import device
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that this machine does not have")
 
 
 def pretend(monkeypatch, gpus):

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launching import clean_environment, find_mpirun
+from rank_tensors import needs_gpu
 
+import hpcllm.mpi
 from hpcllm.errors import UsageError
 from hpcllm.mpi import device, gpu_aware
 
@@ -34,18 +36,23 @@ def script(monkeypatch, end):
     return started
 
 
-def test_a_job_of_its_own_tries_every_call(monkeypatch):
-    # The addresses of main memory are taken by every library, by all calls.
+@pytest.fixture
+def no_job(monkeypatch):
+    """The environment of a process that no MPI launcher has started."""
     for name in set(os.environ) - set(clean_environment()):
         monkeypatch.delenv(name)
     for name, value in clean_environment().items():
         monkeypatch.setenv(name, value)
+
+
+def test_a_job_of_its_own_tries_every_call(no_job, monkeypatch):
+    # The addresses of main memory are taken by every library, by all calls.
     monkeypatch.setenv("PMIX_RANK", "0")  # as if this were a rank of a job, which the trial must not join
     assert gpu_aware.trial(find_mpirun()[0], "cpu") == set(gpu_aware.CALLS)
 
 
 def test_a_call_that_gives_wrong_numbers_is_not_proven(monkeypatch, capsys):
-    pytest.importorskip("mpi4py.MPI")
+    hpcllm.mpi.join()
     make = gpu_aware._make
     monkeypatch.setattr(gpu_aware, "_make", lambda call, *rest: make(call, *rest) and call != "Gather")
     monkeypatch.setattr(gpu_aware, "_RANKS", 1)
@@ -65,12 +72,10 @@ def test_a_call_that_does_not_end_is_left_out_too(monkeypatch):
     assert gpu_aware.trial("mpirun", "cuda:0") == set(gpu_aware.CALLS) - {"Bcast", "Allgather"}
 
 
-def test_where_no_second_job_can_be_started_nothing_is_known(monkeypatch):
+def test_where_no_second_job_can_be_started_nothing_is_known(no_job, monkeypatch):
     assert gpu_aware.trial("/no/such/mpirun", "cuda:0") is None
     assert gpu_aware.trial("/bin/true", "cuda:0") is None
     # An mpirun of another library: every process is alone in its world.
-    for name in set(os.environ) - set(clean_environment()):
-        monkeypatch.delenv(name)
     monkeypatch.setattr(
         gpu_aware, "_command", lambda *_: [sys.executable, "-m", "hpcllm.mpi.gpu_aware", "cpu", "Bcast"]
     )
@@ -136,7 +141,7 @@ def test_ranks_use_what_is_proven_on_every_host(world, monkeypatch):
         gpu_aware.find(here, None)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that this machine does not have")
+@needs_gpu
 @pytest.mark.mpi()
 def test_device_memory_that_is_handed_over_gives_what_staged_memory_gives(world):
     import torch.distributed as dist
