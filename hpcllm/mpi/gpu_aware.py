@@ -27,18 +27,11 @@ _SIZES = (1, 1000, 1 << 20)
 _STARTED, _RIGHT, _WRONG = "hpcllm-gpu-aware", "right", "wrong"
 _JOB_S, _RANKS = 120.0, 2
 # By these a process knows the job that it belongs to; the trial must not.
-_JOB_VARIABLES = (
-    "OMPI_COMM",
-    "OMPI_FILE",
-    "OMPI_UNIVERSE",
-    "PMIX_",
-    "PRTE_LAUNCHED",
-    "PMI",
-    "MPI_LOCAL",
-    "HYD",
-    "SLURM_",
-)
-_JOB_VARIABLES += ("PALS_", "FLUX_", "JSM_", "MV2_COMM", "MPIEXEC", "PBS_")
+_JOB_VARIABLES = ("OMPI_COMM", "OMPI_FILE", "OMPI_UNIVERSE", "PMIX_", "PMI", "PRTE_LAUNCHED", "MPI_LOCAL", "HYD")
+_JOB_VARIABLES += ("SLURM_", "PBS_", "PALS_", "FLUX_", "JSM_", "MV2_COMM", "MPIEXEC")
+# Open MPI's mpirun tells its ranks of the job by names that look like a user's settings.
+_JOB_VARIABLES += ("OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_MCA_prte", "OMPI_MCA_initial_wdir")
+_JOB_VARIABLES += ("OMPI_MCA_num_procs", "OMPI_MCA_shmem_RUNTIME")
 # By these users choose what a library does with GPU memory, and how it travels.
 _TUNING = ("OMPI_MCA_", "MPICH_", "UCX_", "FI_", "PSM", "MV2_", "I_MPI_", "CUDA_VISIBLE", "LD_PRELOAD")
 

@@ -47,7 +47,9 @@ def no_job(monkeypatch):
 
 def test_a_job_of_its_own_tries_every_call(no_job, monkeypatch):
     # The addresses of main memory are taken by every library, by all calls.
-    monkeypatch.setenv("PMIX_RANK", "0")  # as if this were a rank of a job, which the trial must not join
+    # As if this were a rank of a job, which the trial must not join; the second name is Open MPI 4's.
+    monkeypatch.setenv("PMIX_RANK", "0")
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1;tcp://127.0.0.1:1")
     assert gpu_aware.trial(find_mpirun()[0], "cpu") == set(gpu_aware.CALLS)
 
 
@@ -95,6 +97,10 @@ def test_one_trial_for_each_library_and_gpu(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_aware, "trial", lambda mpirun, device: tried.append(device) or {"Isend", "Bcast"})
     for _ in range(2):
         assert gpu_aware._known(gpu, torch.device("cuda", 1)) == ["Bcast", "Isend"]
+    assert tried == ["cuda:1"]
+    for name in ("OMPI_MCA_ess_base_jobid", "OMPI_MCA_num_procs"):  # another job, the same machine
+        monkeypatch.setenv(name, "17")
+    gpu_aware._known(gpu, torch.device("cuda", 1))
     assert tried == ["cuda:1"]
     gpu.library = "MPICH 5"
     gpu_aware._known(gpu, torch.device("cuda", 1))
