@@ -22,7 +22,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 import hpcllm.mpi
-from hpcllm.mpi import device, rendezvous
+from hpcllm.mpi import choose, device, rendezvous
 
 from . import jobs
 
@@ -198,7 +198,12 @@ def main():
     if world.is_root:
         title = f"{world.size} ranks on {len(world.hosts)} host(s), {world.library}, {jobs.versions()}"
         print(f"{title}; median of {args.rounds} rounds (smallest to largest)")
-        print(table(records), flush=True)
+        print(table(records))
+        print("\nWays chosen at the first calls of a size (`hpcllm.mpi.choose`):\n")
+        for choice in choose.made():
+            times = ", ".join(f"{way} {text(value)}" for way, value in choice["seconds"].items())
+            print(f"- {choice['operation']}, up to {choice['bytes_up_to'] + 1} bytes: {choice['way']} ({times})")
+        sys.stdout.flush()
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:
                 json.dump({"title": title, "records": records}, file)

@@ -13,7 +13,7 @@ from . import checkpoint, evaluate, files, model, monitor, optimizer
 from .config import load
 from .data import batches
 from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
-from .mpi import on_root, together
+from .mpi import choose, on_root, together
 from .parallel.data import replicate
 from .tasks import TASKS
 
@@ -97,6 +97,7 @@ def train(config, world, *, resume=False, overwrite=False):
     progress.close()
     results = {"step": state["step"], "samples": state["samples"], "checkpoint": str(path), **scores}
     on_root(world.comm, files.write_json, Path(config.run.output_dir) / "results.json", results)
+    journal.event("communication", choices=choose.made())
     journal.event("end", **results)
     return results
 

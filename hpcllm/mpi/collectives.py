@@ -104,13 +104,19 @@ class Collectives(dist.ProcessGroup):
     def broadcast(self, tensors, opts):
         for tensor in tensors:
             host = to_mpi(tensor, "Bcast", copy_in=opts.rootRank == self.comm.rank)
-            if host.nbytes >= shared.BROADCAST_BYTES and self._moves_inside(host):
+            if host.nbytes < shared.BROADCAST_MPI_BYTES or not self._moves_inside(host):
+                self._broadcast(host, opts.rootRank)
+            elif host.nbytes >= shared.BROADCAST_BYTES:
                 self._shared.broadcast(_bytes(host), opts.rootRank)
             else:
-                for piece in _pieces(host):
-                    self.comm.Bcast(piece, root=opts.rootRank)
+                ways = {"MPI": self._broadcast, "slots": lambda host, root: self._shared.broadcast(_bytes(host), root)}
+                self._shared.choices.take("broadcast", host.nbytes, ways, host, opts.rootRank)
             from_mpi(host, tensor)
         return Done(tensors)
+
+    def _broadcast(self, host, root):
+        for piece in _pieces(host):
+            self.comm.Bcast(piece, root=root)
 
     def _reduce(self, tensors, op, root=None):
         kind, factor = reduce.kind_of(op)

@@ -13,13 +13,15 @@ within a host.
 import torch
 from mpi4py import MPI
 
-from . import host, peers, reduce
+from . import choose, host, peers, reduce
 from .reduce import AVG, PREMUL_SUM, SUM
 
-# Up to this many bytes from all ranks of a host together, each rank sums everything itself, which saves a meeting.
-SMALL_BYTES = 1 << 20
-# From so many bytes on, a broadcast within a host is faster than MPI's own, which copies once but has every rank wait.
-BROADCAST_BYTES = 4 << 20
+# Of fewer bytes from all ranks of a host together, each rank sums everything itself, which saves a meeting; from so
+# many on, each sums its slice. Between the two it is tried out (`choose`).
+WHOLE_BYTES, SLICES_BYTES = 1 << 15, 1 << 22
+# A broadcast within a host through the slots copies twice, but no rank waits for another one's copy as in MPI's own:
+# not for fewer bytes, surely for more.
+BROADCAST_MPI_BYTES, BROADCAST_BYTES = 1 << 18, 1 << 26
 # From so many bytes on it pays to look whether all tensors can be reached where they lie, which is one more meeting.
 LOOK_BYTES, LOOK_GATHER_BYTES = 4 << 20, 16 << 20
 
@@ -64,7 +66,7 @@ class Shared:
 
     def __init__(self, comm, memory, across, table, reached):
         self.rank, self.size, self.memory, self.across, self.table = comm.rank, comm.size, memory, across, table
-        self.reached = reached
+        self.reached, self.choices = reached, choose.Choices(comm)
         self.me, self.local_size = memory.comm.rank, memory.comm.size
         self.here = next(row for row in table if comm.rank in row)  # group ranks of this host
         self.others = [local for local in range(self.local_size) if local != self.me]
@@ -78,15 +80,30 @@ class Shared:
 
     def all_reduce(self, values, kind, factor=None, root=None):
         """Reduce `values` in place, on every rank or, with `root` (a group rank), there alone."""
+        ways = {"each rank sums all": self._reduce_whole, "each rank sums a slice": self._reduce_slices}
+        self._by_size("all_reduce", values, ways, values, kind, factor, root)
+
+    def _by_size(self, operation, tensor, ways, *arguments):
+        """The first of two `ways` for a small `tensor`, the second for a large one, the quicker one between them."""
+        whole, slices = ways.values()
+        together = tensor.nbytes * self.local_size
+        if together < WHOLE_BYTES or not together:
+            whole(*arguments)
+        elif together >= SLICES_BYTES or tensor.nbytes > self.memory.slot_bytes:
+            slices(*arguments)
+        else:
+            self.choices.take(operation, together, ways, *arguments)
+
+    def _reduce_whole(self, values, kind, factor, root):
         keeps = root is None or root == self.rank
-        length = values.numel()
-        if values.nbytes * self.local_size <= SMALL_BYTES:
-            slots = [slot[0] for slot in self.memory.cut(values.dtype, (length,))]
-            slots[self.me].copy_(values)
-            self.memory.meet()
-            if keeps or self.across is not None:
-                self._fold(slots, kind, factor, values if keeps else values.clone())
-            return
+        slots = [slot[0] for slot in self.memory.cut(values.dtype, (values.numel(),))]
+        slots[self.me].copy_(values)
+        self.memory.meet()
+        if keeps or self.across is not None:
+            self._fold(slots, kind, factor, values if keeps else values.clone())
+
+    def _reduce_slices(self, values, kind, factor, root):
+        keeps = root is None or root == self.rank
         given = self._open(values, values.nbytes >= LOOK_BYTES)
         if given is not None:
             self._reduce_in_place(given, kind, factor, root)
@@ -190,13 +207,20 @@ class Shared:
 
     def reduce_scatter(self, blocks, kind, out, factor=None):
         """Reduce `blocks` [ranks, n] (rows contiguous) over ranks; this rank's row goes to `out` [n]."""
-        if blocks.nbytes * self.local_size <= SMALL_BYTES and self.across is None:
-            slots = [slot[0] for slot in self.memory.cut(blocks.dtype, (blocks.numel(),))]
-            slots[self.me].copy_(blocks.view(-1))
-            self.memory.meet()
-            start = self.rank * out.numel()
-            self._fold([slot.narrow(0, start, out.numel()) for slot in slots], kind, factor, out)
+        if self.across is not None:
+            self._scatter_slices(blocks, kind, out, factor)
             return
+        ways = {"all through the slots": self._scatter_whole, "what others need": self._scatter_slices}
+        self._by_size("reduce_scatter", blocks, ways, blocks, kind, out, factor)
+
+    def _scatter_whole(self, blocks, kind, out, factor):
+        slots = [slot[0] for slot in self.memory.cut(blocks.dtype, (blocks.numel(),))]
+        slots[self.me].copy_(blocks.view(-1))
+        self.memory.meet()
+        start = self.rank * out.numel()
+        self._fold([slot.narrow(0, start, out.numel()) for slot in slots], kind, factor, out)
+
+    def _scatter_slices(self, blocks, kind, out, factor):
         given = self._open(blocks.view(-1), blocks.nbytes >= LOOK_BYTES)
         if given is not None:
             self._reduce_scatter_in_place([tensor.view(blocks.shape) for tensor in given], kind, out, factor)

@@ -138,7 +138,7 @@ def test_ddp_with_a_hook_that_sends_bf16(world):
 @pytest.fixture
 def in_place(monkeypatch):
     """Everything that can be is summed where it lies, however small; a list of what was."""
-    for name in ("SMALL_BYTES", "LOOK_BYTES", "LOOK_GATHER_BYTES"):
+    for name in ("WHOLE_BYTES", "SLICES_BYTES", "LOOK_BYTES", "LOOK_GATHER_BYTES"):
         monkeypatch.setattr(shared, name, 0)
     monkeypatch.setattr(hooks, "SMALLEST_BYTES", 0)
     done = []

@@ -19,15 +19,21 @@ TWO_HOSTS = (
 )
 
 
+def slices_alone(monkeypatch):
+    """From now on each rank sums its slice, whatever the size."""
+    monkeypatch.setattr(shared, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(shared, "SLICES_BYTES", 0)
+
+
 @pytest.fixture(params=["one host", "one host, in the pool", "small slots", *TWO_HOSTS])
 def neighbours(request, world, monkeypatch):
     """(Shared, hosts as lists of ranks, how to copy a tensor): all ranks on one host, or two hosts of equal size."""
     monkeypatch.setattr(shared, "LOOK_BYTES", 0)
     if "pool" in request.param:
-        monkeypatch.setattr(shared, "SMALL_BYTES", 0)
+        slices_alone(monkeypatch)
         monkeypatch.setattr(reduce, "CHUNK_BYTES", 1 << 19)
     if "small" in request.param:
-        monkeypatch.setattr(shared, "SMALL_BYTES", 0)
+        slices_alone(monkeypatch)
         monkeypatch.setattr(reduce, "CHUNK_BYTES", 1 << 19)
         monkeypatch.setenv("HPCLLM_SHARED_MEMORY_MB", "1")
     two = request.param in TWO_HOSTS
@@ -208,7 +214,7 @@ def test_a_sum_of_tensors_of_which_some_lie_in_the_pool_is_right(world, ours):
 def test_what_overlaps_is_gathered_and_reduced_all_the_same(world, monkeypatch):
     monkeypatch.setattr(shared, "LOOK_BYTES", 0)
     monkeypatch.setattr(shared, "LOOK_GATHER_BYTES", 0)
-    monkeypatch.setattr(shared, "SMALL_BYTES", 0)
+    slices_alone(monkeypatch)
     length = 5000
     for row in range(world.size):  # where in the whole the part lies; every rank has it at the same place
         whole = pooled(torch.full((world.size * length,), -1.0))
