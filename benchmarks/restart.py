@@ -38,16 +38,16 @@ keep = 100
 
 def failing_job(run_file, at_step, note):
     """What each rank of the failing job runs: the last but one rank raises before step `at_step` is done."""
-    from hpcllm import __main__, train
+    from hpcllm import __main__, mpi, train
 
-    one_step, done = train.one_step, []
+    one_step, done, world = train.one_step, [], mpi.join()
 
-    def failing(replica, adjust, micro_batches, rate, config, world):
+    def failing(*arguments):
         done.append(None)
         if len(done) == at_step and world.rank == max(0, world.size - 2):
             Path(note).write_text(str(time.time()))
             raise RuntimeError(f"provoked in step {at_step}")
-        return one_step(replica, adjust, micro_batches, rate, config, world)
+        return one_step(*arguments)
 
     train.one_step = failing
     __main__.main(["train", run_file])

@@ -3,22 +3,28 @@
 config.json, model.safetensors, tokenizer files: `from_pretrained` loads the folder as it is. optimizer.safetensors and
 trainer_state.json: optimizer moments by parameter name, step, samples consumed. Order, masking, dropout and learning
 rate are functions of seed and position, so nothing else has state. `.complete` names every file with size and SHA-256
-and is written last; a folder without it does not count. Root writes; every rank reads.
+and is written last; a folder without it does not count.
+
+No layout: the tensors in the files are those of the whole model, each rank writes and reads its pieces of them, and a
+run goes on under any other layout.
 """
 
 import json
+import os
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from . import __version__, files
-from .errors import DataError, IOFailure
+from . import __version__, files, tensors
+from .errors import DataError
+from .model import class_name
+from .mpi import on_root, together
+from .parallel.pieces import Piece
+from .parallel.sharding import local
 
-COMPLETE = ".complete"
+COMPLETE, MODEL, OPTIMIZER = ".complete", "model.safetensors", "optimizer.safetensors"
 # What Hugging Face's tokenizers are made of; their folder may also hold a model, which is not copied.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -26,51 +32,97 @@ TOKENIZER_FILES = (
 )
 
 
-def save(output_dir, step, model, optimizer, tokenizer_dir, state, keep):
+def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep):
     """Write `checkpoint-<step>` below `output_dir`, then delete all but the newest `keep`; returns its path.
 
-    state: JSON-able dict that `read_state` gives back. To be called on root alone. Raises IOFailure; the checkpoints
-    that were there stay.
+    placed: parallel.apply.Placed; every rank writes its pieces, and the files are those that one rank would write.
+    state: JSON-able dict that `read_state` gives back. Collective over `comm`. Raises IOFailure, the same on every
+    rank; the checkpoints that were there stay.
     """
     path = Path(output_dir) / f"checkpoint-{step}"
-    if path.exists():
-        files.remove_folder(path)  # the same step again after a restart from an older checkpoint
-    with _safetensors_as_io(path), files.new_folder(path) as folder:
-        model.save_pretrained(folder)
-        for name in TOKENIZER_FILES:
-            if (Path(tokenizer_dir) / name).is_file():
-                shutil.copyfile(Path(tokenizer_dir) / name, folder / name)
-        tensors = {
-            f"{name}.{key}": value.detach().cpu().contiguous()
-            for name, values in _by_name(model, optimizer).items()
-            for key, value in values.items()
-            if isinstance(value, torch.Tensor)
-        }
-        save_file(tensors, folder / "optimizer.safetensors")
-        files.write_json(folder / "trainer_state.json", {"step": step, "hpcllm": __version__, **state})
-        listed = {
-            file.name: {"bytes": file.stat().st_size, "sha256": files.digest(file)}
-            for file in sorted(folder.iterdir())
-            if file.is_file()
-        }
-        files.write_json(folder / COMPLETE, {"files": listed})
-    for old in find(output_dir)[:-keep]:
-        files.remove_folder(old)
+    contents = {MODEL: _weights(placed), OPTIMIZER: _moments(placed, optimizer)}
+    outlines = {file: tensors.Outline({name: (t.dtype, p.shape) for name, (p, t) in held.items()})
+                for file, held in contents.items()}  # fmt: skip
+    hidden = on_root(comm, _begin, path, outlines)
+    try:
+        with together(comm), files.failing_as_io(path):
+            for file, held in contents.items():
+                _write_pieces(hidden / file, outlines[file], held, placed)
+        on_root(comm, _finish, hidden, path, step, placed.model, tokenizer_dir, state)
+    except BaseException:
+        if comm.rank == 0:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    on_root(comm, _delete_older, output_dir, keep)
     return path
 
 
-@contextmanager
-def _safetensors_as_io(path):
-    """A full disk reaches us from safetensors as an error of its own."""
+def _weights(placed):
+    return {name: (placed.pieces[name], parameter) for name, parameter in placed.model.named_parameters()}
+
+
+def _moments(placed, optimizer):
+    """{name of entry: (Piece, tensor)} of the optimizer's state: tensors cut as their parameters are, and numbers."""
+    found = {}
+    for name, parameter in placed.model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                whole = value.shape == parameter.shape
+                found[f"{name}.{key}"] = placed.pieces[name] if whole else Piece(value.shape), value
+    return found
+
+
+def _begin(path, outlines):
+    with files.failing_as_io(path):
+        if path.exists():
+            files.remove_folder(path)  # the same step again after a restart from an older checkpoint
+        hidden = files.hidden_folder(path)
+        try:
+            for file, outline in outlines.items():
+                outline.create(hidden / file)
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
+        return hidden
+
+
+def _write_pieces(file, outline, held, placed):
+    handle = os.open(file, os.O_WRONLY)
     try:
-        yield
-    except SafetensorError as error:
-        raise IOFailure(f"{path}: {error}") from error
+        for number, (name, (piece, tensor)) in enumerate(held.items()):
+            if placed.writes(piece, number):
+                for box, values in placed.boxes(piece, tensor):
+                    outline.write(handle, name, box, values)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def _by_name(model, optimizer):
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {names[id(parameter)]: values for parameter, values in optimizer.state.items()}
+def _finish(hidden, path, step, model, tokenizer_dir, state):
+    """What is not made of pieces, and the rename. Root only."""
+    with files.failing_as_io(path):
+        config = model.config
+        config.architectures = [class_name(model)]
+        config.dtype = "float32"
+        config.save_pretrained(hidden)
+        if getattr(model, "generation_config", None) is not None and model.can_generate():
+            model.generation_config.save_pretrained(hidden)
+        for name in TOKENIZER_FILES:
+            if (Path(tokenizer_dir) / name).is_file():
+                shutil.copyfile(Path(tokenizer_dir) / name, hidden / name)
+        files.write_json(hidden / "trainer_state.json", {"step": step, "hpcllm": __version__, **state})
+        listed = {
+            file.name: {"bytes": file.stat().st_size, "sha256": files.digest(file)}
+            for file in sorted(hidden.iterdir())
+            if file.is_file()
+        }
+        files.write_json(hidden / COMPLETE, {"files": listed})
+        files.reveal(hidden, path)
+
+
+def _delete_older(output_dir, keep):
+    for old in find(output_dir)[:-keep]:
+        files.remove_folder(old)
 
 
 def find(output_dir):
@@ -116,18 +168,27 @@ def read_state(path):
         raise DataError(f"{path}: trainer_state.json cannot be read: {error}") from None
 
 
-def load_optimizer(path, model, optimizer):
-    """Give `optimizer` the state saved for the parameters of `model`, bit for bit."""
-    parameters = dict(model.named_parameters())
-    file = Path(path) / "optimizer.safetensors"
+def load_optimizer(path, placed, optimizer):
+    """Give `optimizer` the state saved for the parameters of `placed`, bit for bit, whatever layout it was saved under.
+
+    Every rank reads its own pieces.
+    """
+    parameters = dict(placed.model.named_parameters())
+    file = Path(path) / OPTIMIZER
     try:
         with safe_open(file, framework="pt") as saved:
             for entry in saved.keys():  # noqa: SIM118 (not a dict)
                 name, _, key = entry.rpartition(".")
-                value = saved.get_tensor(entry)
-                if name not in parameters:
+                parameter = parameters.get(name)
+                if parameter is None:
                     raise DataError(f"{file}: state for {name}, which this model does not have")
-                # `step` stays where torch's optimizers want it: beside the parameter when fused.
-                optimizer.state[parameters[name]][key] = value.to(parameters[name].device, copy=True)
+                shape = torch.Size(saved.get_slice(entry).get_shape())
+                if shape == placed.pieces[name].shape:
+                    value = torch.empty_like(parameter, requires_grad=False)
+                    tensors.read(saved, entry, placed.places(placed.pieces[name], value), local(value))
+                else:
+                    # `step` stays where torch's optimizers want it: beside the parameter when fused.
+                    value = saved.get_tensor(entry).to(local(parameter).device, copy=True)
+                optimizer.state[parameter][key] = value
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None

@@ -69,18 +69,19 @@ class Parallel(Section):
     """Ranks that share the stack of layers."""
     context: int = Field(1, ge=1)
     """Ranks that share each sequence."""
-    sharding: Literal["none"] = "none"
-    """none: every data-parallel rank holds the whole model and optimizer (DDP)."""
+    sharding: Literal["none", "optimizer", "gradients", "full", "hybrid"] = "none"
+    """What data-parallel ranks divide between them (ZeRO 0 to 3): nothing, optimizer state, gradients too, weights too;
+    hybrid: as full within each host, whole models across hosts."""
     backend: Literal["mpi", "gloo", "nccl"] = "mpi"
     """Who carries gradients and parameters: MPI, or PyTorch's own Gloo or NCCL; ranks always come from MPI."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """What gradients travel as. bf16: half of the bytes within a host, three quarters between; added up in fp32."""
 
     @model_validator(mode="after")
-    def data_axis_only(self):
-        for axis in ("tensor", "pipeline", "context"):
+    def axes_that_run(self):
+        for axis in ("pipeline", "context"):
             if getattr(self, axis) != 1:
-                raise ValueError(f"{axis} = {getattr(self, axis)}: this version runs the data axis only; set it to 1")
+                raise ValueError(f"{axis} = {getattr(self, axis)}: this version runs no {axis} axis; set it to 1")
         return self
 
 
@@ -110,6 +111,8 @@ class Train(Section):
     """Largest global 2-norm of the gradient; beyond it the gradient is scaled down. 0 switches it off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward; weights, gradients' sum and optimizer state stay fp32."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each block and compute the rest again in backward: less memory, a third more work."""
     log_every_steps: int = Field(10, ge=1)
     """Steps between lines in a batch log; metrics.jsonl has every step."""
     eval_every_steps: int = Field(0, ge=0)

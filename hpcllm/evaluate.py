@@ -15,23 +15,27 @@ def arithmetic(precision, device):
 
 
 @torch.no_grad()
-def evaluate(net, source, world, width, precision):
+def evaluate(net, source, ranks, width, precision, divided=False):
     """Mean loss per target (nats), perplexity and accuracy of `net` over all samples of `source`. Collective.
 
-    width: samples per forward. Each rank sums over its samples in fp64; sums and counts meet once at the end.
+    ranks: whoever shares out the samples, with rank, size and group (mpi.World or mesh.Mesh.data). width: samples per
+    forward. divided: `net` communicates in forward, so all ranks call it equally often. Each rank sums over its samples
+    in fp64; sums and counts meet once at the end.
     """
-    training = net.training
+    training, device = net.training, next(net.parameters()).device
     net.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # loss, right, targets, samples
-    for batch in source.validation(world.rank, world.size, width):
-        if len(batch.input_ids) == 0:
-            continue
-        with arithmetic(precision, world.device):
-            loss, right = source.task.loss_sum(
-                net, batch.input_ids.to(world.device), batch.labels.to(world.device), score=True
-            )
-        sums += torch.tensor([loss.item(), right.item(), batch.targets, len(batch.input_ids)], dtype=torch.float64)
-    dist.all_reduce(sums, group=world.group)
+    for batch in source.validation(ranks.rank, ranks.size, width):
+        input_ids, labels, count = batch.input_ids.to(device), batch.labels.to(device), len(batch.input_ids)
+        if count == 0:
+            if not divided:
+                continue
+            input_ids = torch.zeros((1, source.sequence_length), dtype=torch.int64, device=device)
+            labels = torch.full_like(input_ids, -100)  # nothing that counts
+        with arithmetic(precision, device):
+            loss, right = source.task.loss_sum(net, input_ids, labels, score=True)
+        sums += torch.tensor([loss.item(), right.item(), batch.targets, count], dtype=torch.float64)
+    dist.all_reduce(sums, group=ranks.group)
     net.train(training)
     loss, right, targets, samples = sums.tolist()
     mean = loss / max(targets, 1)

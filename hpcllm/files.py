@@ -54,21 +54,31 @@ def new_folder(path):
     """
     path = Path(path)
     with failing_as_io(path):
-        hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        hidden = hidden_folder(path)
         try:
             yield hidden
-            # mkdtemp and safetensors make private files; the result follows the user's umask.
-            mask = umask()
-            hidden.chmod(0o777 & ~mask)
-            for file in hidden.rglob("*"):
-                if file.is_file():
-                    file.chmod(0o666 & ~mask)
-                    sync_file(file)
-            sync_folder(hidden)
-            os.rename(hidden, path)
-            sync_folder(path.parent)
+            reveal(hidden, path)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
+
+
+def hidden_folder(path):
+    """A new hidden folder beside `path`, for `reveal` to rename to it."""
+    path = Path(path)
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+
+
+def reveal(hidden, path):
+    """Rename a hidden folder to `path`, durably, its files being as readable as the user's umask says."""
+    mask = umask()  # mkdtemp and safetensors make private files
+    hidden.chmod(0o777 & ~mask)
+    for file in hidden.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+            sync_file(file)
+    sync_folder(hidden)
+    os.rename(hidden, path)
+    sync_folder(path.parent)
 
 
 def remove_folder(path):

@@ -115,6 +115,11 @@ def load(folder, task, *, strict=True):
     return model
 
 
+def class_name(model):
+    """The name of transformers' class, whatever has been made of an instance of it."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
 def check_fits(model, words, sequence_length):
     """Raise UsageError where tokens would have no embedding or no position."""
     rows = model.get_input_embeddings().weight.shape[0]

@@ -18,10 +18,13 @@ from .mpi import work
 
 
 class Clock:
-    """Where the time of a step goes on this rank: waiting for data, computing, communicating."""
+    """Where the time of a step goes on this rank: waiting for data, computing, communicating.
 
-    def __init__(self, group):
-        self._group = group
+    group: process group of all ranks; data: that of this rank's data axis, over which losses add up.
+    """
+
+    def __init__(self, group, data):
+        self._group, self._data = group, data
         self.start()
 
     def start(self):
@@ -44,7 +47,7 @@ class Clock:
             dtype=torch.float64,
         )
         total = torch.tensor([float(loss_sum)], dtype=torch.float64)
-        dist.all_reduce(total, group=self._group)
+        dist.all_reduce(total, group=self._data)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self._group)
         names = ("step_s", "data_s", "compute_s", "communication_s", "memory_bytes")
         values = dict(zip(names, slowest.tolist(), strict=True))

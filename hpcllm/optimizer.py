@@ -3,13 +3,14 @@
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 def build(model, train):
     """torch optimizer for the parameters of `model` as the run file's [train] section says.
 
     Biases and norms (parameters of one dim) are exempt from weight decay. AdamW: Loshchilov and Hutter 2019, decoupled
-    decay; SGD: decay added to the gradient. Both use torch's fused kernels.
+    decay; SGD: decay added to the gradient. Both use torch's fused kernels where these can.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -18,7 +19,9 @@ def build(model, train):
     ]
     groups = [group for group in groups if group["params"]]
     if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=train.learning_rate, momentum=train.sgd_momentum, fused=True)
+        # The fused kernel with momentum does not know the sharded tensors of FSDP2 (torch 2.13).
+        sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+        return torch.optim.SGD(groups, lr=train.learning_rate, momentum=train.sgd_momentum, fused=not sharded)
     return torch.optim.AdamW(
         groups,
         lr=train.learning_rate,

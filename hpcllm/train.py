@@ -1,6 +1,5 @@
 """Training, from a run file to a trained model: the story in `train`, its parts below it in the order they appear."""
 
-import contextlib
 import itertools
 import json
 import math
@@ -14,7 +13,8 @@ from .config import load
 from .data import batches
 from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
 from .mpi import choose, on_root, together
-from .parallel.data import replicate
+from .parallel import mesh as meshes
+from .parallel.apply import apply, check
 from .tasks import TASKS
 
 
@@ -25,9 +25,10 @@ def train(config, world, *, resume=False, overwrite=False):
     overwrite: replace a run that is there. Without either, an output folder that holds a run is refused (exit 73).
     Everything that can be refused is refused before anything is written.
     """
-    plan = config.train
+    plan, hosts = config.train, world.comm.allgather(world.host)
     with together(world.comm):
-        plan.accumulation(world.size)
+        layout = meshes.layout(config.parallel, hosts)
+        plan.accumulation(layout.data)
     words = on_root(world.comm, read_tokenizer, config.data.tokenizer_dir)
     source = open_source(config, world, config.data.train, words)
     validation = config.data.validation and open_source(config, world, config.data.validation, words)
@@ -39,15 +40,19 @@ def train(config, world, *, resume=False, overwrite=False):
         return results
     with together(world.comm):
         net = load_or_build(config, last, source.vocabulary).to(world.device)
-        adjust = optimizer.build(net, plan)
+        check(net, layout)
+    mesh = meshes.build(layout, world)
+    placed = apply(net, mesh, config.parallel, plan.activation_checkpointing)
+    adjust = optimizer.build(placed.model, plan)
+    with together(world.comm):
         if last:
-            checkpoint.load_optimizer(last, net, adjust)
+            checkpoint.load_optimizer(last, placed, adjust)
     on_root(world.comm, open_output, config, resume, overwrite)
-    replica = replicate(net, world.group, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.parallel.reduce_dtype])
     journal = monitor.Journal(config.run.output_dir, state["restart"], world.is_root)
-    journal.event("start", step=state["step"], ranks=world.size, hosts=world.hosts, library=world.library)
+    start = {"ranks": world.size, "hosts": world.hosts, "library": world.library, "layout": layout.describe()}
+    journal.event("start", step=state["step"], **start)
     progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)
-    progress.say(describe(config, world, net, source, validation, state))
+    progress.say(describe(config, world, placed, source, validation, state))
 
     def save():
         kept = {
@@ -56,25 +61,27 @@ def train(config, world, *, resume=False, overwrite=False):
             "data_digest": source.stream.digest,
             "config": config.model_dump(exclude_none=True),
         }
-        target, tokenizer_dir = config.run.output_dir, config.data.tokenizer_dir
-        arguments = (target, state["step"], net, adjust, tokenizer_dir, kept, config.checkpoint.keep)
-        path = on_root(world.comm, checkpoint.save, *arguments)
+        where = config.run.output_dir, state["step"], placed, adjust, config.data.tokenizer_dir
+        path = checkpoint.save(world.comm, *where, kept, config.checkpoint.keep)
         journal.event("checkpoint", step=state["step"], path=str(path))
         return path
 
     def measure():
         if not validation:
             return {}
-        scores = evaluate.evaluate(net, validation, world, plan.micro_batch_size, plan.precision)
+        # Where the model is divided, forward is a collective call.
+        divided = layout.shard * layout.tensor > 1
+        net = placed.replica if layout.shard > 1 else placed.model
+        scores = evaluate.evaluate(net, validation, mesh.data, plan.micro_batch_size, plan.precision, divided)
         journal.metrics({"step": state["step"], "samples": state["samples"], **scores})
         progress.say(f"step {state['step']} eval_loss={scores['eval_loss']:.4f} accuracy={scores['eval_accuracy']:.4f}")
         return scores
 
-    clock, path, scores = monitor.Clock(world.group), last, {}
+    clock, path, scores = monitor.Clock(world.group, mesh["data"]), last, {}
     positions = itertools.count(state["samples"], plan.global_batch_size)
     todo = itertools.islice(positions, plan.max_steps - state["step"])
     steps = batches.ahead(
-        lambda position: source.training_step(position, world.rank, world.size, plan),
+        lambda position: source.training_step(position, mesh.data.rank, mesh.data.size, plan),
         todo,
         config.data.reader != "mpio",
     )
@@ -83,7 +90,7 @@ def train(config, world, *, resume=False, overwrite=False):
         with clock.waiting_for_data():
             micro_batches = next(steps)
         rate = optimizer.learning_rate(state["step"], plan)
-        loss_sum, targets, grad_norm = one_step(replica, adjust, micro_batches, rate, config, world)
+        loss_sum, targets, grad_norm = one_step(placed, adjust, micro_batches, rate, config, world.device)
         loss_sum, times = clock.collect(loss_sum)
         state["step"] += 1
         state["samples"] += plan.global_batch_size
@@ -223,50 +230,52 @@ def open_output(config, resume, overwrite):
     files.write_text(output / "config.toml", config.toml())
 
 
-def describe(config, world, net, source, validation, state):
+def describe(config, world, placed, source, validation, state):
     """The lines at the head of a run: who runs what on how much."""
-    parameters = sum(p.numel() for p in net.parameters())
+    parameters = sum(piece.shape.numel() for piece in placed.pieces.values())
+    layout = placed.mesh.layout
+    how = f"layout: {layout.describe()}"
+    if layout.shard > 1:
+        how += f", sharding {config.parallel.sharding} over {layout.shard} ranks"
     plan = config.train
     epochs = plan.max_steps * plan.global_batch_size / len(source)
     evaluated = f", {len(validation)} validation samples" if validation else ""
+    name = model.class_name(placed.model)
     return (
-        f"{world.describe()}\n"
-        f"{config.model.task}: {type(net).__name__}, {parameters / 1e6:.1f} M parameters, {plan.precision} on "
-        f"{world.device}\n"
+        f"{world.describe()}\n{how}\n"
+        f"{config.model.task}: {name}, {parameters / 1e6:.1f} M parameters, {plan.precision} on {world.device}\n"
         f"{len(source)} samples of {plan.sequence_length} tokens{evaluated}; {plan.max_steps} steps of "
-        f"{plan.global_batch_size} sequences = {epochs:.2f} epochs; {plan.accumulation(world.size)} micro-batches of "
+        f"{plan.global_batch_size} sequences = {epochs:.2f} epochs; {plan.accumulation(layout.data)} micro-batches of "
         f"{plan.micro_batch_size} per rank and step"
         + (f"\ncontinuing from step {state['step']}" if state["step"] else "")
     )
 
 
-def one_step(replica, adjust, micro_batches, rate, config, world):
+def one_step(placed, adjust, micro_batches, rate, config, device):
     """Forward and backward of this rank's micro-batches and one optimizer step.
 
     Returns (loss summed over this rank's targets, targets of all ranks, gradient norm before clipping). Each rank's
     loss is a sum, divided by the global number of targets; gradients are summed over ranks (parallel.data).
     """
-    device = world.device
-    replica.train()
+    placed.replica.train()
     count = torch.tensor(sum(batch.targets for batch in micro_batches), dtype=torch.int64)
-    dist.all_reduce(count, group=world.group)
+    dist.all_reduce(count, group=placed.mesh["data"])
     targets = max(1, int(count))
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     optimizer.set_learning_rate(adjust, rate)
     adjust.zero_grad()
     for last, batch in zip(_is_last(micro_batches), micro_batches, strict=True):
         torch.manual_seed(batch.seed)  # dropout belongs to the micro-batch, not to the rank
-        with contextlib.nullcontext() if last else replica.no_sync():
+        with placed.micro_batch(last):
             with evaluate.arithmetic(config.train.precision, device):
                 loss, _ = TASKS[config.model.task].loss_sum(
-                    replica, batch.input_ids.to(device), batch.labels.to(device)
+                    placed.replica, batch.input_ids.to(device), batch.labels.to(device)
                 )
             (loss / targets).backward()
         loss_sum += loss.detach()
-    bound = config.train.max_grad_norm or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(replica.parameters(), bound)
+    grad_norm = placed.clip_gradients(config.train.max_grad_norm)
     adjust.step()
-    return loss_sum, targets, float(grad_norm)
+    return loss_sum, targets, grad_norm
 
 
 def _is_last(items):

@@ -7,10 +7,12 @@ import stat
 
 import pytest
 import torch
+from mpi4py import MPI
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from hpcllm import checkpoint, config, files, model, optimizer
 from hpcllm.errors import DataError, IOFailure
+from hpcllm.parallel.apply import whole
 
 TINY = BertConfig(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
@@ -32,7 +34,9 @@ def trained(tmp_path):
 
 
 def save(tmp_path, trained, step, keep=2):
-    return checkpoint.save(tmp_path / "run", step, *trained, {"samples": step * 10}, keep)
+    net, adjust, tokenizer_dir = trained
+    state = {"samples": step * 10}
+    return checkpoint.save(MPI.COMM_SELF, tmp_path / "run", step, whole(net), adjust, tokenizer_dir, state, keep)
 
 
 @pytest.fixture
@@ -53,7 +57,7 @@ def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path, trained, run):
     assert {parameter.data_ptr() % 64 for parameter in again.parameters()} == {0}
     plan = config.Train(max_steps=2, global_batch_size=1, micro_batch_size=1, sequence_length=8, learning_rate=1e-3)
     fresh = optimizer.build(again, plan)
-    checkpoint.load_optimizer(path, again, fresh)
+    checkpoint.load_optimizer(path, whole(again), fresh)
     for mine, theirs in zip(again.parameters(), net.parameters(), strict=True):
         assert fresh.state[mine].keys() == adjust.state[theirs].keys()
         assert all(torch.equal(fresh.state[mine][key], value) for key, value in adjust.state[theirs].items())

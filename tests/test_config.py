@@ -60,7 +60,7 @@ def test_the_tokenizer_lies_beside_the_training_shards():
         ("train.precision=fp8", ["train.precision", "'fp32' or 'bf16'"]),
         ("model.init_from=a", ["model:", "either config", "or init_from"]),
         ("model.config={hidden_size=8}", ["model_type"]),
-        ("parallel.tensor=2", ["tensor = 2", "data axis only"]),
+        ("parallel.pipeline=2", ["pipeline = 2", "no pipeline axis"]),
         ("max_steps=3", ["section.key=value"]),
         ("train.max_steps", ["section.key=value"]),
         ("run.seed.deep=1", ["run.seed", "integer"]),

@@ -48,7 +48,7 @@ def test_without_a_controlling_terminal_nobody_watches():
 
 @pytest.mark.mpi()
 def test_a_step_costs_what_its_slowest_rank_takes(world):
-    clock = monitor.Clock(world.group)
+    clock = monitor.Clock(world.group, world.group)
     with clock.waiting_for_data():
         pass
     clock.data_s = 0.25 * (world.rank + 1)

@@ -5,10 +5,10 @@ run across documents (each ends with [SEP]), [SEP]. No padding, no next-sentence
 """
 
 import numpy as np
-from torch.nn.functional import cross_entropy
 
 from ..data import order
 from ..errors import UsageError
+from ..parallel import vocabulary as split
 
 _MASKED_AS_MASK, _MASKED_AS_ITSELF = 0.8, 0.9  # [MASK] below, itself from the second on, a random token between
 
@@ -71,11 +71,13 @@ def loss_sum(model, input_ids, labels, score=False, **forward):
 
     # `model` may be the module itself or a wrapper that calls it (DDP).
     head = getattr(model, "module", model).get_output_embeddings()
-    hook = head.register_forward_pre_hook(only_targets)
+    # First, so that only these rows reach a vocabulary that ranks share.
+    hook = head.register_forward_pre_hook(only_targets, prepend=True)
     try:
         logits = model(input_ids=input_ids, **forward).logits.float()
     finally:
         hook.remove()
     targets = targets.index_select(0, rows)
-    right = (logits.detach().argmax(-1) == targets).sum() if score else None
-    return cross_entropy(logits, targets, reduction="sum"), right
+    words = split.words_of(head)
+    right = (split.best(logits, words) == targets).sum() if score else None
+    return split.cross_entropy_sum(logits, targets, words), right

@@ -1,0 +1,160 @@
+"""Which rank does what: the ranks of a job as a product of axes, and a process group along each.
+
+    data        ranks with different samples; split further into replicas of shards where `sharding` divides the model
+    pipeline    ranks with different layers
+    context     ranks with different parts of each sequence
+    tensor      ranks with different parts of each layer; the fastest axis, so that those who talk most share a host
+
+`Layout` is arithmetic and needs neither MPI nor torch; `build` makes the groups.
+"""
+
+import itertools
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from ..errors import UsageError
+
+# Slowest first. data = replicate x shard: ranks with the same shard of the model, and with different ones.
+AXES = ("replicate", "shard", "pipeline", "context", "tensor")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks along each axis; their product is the size of the job."""
+
+    replicate: int
+    shard: int
+    pipeline: int
+    context: int
+    tensor: int
+
+    @property
+    def data(self):
+        return self.replicate * self.shard
+
+    @property
+    def size(self):
+        return self.data * self.pipeline * self.context * self.tensor
+
+    @property
+    def sizes(self):
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    def place(self, rank):
+        """{axis: index} of `rank`, with "data" beside the two axes that make it up."""
+        found = {}
+        for axis in reversed(AXES):
+            rank, found[axis] = divmod(rank, getattr(self, axis))
+        return {"data": found["replicate"] * self.shard + found["shard"], **found}
+
+    def describe(self):
+        """As "data 2 x tensor 2": the axes that divide anything."""
+        named = [(axis, getattr(self, axis)) for axis in ("data", "pipeline", "context", "tensor")]
+        return " x ".join(f"{axis} {size}" for axis, size in named if size > 1) or "one rank"
+
+
+def layout(parallel, hosts):
+    """The Layout of the run file's [parallel] section. Raises UsageError with the numbers.
+
+    hosts: the name of each rank's host, in rank order.
+    """
+    size = len(hosts)
+    model = parallel.tensor * parallel.pipeline * parallel.context
+    if size % model:
+        raise UsageError(
+            f"parallel: tensor ({parallel.tensor}) x pipeline ({parallel.pipeline}) x context ({parallel.context}) = "
+            f"{model} does not divide the {size} ranks of this job"
+        )
+    data = size // model
+    shard = {"none": 1}.get(parallel.sharding, data)
+    if parallel.sharding == "hybrid":
+        shard = _within_host(hosts, model)
+    return Layout(data // shard, shard, parallel.pipeline, parallel.context, parallel.tensor)
+
+
+def _within_host(hosts, model):
+    """How many data ranks shard the model between them when shards stay inside a host."""
+    per_host = {len(list(ranks)) for _, ranks in itertools.groupby(hosts)}
+    inside = min(per_host) // model
+    if len(per_host) > 1 or inside == 0 or min(per_host) % model:
+        raise UsageError(
+            f'parallel: sharding = "hybrid" keeps shards inside a host, but hosts hold '
+            f"{', '.join(map(str, sorted(per_host)))} ranks in a row, and each of them needs the same multiple of "
+            f"{model} (tensor x pipeline x context)"
+        )
+    return inside
+
+
+def picture(made, hosts):
+    """The ranks by host, and what each holds: text to look at.
+
+    A line for each group of ranks that holds one copy of the model's shard; hosts: as for `layout`.
+    """
+    axes = [axis for axis in ("data", "pipeline", "context", "tensor") if getattr(made, axis) > 1]
+    sharded = f", model sharded over {made.shard}" if made.shard > 1 else ""
+    lines = [f"{made.size} ranks = {made.describe()}{sharded}"]
+    rank = 0
+    for host, ranks in itertools.groupby(hosts):
+        count = len(list(ranks))
+        lines.append(f"{host}")
+        for row in range(rank, rank + count):
+            place = made.place(row)
+            what = "  ".join(f"{axis} {place[axis]}" for axis in axes)
+            lines.append(f"  rank {row:<4} {what}".rstrip())
+        rank += count
+    crossing = [axis for axis in axes if _crosses(made, hosts, axis)]
+    lines.append(f"between hosts: {', '.join(crossing) or 'nothing'}")
+    return "\n".join(lines)
+
+
+def _crosses(made, hosts, axis):
+    """True where a group along `axis` has ranks on several hosts."""
+    groups = {}
+    for rank, host in enumerate(hosts):
+        place = made.place(rank)
+        rest = tuple(place[other] for other in AXES if other != axis and (axis != "data" or other not in AXES[:2]))
+        groups.setdefault(rest, set()).add(host)
+    return any(len(names) > 1 for names in groups.values())
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The groups that this rank belongs to.
+
+    layout, place: see `Layout`. mesh["data"] and the other axes give process groups; `replica` is the group of all
+    ranks that hold one copy of the model between them; `devices` is torch's DeviceMesh of the axes in AXES.
+    """
+
+    layout: Layout
+    place: dict
+    groups: dict
+    replica: Any
+    devices: Any
+
+    def __getitem__(self, axis):
+        return self.groups[axis]
+
+    @property
+    def data(self):
+        """rank, size and group of the data axis, for code that takes a World and shares out samples."""
+        return SimpleNamespace(rank=self.place["data"], size=self.layout.data, group=self.groups["data"])
+
+
+def alone(group=None):
+    """The Mesh of one rank by itself. group: the process group of this rank alone, None where none is needed."""
+    made = Layout(1, 1, 1, 1, 1)
+    return Mesh(made, made.place(0), dict.fromkeys((*AXES, "data"), group), group, None)
+
+
+def build(made, world):
+    """Mesh of a Layout. Collective over `world`."""
+    if made.size == 1:
+        return alone(world.group)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    devices = init_device_mesh(world.device.type, made.sizes, mesh_dim_names=AXES)
+    groups = {axis: devices[axis].get_group() for axis in AXES}
+    groups["data"] = devices["replicate", "shard"]._flatten("data").get_group()
+    replica = devices["shard", "pipeline", "context", "tensor"]._flatten("replica").get_group()
+    return Mesh(made, made.place(world.rank), groups, replica, devices)

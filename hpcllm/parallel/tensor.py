@@ -1,0 +1,196 @@
+"""Tensor parallelism: the ranks of an axis share the heads, features and vocabulary of every layer.
+
+The modules of a transformers model stay what they are; their weights are cut, and the borders of a region are hung
+on them as hooks (`regions`). Which are cut how: transformers' own plan where a family has one, ours for others.
+Weights stay plain tensors, so that DDP, FSDP2 and pipelining need not know.
+"""
+
+import fnmatch
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from ..errors import UsageError
+from . import vocabulary
+from .pieces import Piece, cut
+from .regions import OwnRandomness, enter, leave
+
+# Patterns of module names; the embeddings are found by transformers' accessors. "column": its outputs are shared out;
+# "row": its inputs are, and what it gives is a sum; "packed": a column of queries, keys and values side by side;
+# "heads": an embedding of a number a head.
+_BERT = {
+    "*.attention.self.query": "column",
+    "*.attention.self.key": "column",
+    "*.attention.self.value": "column",
+    "*.intermediate.dense": "column",
+    "*.output.dense": "row",
+}
+_T5 = {
+    **{f"*Attention.{name}": "column" for name in "qkv"},
+    "*Attention.o": "row",
+    "*.relative_attention_bias": "heads",
+    "*.DenseReluDense.wi*": "column",
+    "*.DenseReluDense.wo": "row",
+}
+PLANS = {
+    "bert": _BERT,
+    "gpt2": {"*.attn.c_attn": "packed", "*.mlp.c_fc": "column", "*.c_proj": "row"},
+    "t5": _T5,
+}
+_THEIRS = {"colwise": "column", "rowwise": "row"}
+# What enters a region: the first argument, or one of these names.
+_ENTERING = ("hidden_states", "key_value_states", "encoder_hidden_states", "x")
+# Counts of heads and features that forward uses, in the modules that hold the cut layers.
+_COUNTS = ("split_size", "n_heads", "num_heads", "inner_dim")
+
+
+def plan(model):
+    """{pattern of module names: how it is cut} for a transformers model. Raises UsageError where there is none."""
+    kind = model.config.model_type
+    if kind in PLANS:
+        return PLANS[kind]
+    theirs = getattr(model.config, "base_model_tp_plan", None)
+    if not theirs:
+        raise UsageError(f"parallel: tensor: neither hpcllm nor transformers has a plan for {kind}; set tensor to 1")
+    unknown = sorted(set(theirs.values()) - set(_THEIRS))
+    if unknown:
+        raise UsageError(f"parallel: tensor: the plan of {kind} needs {', '.join(unknown)}, which hpcllm has not")
+    return {f"*{pattern}": _THEIRS[how] for pattern, how in theirs.items()}
+
+
+def check(config, size):
+    """Raise UsageError, with the numbers, for a model configuration whose heads `size` ranks cannot share."""
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if heads is not None and heads % size:
+            raise UsageError(f"parallel: tensor ({size}) does not divide the model's {name} ({heads})")
+
+
+def split(model, group):
+    """Cut `model`, which is whole and the same on all ranks of `group`, into this rank's part, in place.
+
+    Returns {parameter name: pieces.Piece} of the parameters that were cut. Raises UsageError before it changes
+    anything. Collective only when the model runs.
+    """
+    size, index = dist.get_world_size(group), dist.get_rank(group)
+    check(model.config, size)
+    patterns = plan(model)
+    modules = [
+        (name, module, how)
+        for name, module in model.named_modules()
+        for pattern, how in patterns.items()
+        if fnmatch.fnmatch(name, pattern)
+    ]
+    cutter = _Cutter(model, size, index)
+    random = OwnRandomness(index) if _drops(model.config) else None
+    inside = {}
+    for name, module, how in modules:
+        columns = int(isinstance(module, nn.Linear | nn.Embedding))  # transformers' Conv1D keeps its weight [in, out]
+        if how == "row":
+            cutter.cut(module, "weight", columns)
+            _sum_rows(module, group, random)
+            continue
+        if how == "heads":
+            cutter.cut(module, "weight", 1)
+            continue
+        packed = 3 if how == "packed" else 1
+        cutter.cut(module, "weight", 1 - columns, packed)
+        if module.bias is not None:
+            cutter.cut(module, "bias", 0, packed)
+        if not columns:
+            module.nf = module.weight.shape[1]  # what Conv1D gives its outputs their shape by
+        inside[name.rpartition(".")[0]] = None
+    for name in inside:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(_entering(group, random), with_kwargs=True)
+        for count in _COUNTS:
+            if isinstance(getattr(module, count, None), int):
+                setattr(module, count, getattr(module, count) // size)
+    _share_words(model, cutter, group)
+    return cutter.pieces
+
+
+def _drops(config):
+    """True where any dropout is on."""
+    values = config.to_dict().items()
+    return any(isinstance(value, float) and value > 0 for name, value in values if "drop" in name)
+
+
+class _Cutter:
+    """Replaces parameters by this rank's pieces of them, in all modules that share them."""
+
+    def __init__(self, model, size, index):
+        self.pieces, self._size, self._index = {}, size, index
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._places = {}
+        for module in model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._places.setdefault(id(parameter), []).append((module, key))
+        self._cut = set()
+
+    def cut(self, module, key, dim, packed=1):
+        """Cut the parameter `key` of `module` along `dim`; returns its Piece."""
+        parameter = getattr(module, key)
+        if id(parameter) in self._cut:
+            return self.pieces[self._names[id(parameter)]]
+        piece = cut(parameter.shape, dim, self._size, self._index, packed)
+        mine = nn.Parameter(piece.take(parameter.detach()), requires_grad=parameter.requires_grad)
+        self._cut.add(id(mine))
+        self._names[id(mine)] = name = self._names[id(parameter)]
+        self._places[id(mine)] = self._places.pop(id(parameter))
+        self.pieces[name] = piece
+        for holder, place in self._places[id(mine)]:
+            holder._parameters[place] = mine
+        return piece
+
+
+def _entering(group, random):
+    def hook(module, arguments, named):
+        if random is not None and module.training:
+            random.enter()
+        if arguments:
+            arguments = (enter(arguments[0], group), *arguments[1:])
+        for name in _ENTERING:
+            if isinstance(named.get(name), torch.Tensor):
+                named[name] = enter(named[name], group)
+        return arguments, named
+
+    return hook
+
+
+def _sum_rows(module, group, random):
+    """Make a linear layer (or transformers' Conv1D) whose inputs are shared out give the sum of all parts."""
+    linear = isinstance(module, nn.Linear)
+
+    def forward(features):
+        if random is not None:
+            random.leave()
+        part = functional.linear(features, module.weight) if linear else features @ module.weight
+        total = leave(part, group)
+        return total if module.bias is None else total + module.bias  # once, not once a rank
+
+    module.forward = forward
+
+
+def _share_words(model, cutter, group):
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is not None:
+        shared = embedding.weight
+        same = [module for module in model.modules() if getattr(module, "weight", None) is shared]
+        words = _words(cutter.cut(embedding, "weight", 0), group)
+        for module in same:
+            if isinstance(module, nn.Embedding):
+                vocabulary.embed(module, words)
+    if head is not None:
+        words = _words(cutter.cut(head, "weight", 0), group)
+        if head.bias is not None:
+            cutter.cut(head, "bias", 0)
+        vocabulary.classify(head, words)
+
+
+def _words(piece: Piece, group):
+    ((start, stop),) = piece.ranges
+    return vocabulary.Words(start, stop, group)

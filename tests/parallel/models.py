@@ -1,0 +1,104 @@
+"""Tiny models of four families, batches for them, and training in one process to compare with."""
+
+import functools
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hpcllm.parallel import vocabulary
+
+# Odd numbers where ranks may have unequal parts.
+WORDS, LENGTH, ROWS, BATCHES, STEPS = 101, 8, 2, 12, 2
+FAMILIES = ("bert", "gpt2", "llama", "t5")
+
+
+def build(family, dropout=0.0, layers=2, **changes):
+    """A model, the same on every rank and in every call."""
+    torch.manual_seed(3)
+    if family == "bert":
+        made = BertForMaskedLM(
+            BertConfig(
+                **{"vocab_size": WORDS, "hidden_size": 24, "num_hidden_layers": layers, "num_attention_heads": 12}
+                | {"intermediate_size": 50, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+                | {"max_position_embeddings": 32}
+                | changes
+            )
+        )
+    elif family == "gpt2":
+        made = GPT2LMHeadModel(
+            GPT2Config(
+                **{"vocab_size": WORDS, "n_embd": 24, "n_layer": layers, "n_head": 12, "n_positions": 32, "n_inner": 50}
+                | {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+                | changes
+            )
+        )
+    elif family == "llama":
+        made = LlamaForCausalLM(
+            LlamaConfig(
+                **{"vocab_size": WORDS, "hidden_size": 48, "num_hidden_layers": layers, "num_attention_heads": 24}
+                | {
+                    "num_key_value_heads": 12,
+                    "intermediate_size": 50,
+                    "max_position_embeddings": 32,
+                    "attention_dropout": dropout,
+                }
+                | changes
+            )
+        )
+    else:
+        made = T5ForConditionalGeneration(
+            T5Config(
+                **{"vocab_size": WORDS, "d_model": 24, "d_kv": 2, "d_ff": 50, "num_layers": layers, "num_heads": 12}
+                | {"dropout_rate": dropout, "decoder_start_token_id": 0, "pad_token_id": 0}
+                | changes
+            )
+        )
+    # Biases that start at zero would hide one that is added twice.
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "bias" in name:
+                parameter.normal_(std=0.1)
+    return made.train()
+
+
+def batch(number):
+    """(input_ids, labels), int64 [ROWS, LENGTH]."""
+    draw = torch.Generator().manual_seed(number)
+    return [torch.randint(0, WORDS, (ROWS, LENGTH), generator=draw) for _ in range(2)]
+
+
+def loss(net, model, number):
+    """Cross entropy of batch `number`, summed over all its tokens. net: `model` itself or a wrapper that calls it."""
+    input_ids, labels = batch(number)
+    family = model.config.model_type
+    more = {"decoder_input_ids": labels.roll(1, -1)} if family == "t5" else {}
+    more |= {} if family == "bert" else {"use_cache": False}
+    logits = net(input_ids=input_ids, **more).logits.flatten(0, -2)
+    return vocabulary.cross_entropy_sum(logits, labels.flatten(), vocabulary.words_of(model.get_output_embeddings()))
+
+
+@functools.cache
+def train_alone(family, steps=STEPS, bound=1.0, **how):
+    """(loss and gradient norm of each step, weights by name): SGD in one process, no hpcllm in it."""
+    model, told = build(family, **how), []
+    adjust = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(steps):
+        adjust.zero_grad()
+        total = 0.0
+        for number in range(step * BATCHES, (step + 1) * BATCHES):
+            torch.manual_seed(number)
+            part = loss(model, model, number) / (BATCHES * ROWS * LENGTH)
+            part.backward()
+            total += part.item()
+        told += [total, float(torch.nn.utils.clip_grad_norm_(model.parameters(), bound))]
+        adjust.step()
+    return told, dict(model.named_parameters())

@@ -1,0 +1,130 @@
+"""Checkpoints know no layout: saved under one, continued under another, the same files from all."""
+
+import json
+from types import SimpleNamespace
+
+import models
+import pytest
+import torch
+from mpi4py import MPI
+from test_layouts import SHARDINGS, SIZE, TENSOR, place, skip_what_hosts_cannot_hold
+
+from hpcllm import checkpoint, config, model, optimizer
+from hpcllm.parallel.apply import whole
+
+pytestmark = pytest.mark.mpi
+PLAN = config.Train(max_steps=9, global_batch_size=1, micro_batch_size=1, sequence_length=8, learning_rate=1e-3)
+# AdamW would make large numbers of gradients that are zero but for rounding, as that of a key's bias.
+SGD = PLAN.model_copy(update={"optimizer": "sgd", "sgd_momentum": 0.9})
+
+
+def step(placed, adjust, number):
+    adjust.zero_grad()
+    with placed.micro_batch(True):
+        # The same samples on all ranks, so the sum of their gradients is divided.
+        (models.loss(placed.replica, placed.model, number) / placed.mesh.layout.data).backward()
+    adjust.step()
+
+
+def trained(placed, plan=PLAN):
+    adjust = optimizer.build(placed.model, plan)
+    step(placed, adjust, 1)
+    return adjust
+
+
+@pytest.fixture
+def folder(world, tmp_path):
+    found = world.comm.bcast(tmp_path)
+    if world.is_root:
+        (found / "tokenizer").mkdir()
+        (found / "tokenizer" / "tokenizer.json").write_text("{}")
+    world.comm.Barrier()
+    return found
+
+
+def save(world, folder, name, placed, adjust):
+    output = folder / name
+    if world.is_root:
+        output.mkdir()
+    return checkpoint.save(world.comm, output, 1, placed, adjust, folder / "tokenizer", {"samples": 1}, 2)
+
+
+LAYOUTS = [(tensor, sharding) for tensor in TENSOR for sharding in SHARDINGS]
+
+
+@pytest.mark.parametrize(("tensor", "sharding"), LAYOUTS)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_all_layouts_write_the_same_files(world, folder, family, tensor, sharding):
+    skip_what_hosts_cannot_hold(tensor, sharding)
+    placed = place(world, models.build(family), tensor=tensor, sharding=sharding)
+    adjust = optimizer.build(placed.model, PLAN)
+    # The optimizer's state as that of one process that has trained; every rank takes its pieces of it.
+    alone = models.build(family)
+    reference = trained(whole(alone))
+    by_name = {name: reference.state[parameter] for name, parameter in alone.named_parameters()}
+    for name, parameter in placed.model.named_parameters():
+        state = adjust.state[parameter]
+        for key, value in by_name[name].items():
+            state[key] = value if key == "step" else torch.empty_like(parameter, requires_grad=False)
+            if key != "step":
+                local = state[key].to_local() if hasattr(state[key], "to_local") else state[key]
+                for outer, inner in placed.places(placed.pieces[name], state[key]):
+                    local[inner] = value[outer]
+    many = save(world, folder, "many", placed, adjust)
+    if world.is_root:
+        (folder / "one").mkdir()
+        state = {"samples": 1}
+        untrained = whole(models.build(family))
+        renamed = SimpleNamespace(
+            state={p: by_name[name] for name, p in untrained.model.named_parameters()}
+        )  # its moments belong to the untrained weights
+        one = checkpoint.save(MPI.COMM_SELF, folder / "one", 1, untrained, renamed, folder / "tokenizer", state, 2)
+        for name in ("model.safetensors", "optimizer.safetensors", "config.json"):
+            assert (many / name).read_bytes() == (one / name).read_bytes(), name
+        checkpoint.verify(many)
+        again = type(alone).from_pretrained(many, local_files_only=True)
+        weights = dict(models.build(family).named_parameters())
+        assert all(torch.equal(p, weights[name]) for name, p in again.named_parameters())
+        assert json.loads((many / "config.json").read_text())["architectures"] == [type(alone).__name__]
+
+
+@pytest.mark.parametrize(("tensor", "sharding"), LAYOUTS)
+def test_what_one_layout_has_saved_another_continues(world, folder, tensor, sharding):
+    skip_what_hosts_cannot_hold(tensor, sharding)
+    first = place(world, models.build("bert"), sharding="full")
+    adjust = trained(first, SGD)
+    path = save(world, folder, "run", first, adjust)
+    step(first, adjust, 2)
+    net = model.load(path, "masked_lm")
+    second = place(world, net, tensor=tensor, sharding=sharding)
+    again = optimizer.build(second.model, SGD)
+    checkpoint.load_optimizer(path, second, again)
+    step(second, again, 2)
+    for name, parameter in second.model.named_parameters():
+        ours, theirs = parts(second, name, parameter), parts(first, name, first.model.get_parameter(name))
+        assert torch.allclose(ours, theirs, atol=1e-6), name
+
+
+def parts(placed, name, parameter):
+    from test_layouts import whole as gathered
+
+    return gathered(placed, name, parameter.detach())
+
+
+@pytest.mark.skipif(SIZE < 2, reason="needs a rank that fails alone")
+def test_a_rank_that_cannot_write_fails_all_and_leaves_nothing(world, folder, monkeypatch):
+    from hpcllm.errors import IOFailure
+
+    placed = place(world, models.build("bert"), sharding="full")
+    adjust = trained(placed)
+    if world.rank == world.size - 1:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint.os, "open", full)
+    with pytest.raises(IOFailure, match="No space left on device"):
+        save(world, folder, "run", placed, adjust)
+    monkeypatch.undo()
+    world.comm.Barrier()
+    assert list((folder / "run").iterdir()) == []
