@@ -62,6 +62,18 @@ def parser():
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     p.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
 
+    p = commands.add_parser(
+        "plan",
+        help="what a run file would do on a machine: which rank does what",
+        description="Show which rank does what on which host, and refuse what cannot run, before it is queued. Shows "
+        "this job (under mpirun or srun), or one of --nodes x --ranks-per-node.",
+    )
+    p.add_argument("run_file", metavar="RUN.toml")
+    p.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. parallel.tensor=4")
+    p.add_argument("--show-mesh", action="store_true", help="print the ranks by host with their place on each axis")
+    p.add_argument("--nodes", type=int, metavar="N", help="hosts of the job to come")
+    p.add_argument("--ranks-per-node", type=int, metavar="R", help="ranks on each of them")
+
     p = commands.add_parser("evaluate", help="loss, perplexity and accuracy of a checkpoint on prepared shards")
     p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN")
     p.add_argument("--data", metavar="DIR", help="folder of shards (default: the run's validation folder)")
@@ -119,6 +131,27 @@ def train(args):
     results = train(settings, world, resume=args.resume, overwrite=args.overwrite)
     if world.is_root:
         print(f"done: {json.dumps(results)}")
+
+
+def plan(args):
+    from . import config, mpi
+
+    if not args.show_mesh:
+        raise UsageError("plan: say what to show: --show-mesh").known_to_all()
+    if (args.nodes is None) != (args.ranks_per_node is None):
+        raise UsageError("plan: give both --nodes and --ranks-per-node, or neither for this job").known_to_all()
+    if args.nodes is not None and min(args.nodes, args.ranks_per_node) < 1:
+        raise UsageError("plan: --nodes and --ranks-per-node count from 1").known_to_all()
+    world = mpi.join()
+    settings = mpi.on_root(world.comm, config.load, args.run_file, args.overrides)
+    hosts = world.comm.allgather(world.host)
+    if args.nodes is not None:
+        hosts = [f"node {node}" for node in range(args.nodes) for _ in range(args.ranks_per_node)]
+    from .plan import show_mesh
+
+    text = mpi.on_root(world.comm, show_mesh, settings, hosts)
+    if world.is_root:
+        print(text)
 
 
 def check_output(path, overwrite):
@@ -208,7 +241,7 @@ def doctor(args):
 def main(arguments=None):
     args, rest = parser().parse_known_args(arguments)
     # argparse stops collecting overrides at the first option; key=value may stand anywhere after the run file.
-    if args.command == "train":
+    if args.command in ("train", "plan"):
         args.overrides += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
     if rest:
@@ -217,7 +250,8 @@ def main(arguments=None):
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    commands = {"prepare": prepare, "train": train, "evaluate": evaluate, "predict": predict, "doctor": doctor}
+    commands = {"prepare": prepare, "train": train, "plan": plan, "evaluate": evaluate, "predict": predict}
+    commands["doctor"] = doctor
     try:
         commands[args.command](args)
     except Refusal as refusal:

@@ -56,8 +56,7 @@ def build(section, words, sequence_length, seed):
         model = load(section.init_from, section.task, strict=False)
     else:
         try:
-            configuration = _configuration(section.config, words)
-            model = TASKS[section.task].model_class().from_config(configuration, dtype=torch.float32)
+            model = TASKS[section.task].model_class().from_config(configuration(section, words), dtype=torch.float32)
         except Refusal:
             raise
         except Exception as error:  # each model family has checks, and exceptions, of its own
@@ -66,10 +65,17 @@ def build(section, words, sequence_length, seed):
     return model
 
 
-def _configuration(given, words):
-    from transformers import CONFIG_MAPPING
+def configuration(section, words=None):
+    """transformers' configuration of the model that the run file's [model] section describes. Raises as `build`.
 
-    given = dict(given)
+    words: Vocabulary that it is for; without, the vocabulary is the family's own where the run file names none.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if section.init_from:
+        require_folder(section.init_from)
+        return AutoConfig.from_pretrained(section.init_from, **LOCAL)
+    given = dict(section.config)
     kind = given.pop("model_type")
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
@@ -82,11 +88,20 @@ def _configuration(given, words):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f' (did you mean "{near[0]}"?)' if near else ""
             raise UsageError(f'model.config: {kind} has no argument "{name}"{hint}')
-    given.setdefault("vocab_size", words.size)
-    for name in ("pad", "bos", "eos"):
-        if f"{name}_token_id" in known:
-            given.setdefault(f"{name}_token_id", getattr(words, name))
+    if words is not None:
+        given.setdefault("vocab_size", words.size)
+        for name in ("pad", "bos", "eos"):
+            if f"{name}_token_id" in known:
+                given.setdefault(f"{name}_token_id", getattr(words, name))
     return family(**given)
+
+
+def require_folder(folder):
+    """The Path of a model folder. Raises MissingInput for any other."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise MissingInput(f"{folder} is not a model folder in Hugging Face's layout: it has no config.json")
+    return folder
 
 
 def load(folder, task, *, strict=True):
@@ -94,9 +109,7 @@ def load(folder, task, *, strict=True):
 
     strict: every weight must be there and used (a checkpoint); otherwise a missing head starts at random.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise MissingInput(f"{folder} is not a model folder in Hugging Face's layout: it has no config.json")
+    folder = require_folder(folder)
     try:
         model, report = (
             TASKS[task]

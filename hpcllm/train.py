@@ -40,7 +40,7 @@ def train(config, world, *, resume=False, overwrite=False):
         return results
     with together(world.comm):
         net = load_or_build(config, last, source.vocabulary).to(world.device)
-        check(net, layout)
+        check(net.config, layout)
     mesh = meshes.build(layout, world)
     placed = apply(net, mesh, config.parallel, plan.activation_checkpointing)
     adjust = optimizer.build(placed.model, plan)

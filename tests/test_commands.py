@@ -193,6 +193,9 @@ def test_bad_input_is_one_sentence_and_an_exit_code(
     ("arguments", "code", "words"),
     [
         (["evaluate", "nowhere"], 66, ["nowhere"]),
+        (["plan", "nowhere.toml"], 2, ["say what to show"]),
+        (["plan", "nowhere.toml", "--show-mesh", "--nodes", "2"], 2, ["both --nodes and --ranks-per-node"]),
+        (["plan", "nowhere.toml", "--show-mesh", "--nodes", "0", "--ranks-per-node", "1"], 2, ["count from 1"]),
         (["predict", "nowhere", "--text", "a"], 66, ["nowhere"]),
         (["predict", "nowhere"], 2, ["give --text or --input"]),
         (["train", "nowhere.toml"], 66, ["run file nowhere.toml does not exist"]),
@@ -204,6 +207,17 @@ def test_bad_input_is_one_sentence_and_an_exit_code(
 )
 def test_bad_commands_are_one_sentence_and_an_exit_code(mpirun, arguments, code, words):
     refused(mpirun(2, ["-m", "hpcllm", *arguments]), code, *words)
+
+
+def test_plan_shows_who_does_what_and_refuses_what_cannot_run(mpirun, run_file):
+    ran = mpirun(2, ["-m", "hpcllm", "plan", run_file(), "--show-mesh", "parallel.tensor=2"], check=True)
+    assert "2 ranks = tensor 2\n" in ran.stdout and "  rank 1    tensor 1\n" in ran.stdout
+    machine = ["--nodes", "3", "--ranks-per-node", "2"]
+    asked = ["-m", "hpcllm", "plan", run_file(), "--show-mesh", *machine, "train.global_batch_size=12"]
+    ran = mpirun(1, [*asked, "parallel.sharding=hybrid"], check=True)
+    assert "6 ranks = data 6, model sharded over 2\n" in ran.stdout and "between hosts: data\n" in ran.stdout
+    refused(mpirun(1, [*asked, "parallel.tensor=3"]), 2, "tensor (3) does not divide the model's num_attention_heads")
+    refused(mpirun(1, [*asked, "parallel.tensor=4"]), 2, "= 4 does not divide the 6 ranks of this job")
 
 
 def test_help_needs_neither_mpi_nor_torch(mpirun):

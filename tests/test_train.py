@@ -85,6 +85,39 @@ def test_losses_do_not_depend_on_the_number_of_ranks(world, prepared, tmp_path, 
     assert max(abs(a / b - 1) for a, b in zip(ours, reference, strict=True)) < 1e-5
 
 
+NO_DROPOUT = {
+    "model.config.hidden_dropout_prob": 0.0,
+    "model.config.attention_probs_dropout_prob": 0.0,
+    "train.optimizer": "sgd",
+    "train.learning_rate": 0.3,
+    "train.lr_scheduler_type": "constant",
+}
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("sharding", ["none", "optimizer", "full"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_run_goes_on_under_another_layout_with_the_same_losses(world, prepared, tmp_path, sharding, tensor):
+    if world.size % tensor:
+        pytest.skip("ranks do not divide")
+    base = shared(world, tmp_path)
+    changes = {**NO_DROPOUT, "checkpoint.every_steps": 3, "train.eval_every_steps": 3}
+    layout = {"parallel.tensor": tensor, "parallel.sharding": sharding}
+    reference = settings(prepared, tmp_path / "alone", **changes)
+    expected = train.train(reference, hpcllm.mpi.alone(world))
+    # Three steps under the one layout, three under another.
+    first = settings(prepared, base / "run", **{**changes, **layout, "train.max_steps": 3})
+    train.train(first, world)
+    other = {"parallel.sharding": "gradients" if sharding == "none" else "none"}
+    second = settings(prepared, base / "run", **{**changes, **other, "train.activation_checkpointing": "true"})
+    results = train.train(second, world, resume=True)
+    run, whole = losses(base / "run"), losses(reference.run.output_dir)
+    assert len(run) == 6
+    assert max(abs(a / b - 1) for a, b in zip(run, whole, strict=True)) < 1e-5
+    assert results["eval_samples"] == expected["eval_samples"]
+    assert abs(results["eval_loss"] / expected["eval_loss"] - 1) < 1e-5
+
+
 @pytest.mark.mpi()
 @pytest.mark.parametrize("key", ["train.precision", "parallel.reduce_dtype"])
 def test_bf16_follows_fp32(world, prepared, tmp_path, key):

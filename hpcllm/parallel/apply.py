@@ -37,11 +37,11 @@ def apply(model, mesh, parallel, activation_checkpointing=False):
     return Placed(model, replica, mesh, parallel.sharding, pieces)
 
 
-def check(model, layout):
-    """Raise UsageError for a transformers model that cannot be divided as `layout` says."""
+def check(config, layout):
+    """Raise UsageError for a transformers configuration whose model cannot be divided as `layout` says."""
     if layout.tensor > 1:
-        tensor.plan(model)
-        tensor.check(model.config, layout.tensor)
+        tensor.plan(config)
+        tensor.check(config, layout.tensor)
 
 
 def whole(model):

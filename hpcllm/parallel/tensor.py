@@ -46,12 +46,12 @@ _ENTERING = ("hidden_states", "key_value_states", "encoder_hidden_states", "x")
 _COUNTS = ("split_size", "n_heads", "num_heads", "inner_dim")
 
 
-def plan(model):
-    """{pattern of module names: how it is cut} for a transformers model. Raises UsageError where there is none."""
-    kind = model.config.model_type
+def plan(config):
+    """{pattern of module names: how it is cut} for a transformers configuration. Raises UsageError without one."""
+    kind = config.model_type
     if kind in PLANS:
         return PLANS[kind]
-    theirs = getattr(model.config, "base_model_tp_plan", None)
+    theirs = getattr(config, "base_model_tp_plan", None)
     if not theirs:
         raise UsageError(f"parallel: tensor: neither hpcllm nor transformers has a plan for {kind}; set tensor to 1")
     unknown = sorted(set(theirs.values()) - set(_THEIRS))
@@ -76,7 +76,7 @@ def split(model, group):
     """
     size, index = dist.get_world_size(group), dist.get_rank(group)
     check(model.config, size)
-    patterns = plan(model)
+    patterns = plan(model.config)
     modules = [
         (name, module, how)
         for name, module in model.named_modules()
