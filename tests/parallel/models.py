@@ -4,12 +4,12 @@ import functools
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -41,19 +41,11 @@ def build(family, dropout=0.0, layers=2, **changes):
                 | changes
             )
         )
-    elif family == "llama":
-        made = LlamaForCausalLM(
-            LlamaConfig(
-                **{"vocab_size": WORDS, "hidden_size": 48, "num_hidden_layers": layers, "num_attention_heads": 24}
-                | {
-                    "num_key_value_heads": 12,
-                    "intermediate_size": 50,
-                    "max_position_embeddings": 32,
-                    "attention_dropout": dropout,
-                }
-                | changes
-            )
-        )
+    elif family in ("llama", "mistral", "qwen2"):
+        given = {"vocab_size": WORDS, "hidden_size": 48, "num_hidden_layers": layers, "num_attention_heads": 24}
+        given |= {"num_key_value_heads": 12, "intermediate_size": 50, "max_position_embeddings": 32}
+        given |= {"attention_dropout": dropout, **changes}
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **given), dtype=torch.float32)
     else:
         made = T5ForConditionalGeneration(
             T5Config(

@@ -12,6 +12,7 @@ from hpcllm.errors import UsageError
 from hpcllm.mpi import launcher
 from hpcllm.parallel import mesh as meshes
 from hpcllm.parallel.apply import apply, check
+from hpcllm.parallel.regions import OwnRandomness
 
 pytestmark = pytest.mark.mpi
 SIZE = launcher.find()[1]
@@ -87,7 +88,8 @@ def skip_what_hosts_cannot_hold(tensor, sharding):
 @pytest.mark.parametrize(
     ("family", "sharding"),
     [(family, sharding) for family in ("bert", "gpt2") for sharding in SHARDINGS]
-    + [(family, sharding) for family in ("llama", "t5") for sharding in ("none", "full")],
+    + [(family, sharding) for family in ("llama", "t5") for sharding in ("none", "full")]
+    + [("mistral", "none"), ("qwen2", "none")],
 )
 @pytest.mark.parametrize("tensor", TENSOR)
 def test_losses_norms_and_weights_do_not_depend_on_the_layout(world, family, tensor, sharding):
@@ -128,6 +130,20 @@ def test_ranks_hold_their_part_and_no_more(world, family):
                    for _, values in placed.boxes(placed.pieces[name], p.detach()))  # fmt: skip
         # Norms and the biases of sums stay whole; shards are rounded up to rows.
         assert held <= total / SIZE + 0.15 * total
+
+
+def test_inside_a_region_ranks_draw_their_own_numbers_and_outside_the_same(world):
+    torch.manual_seed(1)
+    random, draws = OwnRandomness(world.rank), []
+    for _ in range(2):
+        random.enter()
+        draws.append(float(torch.rand(())))
+        random.leave()
+        draws.append(float(torch.rand(())))
+    first_in, first_out, second_in, second_out = zip(*world.comm.allgather(draws), strict=True)
+    assert len(set(first_in)) == len(set(second_in)) == world.size
+    assert len(set(first_out)) == len(set(second_out)) == 1
+    assert first_in != second_in and first_out != second_out
 
 
 @pytest.mark.skipif(len(TENSOR) < 2, reason="needs ranks that share layers")
