@@ -1,0 +1,212 @@
+"""Does the loss depend on the layout, what does each cost? Every layout against one process, beside the same over Gloo.
+
+    mpirun -np 4 python -m benchmarks.layouts [--family bert gpt2 llama t5] [--steps 10] [--time]
+
+Tiny models, SGD, fp32, no dropout. For every product of data and tensor axes and every sharding that the ranks allow:
+the largest relative difference of the loss and gradient norm of any step, and of the weights after the last step
+(2-norm of the difference), to training in one process. --time: seconds a step of a larger BERT under each layout, over
+this backend and over Gloo, in the same run, one after the other; median (smallest to largest) of the steps.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+import hpcllm.mpi
+from hpcllm.errors import UsageError
+from hpcllm.mpi import device, rendezvous
+from hpcllm.parallel import mesh as meshes
+from hpcllm.parallel import vocabulary
+from hpcllm.parallel.apply import apply, check
+
+from . import jobs
+
+WORDS, LENGTH, ROWS, BATCHES = 1003, 32, 2, 8
+SHARDINGS = ("none", "optimizer", "gradients", "full", "hybrid")
+FAMILIES = {
+    "bert": (
+        AutoModelForMaskedLM,
+        {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 130}
+        | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    ),
+    "gpt2": (
+        AutoModelForCausalLM,
+        {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 64, "resid_pdrop": 0.0}
+        | {"embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+    "llama": (
+        AutoModelForCausalLM,
+        {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
+        | {"intermediate_size": 130},
+    ),
+    "t5": (
+        AutoModelForSeq2SeqLM,
+        {"d_model": 64, "d_kv": 8, "d_ff": 130, "num_layers": 4, "num_heads": 8, "dropout_rate": 0.0}
+        | {"decoder_start_token_id": 0},
+    ),
+}
+LARGER = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
+
+
+def build(family, **changes):
+    kind, given = FAMILIES[family]
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(family, **{"vocab_size": WORDS, **given, **changes})
+    return kind.from_config(config, dtype=torch.float32).train()
+
+
+def loss(net, model, number):
+    """Summed over all tokens of batch `number`."""
+    draw = torch.Generator().manual_seed(number)
+    input_ids, labels = (torch.randint(0, WORDS, (ROWS, LENGTH), generator=draw) for _ in range(2))
+    family = model.config.model_type
+    more = {"decoder_input_ids": labels.roll(1, -1)} if family == "t5" else {}
+    more |= {} if family == "bert" else {"use_cache": False}
+    logits = net(input_ids=input_ids, **more).logits.flatten(0, -2)
+    return vocabulary.cross_entropy_sum(logits, labels.flatten(), vocabulary.words_of(model.get_output_embeddings()))
+
+
+def train_alone(family, steps):
+    model, told = build(family), []
+    adjust = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(steps):
+        adjust.zero_grad()
+        total = 0.0
+        for number in range(step * BATCHES, (step + 1) * BATCHES):
+            part = loss(model, model, number) / (BATCHES * ROWS * LENGTH)
+            part.backward()
+            total += part.item()
+        told += [total, float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))]
+        adjust.step()
+    return told, dict(model.named_parameters())
+
+
+def train(placed, steps, adjust):
+    """(loss and norm of each step, seconds of each step)."""
+    told, seconds, data = [], [], placed.mesh.data
+    for step in range(steps):
+        began = time.perf_counter()
+        adjust.zero_grad()
+        total = torch.zeros(1, dtype=torch.float64)
+        mine = range(step * BATCHES + data.rank, (step + 1) * BATCHES, data.size)
+        for number in mine:
+            with placed.micro_batch(number == mine[-1]):
+                part = loss(placed.replica, placed.model, number) / (BATCHES * ROWS * LENGTH)
+                part.backward()
+            total += part.item()
+        dist.all_reduce(total, group=data.group)
+        told += [total.item(), placed.clip_gradients(1.0)]
+        adjust.step()
+        seconds.append(time.perf_counter() - began)
+    return told, seconds
+
+
+def distance(placed, weights):
+    """2-norm of the difference of all weights, over that of the weights. Each element counts once."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for number, (name, parameter) in enumerate(placed.model.named_parameters()):
+        piece = placed.pieces[name]
+        if placed.writes(piece, number):
+            for box, values in placed.boxes(piece, parameter.detach()):
+                sums += torch.stack([(values - weights[name][box]).double().square().sum(),
+                                     weights[name][box].double().square().sum()])  # fmt: skip
+    dist.all_reduce(sums)
+    return float((sums[0] / sums[1]).sqrt())
+
+
+def layouts(world, config):
+    """(section, Layout) of all that these ranks and this model allow, no two alike."""
+    seen = set()
+    for tensor in range(1, world.size + 1):
+        for sharding in SHARDINGS:
+            section = SimpleNamespace(tensor=tensor, pipeline=1, context=1, sharding=sharding, reduce_dtype="fp32")
+            try:
+                made = meshes.layout(section, [world.host] * world.size)
+                check(config, made)
+            except UsageError:
+                continue
+            alike = made, sharding if made.shard > 1 else "none"
+            if made.size == world.size and alike not in seen and not (sharding == "hybrid" and made.replicate == 1):
+                seen.add(alike)
+                yield section, made
+
+
+def compare(world, families, steps):
+    print_root(world, "| model | layout | sharding | loss, norm | weights |\n|---|---|---|---:|---:|")
+    count, worst = 0, 0.0
+    for family in families:
+        expected, weights = train_alone(family, steps)
+        for section, made in layouts(world, build(family).config):
+            placed = apply(build(family), meshes.build(made, world), section)
+            told, _ = train(placed, steps, torch.optim.SGD(placed.model.parameters(), lr=0.1))
+            off = max(abs(a - b) / abs(b) for a, b in zip(told, expected, strict=True))
+            count, worst = count + 1, max(worst, off)
+            away = distance(placed, weights)
+            print_root(world, f"| {family} | {made.describe()} | {section.sharding} | {off:.1e} | {away:.1e} |")
+    print_root(world, f"\n{count} layouts, largest difference {worst:.1e}")
+
+
+def measure(world, steps):
+    """Seconds a step under each layout over this backend and over Gloo."""
+    print_root(world, "| layout | sharding | hpcllm | Gloo | Gloo / hpcllm |\n|---|---|---:|---:|---:|")
+    taken = {}
+    for backend in ("mpi", "gloo", "mpi", "gloo"):
+        group = start(world, backend)
+        for section, made in layouts(world, build("bert", **LARGER).config):
+            placed = apply(build("bert", **LARGER), meshes.build(made, group), section)
+            _, seconds = train(placed, steps + 1, torch.optim.SGD(placed.model.parameters(), lr=0.01))
+            slowest = torch.tensor(seconds[1:], dtype=torch.float64)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            key = made.describe(), section.sharding
+            taken.setdefault(key, {}).setdefault(backend, []).extend(slowest.tolist())
+            del placed
+        dist.destroy_process_group()
+    for (layout, sharding), times in taken.items():
+        cells = [f"{statistics.median(t):.3f} s ({min(t):.3f} to {max(t):.3f})" for t in (times["mpi"], times["gloo"])]
+        ratio = statistics.median(times["gloo"]) / statistics.median(times["mpi"])
+        print_root(world, f"| {layout} | {sharding} | {' | '.join(cells)} | {ratio:.2f} |")
+
+
+def start(world, backend):
+    """The World, torch's default group being one over `backend`."""
+    name, store = rendezvous.meet(world, backend, torch.device("cpu"))
+    hook = sys.excepthook  # torch's would wait for an answer that does not come (see `hpcllm.mpi.init`)
+    dist.init_process_group(name, store=store, rank=world.rank, world_size=world.size)
+    sys.excepthook = hook
+    return replace(world, device=torch.device("cpu"), group=dist.group.WORLD)
+
+
+def print_root(world, text):
+    if world.is_root:
+        print(text, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--time", action="store_true", help="seconds a step, beside Gloo")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)
+    world = hpcllm.mpi.join()
+    device.bind_threads(world)
+    device.keep_memory()
+    print_root(world, f"{world.size} ranks, {args.steps} steps, SGD, fp32, {world.library}, {jobs.versions()}\n")
+    if args.time:
+        measure(world, args.steps)
+    else:
+        group = start(world, "mpi")
+        compare(group, args.family, args.steps)
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
