@@ -40,6 +40,7 @@ def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep):
     rank; the checkpoints that were there stay.
     """
     path = Path(output_dir) / f"checkpoint-{step}"
+    placed.reshard()
     contents = {MODEL: _weights(placed), OPTIMIZER: _moments(placed, optimizer)}
     outlines = {file: tensors.Outline({name: (t.dtype, p.shape) for name, (p, t) in held.items()})
                 for file, held in contents.items()}  # fmt: skip
@@ -69,6 +70,8 @@ def _moments(placed, optimizer):
             if isinstance(value, torch.Tensor):
                 whole = value.shape == parameter.shape
                 found[f"{name}.{key}"] = placed.pieces[name] if whole else Piece(value.shape), value
+    if any(optimizer.state.values()) and not found:
+        raise RuntimeError("the optimizer's state belongs to no parameter of the model: it would be lost")
     return found
 
 
@@ -106,7 +109,8 @@ def _finish(hidden, path, step, model, tokenizer_dir, state):
         config.dtype = "float32"
         config.save_pretrained(hidden)
         if getattr(model, "generation_config", None) is not None and model.can_generate():
-            model.generation_config.save_pretrained(hidden)
+            # As it came: transformers' own way to save refuses what some published models have in it.
+            model.generation_config.to_json_file(hidden / "generation_config.json")
         for name in TOKENIZER_FILES:
             if (Path(tokenizer_dir) / name).is_file():
                 shutil.copyfile(Path(tokenizer_dir) / name, hidden / name)
@@ -177,6 +181,8 @@ def load_optimizer(path, placed, optimizer):
     file = Path(path) / OPTIMIZER
     try:
         with safe_open(file, framework="pt") as saved:
+            if isinstance(optimizer, torch.optim.AdamW) and not saved.keys():
+                raise DataError(f"{file} holds no state of the optimizer")
             for entry in saved.keys():  # noqa: SIM118 (not a dict)
                 name, _, key = entry.rpartition(".")
                 parameter = parameters.get(name)

@@ -4,6 +4,7 @@ The only importer of transformers beside `tasks` and `data.tokenizer`. Nothing i
 model folder is run, and only safetensors weights are read.
 """
 
+import contextlib
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from .errors import DataError, MissingInput, Refusal, UsageError
+from .errors import DataError, MissingInput, UsageError
 from .tasks import TASKS
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -55,14 +56,20 @@ def build(section, words, sequence_length, seed):
     if section.init_from:
         model = load(section.init_from, section.task, strict=False)
     else:
-        try:
-            model = TASKS[section.task].model_class().from_config(configuration(section, words), dtype=torch.float32)
-        except Refusal:
-            raise
-        except Exception as error:  # each model family has checks, and exceptions, of its own
-            raise UsageError(f"model.config: transformers cannot build this model: {error}") from None
+        made = configuration(section, words)
+        with _refused_by_transformers():
+            model = TASKS[section.task].model_class().from_config(made, dtype=torch.float32)
     check_fits(model, words, sequence_length)
     return model
+
+
+@contextlib.contextmanager
+def _refused_by_transformers():
+    """What transformers raises inside becomes a UsageError: each family has checks, and exceptions, of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"model.config: transformers cannot build this model: {error}") from None
 
 
 def configuration(section, words=None):
@@ -74,7 +81,10 @@ def configuration(section, words=None):
 
     if section.init_from:
         require_folder(section.init_from)
-        return AutoConfig.from_pretrained(section.init_from, **LOCAL)
+        try:
+            return AutoConfig.from_pretrained(section.init_from, **LOCAL)
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{section.init_from}: config.json cannot be used: {error}") from None
     given = dict(section.config)
     kind = given.pop("model_type")
     if kind not in CONFIG_MAPPING:
@@ -93,7 +103,8 @@ def configuration(section, words=None):
         for name in ("pad", "bos", "eos"):
             if f"{name}_token_id" in known:
                 given.setdefault(f"{name}_token_id", getattr(words, name))
-    return family(**given)
+    with _refused_by_transformers():
+        return family(**given)
 
 
 def require_folder(folder):

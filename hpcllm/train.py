@@ -39,10 +39,10 @@ def train(config, world, *, resume=False, overwrite=False):
     if results is not None:
         return results
     with together(world.comm):
-        net = load_or_build(config, last, source.vocabulary).to(world.device)
+        net = load_or_build(config, last, source.vocabulary)
         check(net.config, layout)
     mesh = meshes.build(layout, world)
-    placed = apply(net, mesh, config.parallel, plan.activation_checkpointing)
+    placed = apply(net, mesh, config.parallel, plan.activation_checkpointing, world.device)
     adjust = optimizer.build(placed.model, plan)
     with together(world.comm):
         if last:
@@ -73,6 +73,7 @@ def train(config, world, *, resume=False, overwrite=False):
         divided = layout.shard * layout.tensor > 1
         net = placed.replica if layout.shard > 1 else placed.model
         scores = evaluate.evaluate(net, validation, mesh.data, plan.micro_batch_size, plan.precision, divided)
+        placed.reshard()
         journal.metrics({"step": state["step"], "samples": state["samples"], **scores})
         progress.say(f"step {state['step']} eval_loss={scores['eval_loss']:.4f} accuracy={scores['eval_accuracy']:.4f}")
         return scores

@@ -12,11 +12,11 @@ from . import mesh as meshes
 from .pieces import Piece
 
 
-def apply(model, mesh, parallel, activation_checkpointing=False):
+def apply(model, mesh, parallel, activation_checkpointing=False, device=None):
     """Turn `model`, whole and the same on all ranks, into this rank's part of it; returns a `Placed`.
 
-    mesh: mesh.Mesh; parallel: the run file's [parallel] section. Raises UsageError, the same on every rank, for a model
-    that cannot be divided like that. Collective.
+    mesh: mesh.Mesh; parallel: the run file's [parallel] section; device: where the parts go. Raises UsageError, the
+    same on every rank, for a model that cannot be divided like that. Collective.
     """
     pieces = {}
     if mesh.layout.tensor > 1:
@@ -29,7 +29,8 @@ def apply(model, mesh, parallel, activation_checkpointing=False):
     reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[parallel.reduce_dtype]
     pieces = {name: pieces.get(name, Piece(parameter.shape)) for name, parameter in model.named_parameters()}
     if mesh.layout.shard == 1:
-        # Last: whoever carries gradients must see the weights that are there in the end.
+        # Last: whoever carries gradients must see the weights that are there in the end. On the device are only parts.
+        model = model if device is None else model.to(device)
         replica = data.replicate(model, mesh["data"], reduce_dtype)
     else:
         devices = mesh.devices["replicate", "shard"] if mesh.layout.replicate > 1 else mesh.devices["shard"]
@@ -73,6 +74,10 @@ class Placed:
         else:
             sharding.last_micro_batch(self.replica, last, self.sharding)
             yield
+
+    def reshard(self):
+        """Every rank holds its shards alone again, as optimizer and checkpoints know them."""
+        sharding.reshard(self.model)
 
     def places(self, piece, tensor):
         """Boxes of the whole tensor and of this rank's part of it, for a parameter or one of its moments."""

@@ -75,9 +75,10 @@ def layout(parallel, hosts):
 
 def _within_host(hosts, model):
     """How many data ranks shard the model between them when shards stay inside a host."""
-    per_host = {len(list(ranks)) for _, ranks in itertools.groupby(hosts)}
+    runs = [len(list(ranks)) for _, ranks in itertools.groupby(hosts)]
+    per_host = set(runs)
     inside = min(per_host) // model
-    if len(per_host) > 1 or inside == 0 or min(per_host) % model:
+    if len(per_host) > 1 or inside == 0 or min(per_host) % model or len(runs) > len(set(hosts)):
         raise UsageError(
             f'parallel: sharding = "hybrid" keeps shards inside a host, but hosts hold '
             f"{', '.join(map(str, sorted(per_host)))} ranks in a row, and each of them needs the same multiple of "

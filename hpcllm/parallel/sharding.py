@@ -54,6 +54,13 @@ def last_micro_batch(model, last, sharding):
         model.set_reshard_after_backward(last)
 
 
+def reshard(model):
+    """Take gathered weights apart again; a forward pass without a backward pass may have left them whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(tensor):
     """The part of a parameter or gradient that this rank holds, as a plain tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -83,6 +83,7 @@ def split(model, group):
         for pattern, how in patterns.items()
         if fnmatch.fnmatch(name, pattern)
     ]
+    _refuse_what_would_be_wrong(model, modules)
     cutter = _Cutter(model, size, index)
     random = OwnRandomness(index) if _drops(model.config) else None
     inside = {}
@@ -110,6 +111,22 @@ def split(model, group):
                 setattr(module, count, getattr(module, count) // size)
     _share_words(model, cutter, group)
     return cutter.pieces
+
+
+def _refuse_what_would_be_wrong(model, modules):
+    """Raise UsageError, the same on every rank, for a model that does more than its plan says."""
+    kind, known = model.config.model_type, {name for name, _, _ in modules}
+    regions = {name.rpartition(".")[0] for name, _, how in modules if how in ("column", "packed")}
+    for region in regions:
+        for name, module in model.get_submodule(region).named_modules(prefix=region):
+            if name not in known and any(True for _ in module.parameters(recurse=False)):
+                # Each rank would see the gradients of its own heads or features alone.
+                raise UsageError(f"parallel: tensor: {kind} has {name}, which its plan leaves out").known_to_all()
+    embedding = model.get_input_embeddings()
+    if embedding is not None and type(embedding).forward is not nn.Embedding.forward:
+        raise UsageError(
+            f"parallel: tensor: the embedding of {kind} ({type(embedding).__name__}) does more than look words up"
+        ).known_to_all()
 
 
 def _drops(config):
@@ -170,7 +187,8 @@ def _sum_rows(module, group, random):
             random.leave()
         part = functional.linear(features, module.weight) if linear else features @ module.weight
         total = leave(part, group)
-        return total if module.bias is None else total + module.bias  # once, not once a rank
+        # Once, not once a rank, and in the precision that the layer computes in.
+        return total if module.bias is None else total + module.bias.to(total.dtype)
 
     module.forward = forward
 

@@ -11,6 +11,7 @@ from transformers import MixtralConfig, XLNetConfig
 from hpcllm.errors import UsageError
 from hpcllm.mpi import launcher
 from hpcllm.parallel import mesh as meshes
+from hpcllm.parallel import tensor as tensor_axis
 from hpcllm.parallel.apply import apply, check
 from hpcllm.parallel.regions import OwnRandomness
 
@@ -185,6 +186,23 @@ def test_heads_that_do_not_divide_are_refused_with_the_numbers():
 def test_a_family_without_a_plan_is_refused_by_name():
     with pytest.raises(UsageError, match="plan for xlnet"):
         check(XLNetConfig(), meshes.Layout(1, 1, 1, 1, 2))
+
+
+def test_a_model_that_does_more_than_its_plan_says_is_refused(world):
+    model = models.build("llama")
+    model.model.layers[0].self_attn.q_norm = torch.nn.LayerNorm(2)
+    with pytest.raises(UsageError, match=r"llama has model\.layers\.0\.self_attn\.q_norm, which its plan leaves out"):
+        tensor_axis.split(model, world.group)
+
+    class Scaled(torch.nn.Embedding):
+        def forward(self, ids):
+            return 2 * super().forward(ids)
+
+    model = models.build("llama")
+    model.set_input_embeddings(Scaled(models.WORDS, 48))
+    if 12 % world.size == 0:
+        with pytest.raises(UsageError, match=r"the embedding of llama \(Scaled\) does more than look words up"):
+            tensor_axis.split(model, world.group)
 
 
 def test_a_plan_with_ways_to_cut_that_are_not_ours_is_refused():

@@ -57,6 +57,11 @@ def test_hosts_that_cannot_hold_shards_alike_are_refused(names):
         mesh.layout(parallel(sharding="hybrid", tensor=2 if len(names) % 2 == 0 else 1), names)
 
 
+def test_hosts_dealt_out_in_turn_are_refused_and_not_left_unsharded():
+    with pytest.raises(UsageError, match='sharding = "hybrid" keeps shards inside a host'):
+        mesh.layout(parallel(sharding="hybrid"), ["a", "b", "a", "b"])
+
+
 def test_the_picture_names_every_rank_and_what_crosses_hosts():
     text = mesh.picture(mesh.layout(parallel(tensor=2, sharding="full"), hosts(2, 2)), hosts(2, 2))
     assert text.splitlines() == [
