@@ -9,6 +9,7 @@ this backend and over Gloo, in the same run, one after the other; median (smalle
 """
 
 import argparse
+import logging
 import statistics
 import sys
 import time
@@ -50,6 +51,8 @@ FAMILIES = {
     "t5": (
         AutoModelForSeq2SeqLM,
         {"d_model": 64, "d_kv": 8, "d_ff": 130, "num_layers": 4, "num_heads": 8, "dropout_rate": 0.0}
+        # As T5 1.1. With relu, rounding may put a number on the other side of the kink, which is no fault of a layout.
+        | {"feed_forward_proj": "gated-gelu"}
         | {"decoder_start_token_id": 0},
     ),
 }
@@ -196,6 +199,7 @@ def main():
     parser.add_argument("--time", action="store_true", help="seconds a step, beside Gloo")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # tiny vocabularies have not its special words
     world = hpcllm.mpi.join()
     device.bind_threads(world)
     device.keep_memory()
