@@ -11,10 +11,8 @@ this backend and over Gloo, in the same run, one after the other; median (smalle
 import argparse
 import logging
 import statistics
-import sys
 import time
 import warnings
-from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -23,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 import hpcllm.mpi
 from hpcllm.errors import UsageError
-from hpcllm.mpi import device, rendezvous
 from hpcllm.parallel import mesh as meshes
 from hpcllm.parallel import vocabulary
 from hpcllm.parallel.apply import apply, check
@@ -162,7 +159,7 @@ def measure(world, steps):
     print_root(world, "| layout | sharding | hpcllm | Gloo | Gloo / hpcllm |\n|---|---|---:|---:|---:|")
     taken = {}
     for backend in ("mpi", "gloo", "mpi", "gloo"):
-        group = start(world, backend)
+        group = hpcllm.mpi.init("cpu", backend)
         for section, made in layouts(world, build("bert", **LARGER).config):
             placed = apply(build("bert", **LARGER), meshes.build(made, group), section)
             _, seconds = train(placed, steps + 1, torch.optim.SGD(placed.model.parameters(), lr=0.01))
@@ -176,15 +173,6 @@ def measure(world, steps):
         cells = [f"{statistics.median(t):.3f} s ({min(t):.3f} to {max(t):.3f})" for t in (times["mpi"], times["gloo"])]
         ratio = statistics.median(times["gloo"]) / statistics.median(times["mpi"])
         print_root(world, f"| {layout} | {sharding} | {' | '.join(cells)} | {ratio:.2f} |")
-
-
-def start(world, backend):
-    """The World, torch's default group being one over `backend`."""
-    name, store = rendezvous.meet(world, backend, torch.device("cpu"))
-    hook = sys.excepthook  # torch's would wait for an answer that does not come (see `hpcllm.mpi.init`)
-    dist.init_process_group(name, store=store, rank=world.rank, world_size=world.size)
-    sys.excepthook = hook
-    return replace(world, device=torch.device("cpu"), group=dist.group.WORLD)
 
 
 def print_root(world, text):
@@ -201,14 +189,11 @@ def main():
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # tiny vocabularies have not its special words
     world = hpcllm.mpi.join()
-    device.bind_threads(world)
-    device.keep_memory()
     print_root(world, f"{world.size} ranks, {args.steps} steps, SGD, fp32, {world.library}, {jobs.versions()}\n")
     if args.time:
         measure(world, args.steps)
     else:
-        group = start(world, "mpi")
-        compare(group, args.family, args.steps)
+        compare(hpcllm.mpi.init("cpu"), args.family, args.steps)
         dist.destroy_process_group()
 
 

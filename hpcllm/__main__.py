@@ -250,8 +250,14 @@ def main(arguments=None):
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    commands = {"prepare": prepare, "train": train, "plan": plan, "evaluate": evaluate, "predict": predict}
-    commands["doctor"] = doctor
+    commands = {
+        "prepare": prepare,
+        "train": train,
+        "plan": plan,
+        "evaluate": evaluate,
+        "predict": predict,
+        "doctor": doctor,
+    }
     try:
         commands[args.command](args)
     except Refusal as refusal:

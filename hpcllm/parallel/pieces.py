@@ -8,16 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-
-def shares(length, size):
-    """Lengths of `size` slices of `length` that differ by at most one."""
-    return [length // size + (index < length % size) for index in range(size)]
-
-
-def share(length, size, index):
-    """(start, stop) of the slice number `index` of `shares`."""
-    start = sum(shares(length, size)[:index])
-    return start, start + shares(length, size)[index]
+from ..mpi.reduce import shares
 
 
 @dataclass(frozen=True)
@@ -76,5 +67,7 @@ class Piece:
 def cut(shape, dim, size, index, packed=1):
     """The Piece number `index` of `size` along `dim`, which holds `packed` things of equal length side by side."""
     each = shape[dim] // packed
-    start, stop = share(each, size, index)
+    lengths = shares(each, size)
+    start = sum(lengths[:index])
+    stop = start + lengths[index]
     return Piece(torch.Size(shape), dim, tuple((i * each + start, i * each + stop) for i in range(packed)))

@@ -17,7 +17,8 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()  # what arrives may be somebody else's as well
+        # A copy: what arrives may be somebody else's as well.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=ctx.group)
         return gradient, None
 

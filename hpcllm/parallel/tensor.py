@@ -83,11 +83,12 @@ def split(model, group):
         for pattern, how in patterns.items()
         if fnmatch.fnmatch(name, pattern)
     ]
-    _refuse_what_would_be_wrong(model, modules)
+    # The modules whose inputs enter a region: those that hold columns, each once, in order.
+    regions = list(dict.fromkeys(name.rpartition(".")[0] for name, _, how in modules if how in ("column", "packed")))
+    _refuse_what_would_be_wrong(model, modules, regions)
     cutter = _Cutter(model, size, index)
     random = OwnRandomness(index) if _drops(model.config) else None
-    inside = {}
-    for name, module, how in modules:
+    for _, module, how in modules:
         columns = int(isinstance(module, nn.Linear | nn.Embedding))  # transformers' Conv1D keeps its weight [in, out]
         if how == "row":
             cutter.cut(module, "weight", columns)
@@ -102,8 +103,7 @@ def split(model, group):
             cutter.cut(module, "bias", 0, packed)
         if not columns:
             module.nf = module.weight.shape[1]  # what Conv1D gives its outputs their shape by
-        inside[name.rpartition(".")[0]] = None
-    for name in inside:
+    for name in regions:
         module = model.get_submodule(name)
         module.register_forward_pre_hook(_entering(group, random), with_kwargs=True)
         for count in _COUNTS:
@@ -113,10 +113,9 @@ def split(model, group):
     return cutter.pieces
 
 
-def _refuse_what_would_be_wrong(model, modules):
+def _refuse_what_would_be_wrong(model, modules, regions):
     """Raise UsageError, the same on every rank, for a model that does more than its plan says."""
     kind, known = model.config.model_type, {name for name, _, _ in modules}
-    regions = {name.rpartition(".")[0] for name, _, how in modules if how in ("column", "packed")}
     for region in regions:
         for name, module in model.get_submodule(region).named_modules(prefix=region):
             if name not in known and any(True for _ in module.parameters(recurse=False)):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mpi4py import MPI
 from test_layouts import SHARDINGS, SIZE, TENSOR, place, skip_what_hosts_cannot_hold
+from test_layouts import whole as gathered
 
 from hpcllm import checkpoint, config, model, optimizer
 from hpcllm.parallel.apply import whole
@@ -101,14 +102,9 @@ def test_what_one_layout_has_saved_another_continues(world, folder, tensor, shar
     checkpoint.load_optimizer(path, second, again)
     step(second, again, 2)
     for name, parameter in second.model.named_parameters():
-        ours, theirs = parts(second, name, parameter), parts(first, name, first.model.get_parameter(name))
+        ours = gathered(second, name, parameter.detach())
+        theirs = gathered(first, name, first.model.get_parameter(name).detach())
         assert torch.allclose(ours, theirs, atol=1e-6), name
-
-
-def parts(placed, name, parameter):
-    from test_layouts import whole as gathered
-
-    return gathered(placed, name, parameter.detach())
 
 
 @pytest.mark.skipif(SIZE < 2, reason="needs a rank that fails alone")
