@@ -64,15 +64,24 @@ def parser():
 
     p = commands.add_parser(
         "plan",
-        help="what a run file would do on a machine: which rank does what",
-        description="Show which rank does what on which host, and refuse what cannot run, before it is queued. Shows "
-        "this job (under mpirun or srun), or one of --nodes x --ranks-per-node.",
+        help="what a run file would do on a machine: which layout is the fastest, which rank does what",
+        description="With --gpu, --nodes and --gpus-per-node: predict memory, step time, tokens/s and energy of every "
+        "layout that the machine allows, and say which [parallel] is the fastest; needs neither job nor GPU. With "
+        "--show-mesh: which rank does what on which host, in this job (under mpirun or srun) or one of --nodes x "
+        "--ranks-per-node. Refuses what cannot run, before it is queued.",
     )
     p.add_argument("run_file", metavar="RUN.toml")
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. parallel.tensor=4")
     p.add_argument("--show-mesh", action="store_true", help="print the ranks by host with their place on each axis")
     p.add_argument("--nodes", type=int, metavar="N", help="hosts of the job to come")
-    p.add_argument("--ranks-per-node", type=int, metavar="R", help="ranks on each of them")
+    p.add_argument("--ranks-per-node", type=int, metavar="R", help="ranks on each of them (--show-mesh)")
+    p.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs, and so ranks, on each of them (--gpu)")
+    p.add_argument(
+        "--gpu", metavar="NAME", help="a100, h100, mi250x, ... (one that is not known lists all), cpu: a core"
+    )
+    p.add_argument("--measured", metavar="FILE", help="what `hpcllm doctor --json` printed, for data sheets")
+    p.add_argument("--output", metavar="FILE", help="write the run file with the fastest layout")
+    p.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
 
     p = commands.add_parser("evaluate", help="loss, perplexity and accuracy of a checkpoint on prepared shards")
     p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN")
@@ -134,10 +143,14 @@ def train(args):
 
 
 def plan(args):
+    if args.gpu is not None:
+        return plan_layout(args)
     from . import config, mpi
 
     if not args.show_mesh:
-        raise UsageError("plan: say what to show: --show-mesh").known_to_all()
+        raise UsageError(
+            "plan: say what to show: --show-mesh, or the fastest layout, with --gpu, --nodes and --gpus-per-node"
+        ).known_to_all()
     if (args.nodes is None) != (args.ranks_per_node is None):
         raise UsageError("plan: give both --nodes and --ranks-per-node, or neither for this job").known_to_all()
     if args.nodes is not None and min(args.nodes, args.ranks_per_node) < 1:
@@ -152,6 +165,27 @@ def plan(args):
     text = mpi.on_root(world.comm, show_mesh, settings, hosts)
     if world.is_root:
         print(text)
+
+
+def plan_layout(args):
+    """The fastest layout. MPI is not started: login nodes may not have it; every process comes to the same."""
+    from . import config
+
+    try:
+        if args.nodes is None or args.gpus_per_node is None or min(args.nodes, args.gpus_per_node) < 1:
+            raise UsageError("plan: --gpu needs --nodes and --gpus-per-node, which count from 1")
+        settings = config.load(args.run_file, args.overrides)
+        check_output(args.output, args.overwrite)
+        from . import files
+        from .plan import plan
+
+        text, fastest = plan(settings, args.nodes, args.gpus_per_node, args.gpu, args.measured)
+        if launcher.speaks():
+            print(text)
+            if args.output:
+                files.write_text(args.output, fastest.toml())
+    except Refusal as refusal:
+        raise refusal.known_to_all() from None
 
 
 def check_output(path, overwrite):
@@ -170,6 +204,7 @@ def evaluate(args):
     world = mpi.join()
     from . import files, model
     from .evaluate import evaluate
+    from .parallel.apply import whole
     from .train import open_source, read_tokenizer, run_config
 
     mpi.on_root(world.comm, check_output, args.output, args.overwrite)
@@ -181,7 +216,7 @@ def evaluate(args):
     source = open_source(settings, world, data, mpi.on_root(world.comm, read_tokenizer, folder))
     with mpi.together(world.comm):
         net = model.load(folder, settings.model.task).to(world.device)
-    scores = evaluate(net, source, world, settings.train.micro_batch_size, settings.train.precision)
+    scores = evaluate(whole(net, world), source, settings.train.micro_batch_size, settings.train.precision)
     scores = {"checkpoint": str(folder), "data": str(data), **scores}
     if world.is_root:
         print(json.dumps(scores, indent=2))

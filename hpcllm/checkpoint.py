@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from . import __version__, files, tensors
@@ -42,14 +43,13 @@ def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep):
     path = Path(output_dir) / f"checkpoint-{step}"
     placed.reshard()
     contents = {MODEL: _weights(placed), OPTIMIZER: _moments(placed, optimizer)}
-    outlines = {file: tensors.Outline({name: (t.dtype, p.shape) for name, (p, t) in held.items()})
-                for file, held in contents.items()}  # fmt: skip
+    outlines = {file: _outline(placed, held) for file, held in contents.items()}
     hidden = on_root(comm, _begin, path, outlines)
     try:
         with together(comm), files.failing_as_io(path):
             for file, held in contents.items():
                 _write_pieces(hidden / file, outlines[file], held, placed)
-        on_root(comm, _finish, hidden, path, step, placed.model, tokenizer_dir, state)
+        on_root(comm, _finish, hidden, path, step, placed, tokenizer_dir, state)
     except BaseException:
         if comm.rank == 0:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -59,20 +59,31 @@ def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep):
 
 
 def _weights(placed):
-    return {name: (placed.pieces[name], parameter) for name, parameter in placed.model.named_parameters()}
+    """{name of entry: (name of the parameter, Piece, tensor)} of what this rank has."""
+    return {name: (name, placed.pieces[name], parameter) for name, parameter in placed.named_parameters()}
 
 
 def _moments(placed, optimizer):
-    """{name of entry: (Piece, tensor)} of the optimizer's state: tensors cut as their parameters are, and numbers."""
+    """As `_weights`, of the optimizer's state: tensors cut as their parameters are, and numbers."""
     found = {}
-    for name, parameter in placed.model.named_parameters():
+    for name, parameter in placed.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 whole = value.shape == parameter.shape
-                found[f"{name}.{key}"] = placed.pieces[name] if whole else Piece(value.shape), value
+                found[f"{name}.{key}"] = name, placed.pieces[name] if whole else Piece(value.shape), value
     if any(optimizer.state.values()) and not found:
         raise RuntimeError("the optimizer's state belongs to no parameter of the model: it would be lost")
     return found
+
+
+def _outline(placed, held):
+    """Where everything goes, of this and of the other stages. Collective over the pipeline."""
+    mine = {entry: (tensor.dtype, piece.shape) for entry, (_, piece, tensor) in held.items()}
+    stages = [mine]
+    if placed.mesh.layout.pipeline > 1:
+        stages = [None] * placed.mesh.layout.pipeline
+        dist.all_gather_object(stages, mine, group=placed.mesh["pipeline"])
+    return tensors.Outline({entry: what for stage in stages for entry, what in stage.items()})
 
 
 def _begin(path, outlines):
@@ -92,19 +103,19 @@ def _begin(path, outlines):
 def _write_pieces(file, outline, held, placed):
     handle = os.open(file, os.O_WRONLY)
     try:
-        for number, (name, (piece, tensor)) in enumerate(held.items()):
-            if placed.writes(piece, number):
+        for number, (entry, (name, piece, tensor)) in enumerate(held.items()):
+            if placed.writes(name, piece, number):
                 for box, values in placed.boxes(piece, tensor):
-                    outline.write(handle, name, box, values)
+                    outline.write(handle, entry, box, values)
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _finish(hidden, path, step, model, tokenizer_dir, state):
+def _finish(hidden, path, step, placed, tokenizer_dir, state):
     """What is not made of pieces, and the rename. Root only."""
     with files.failing_as_io(path):
-        config = model.config
+        config, model = placed.config, placed.model
         config.architectures = [class_name(model)]
         config.dtype = "float32"
         config.save_pretrained(hidden)
@@ -177,7 +188,7 @@ def load_optimizer(path, placed, optimizer):
 
     Every rank reads its own pieces.
     """
-    parameters = dict(placed.model.named_parameters())
+    parameters = dict(placed.named_parameters())
     file = Path(path) / OPTIMIZER
     try:
         with safe_open(file, framework="pt") as saved:
@@ -186,8 +197,10 @@ def load_optimizer(path, placed, optimizer):
             for entry in saved.keys():  # noqa: SIM118 (not a dict)
                 name, _, key = entry.rpartition(".")
                 parameter = parameters.get(name)
-                if parameter is None:
+                if name not in placed.pieces:
                     raise DataError(f"{file}: state for {name}, which this model does not have")
+                if parameter is None:  # another stage's
+                    continue
                 shape = torch.Size(saved.get_slice(entry).get_shape())
                 if shape == placed.pieces[name].shape:
                     value = torch.empty_like(parameter, requires_grad=False)

@@ -67,6 +67,11 @@ class Parallel(Section):
     """Ranks that share each layer."""
     pipeline: int = Field(1, ge=1)
     """Ranks that share the stack of layers."""
+    pipeline_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """In which order a pipeline's ranks compute: 1f1b; interleaved, with several stages a rank; zero_bubble, where
+    weights' gradients fill what would be idle time."""
+    stages_per_rank: int = Field(1, ge=1)
+    """Stages that each rank of a pipeline has: 1, except for interleaved, which needs 2 or more."""
     context: int = Field(1, ge=1)
     """Ranks that share each sequence."""
     sharding: Literal["none", "optimizer", "gradients", "full", "hybrid"] = "none"
@@ -79,9 +84,25 @@ class Parallel(Section):
 
     @model_validator(mode="after")
     def axes_that_run(self):
-        for axis in ("pipeline", "context"):
-            if getattr(self, axis) != 1:
-                raise ValueError(f"{axis} = {getattr(self, axis)}: this version runs no {axis} axis; set it to 1")
+        if self.context != 1:
+            raise ValueError(f"context = {self.context}: this version runs no context axis; set it to 1")
+        return self
+
+    @model_validator(mode="after")
+    def stages_that_a_schedule_takes(self):
+        several, plural = self.stages_per_rank > 1, self.pipeline_schedule == "interleaved"
+        if plural != several:
+            raise ValueError(
+                f'pipeline_schedule = "{self.pipeline_schedule}" and stages_per_rank = {self.stages_per_rank}: '
+                "interleaved, and no other, has 2 or more stages a rank"
+            )
+        if self.pipeline == 1 and (several or self.pipeline_schedule != "1f1b"):
+            raise ValueError(f'pipeline_schedule = "{self.pipeline_schedule}" needs a pipeline of 2 ranks or more')
+        if self.pipeline_schedule == "zero_bubble" and self.sharding != "none":
+            raise ValueError(
+                f'pipeline_schedule = "zero_bubble" goes with sharding = "none", not "{self.sharding}": FSDP2 takes '
+                "gradients away before those that are put off are there"
+            )
         return self
 
 

@@ -1,10 +1,13 @@
 """How good a model is on held-out samples: each counted once, at any number of ranks."""
 
 import contextlib
+import itertools
 import math
 
 import torch
 import torch.distributed as dist
+
+from .parallel.runner import Work
 
 
 def arithmetic(precision, device):
@@ -14,29 +17,42 @@ def arithmetic(precision, device):
     return contextlib.nullcontext()
 
 
-@torch.no_grad()
-def evaluate(net, source, ranks, width, precision, divided=False):
-    """Mean loss per target (nats), perplexity and accuracy of `net` over all samples of `source`. Collective.
+def of_task(task, device, precision, score=False):
+    """The Work (parallel.runner) of a task (module of hpcllm.tasks) on micro-batches (data.batches.MicroBatch).
 
-    ranks: whoever shares out the samples, with rank, size and group (mpi.World or mesh.Mesh.data). width: samples per
-    forward. divided: `net` communicates in forward, so all ranks call it equally often. Each rank sums over its samples
-    in fp64; sums and counts meet once at the end.
+    Its loss is `task.loss_sum`'s first value; with `score` it is both.
     """
-    training, device = net.training, next(net.parameters()).device
-    net.eval()
+
+    def inputs(batch):
+        return task.inputs(batch.input_ids.to(device))
+
+    def loss(net, batch):
+        found = task.loss_sum(net, inputs(batch), batch.labels.to(device), score)
+        return found if score else found[0]
+
+    return Work(inputs, loss, lambda batch: None if score else batch.seed, lambda: arithmetic(precision, device))
+
+
+def evaluate(placed, source, width, precision):
+    """Mean loss per target (nats), perplexity and accuracy of `placed` (parallel.apply.Placed) over all of `source`.
+
+    width: samples per forward. Each rank sums over its samples in fp64; sums and counts meet once at the end.
+    Collective.
+    """
+    data, nothing = placed.mesh.data, source.nothing()
+    work = of_task(source.task, placed.parameters()[0].device, precision, score=True)
     sums = torch.zeros(4, dtype=torch.float64)  # loss, right, targets, samples
-    for batch in source.validation(ranks.rank, ranks.size, width):
-        input_ids, labels, count = batch.input_ids.to(device), batch.labels.to(device), len(batch.input_ids)
-        if count == 0:
-            if not divided:
-                continue
-            input_ids = torch.zeros((1, source.sequence_length), dtype=torch.int64, device=device)
-            labels = torch.full_like(input_ids, -100)  # nothing that counts
-        with arithmetic(precision, device):
-            loss, right = source.task.loss_sum(net, input_ids, labels, score=True)
-        sums += torch.tensor([loss.item(), right.item(), batch.targets, count], dtype=torch.float64)
-    dist.all_reduce(sums, group=ranks.group)
-    net.train(training)
+    placed.train(False)
+    batches = source.validation(data.rank, data.size, width)
+    # Enough at a time to keep a pipeline full.
+    while window := list(itertools.islice(batches, 4 * placed.mesh.layout.pipeline)):
+        window = [batch if batch.samples else nothing for batch in window if batch.samples or placed.divided]
+        results = placed.runner.run(window, work)
+        for batch, (loss, right) in zip(window, results, strict=False):  # no results but of the last stage
+            sums += torch.tensor([loss.item(), right.item(), batch.targets, batch.samples], dtype=torch.float64)
+    dist.all_reduce(sums, group=placed.mesh.losses)
+    placed.train()
+    placed.reshard()
     loss, right, targets, samples = sums.tolist()
     mean = loss / max(targets, 1)
     return {

@@ -20,11 +20,11 @@ from .mpi import work
 class Clock:
     """Where the time of a step goes on this rank: waiting for data, computing, communicating.
 
-    group: process group of all ranks; data: that of this rank's data axis, over which losses add up.
+    group: process group of all ranks; losses: that over which losses add up.
     """
 
-    def __init__(self, group, data):
-        self._group, self._data = group, data
+    def __init__(self, group, losses):
+        self._group, self._losses = group, losses
         self.start()
 
     def start(self):
@@ -47,7 +47,7 @@ class Clock:
             dtype=torch.float64,
         )
         total = torch.tensor([float(loss_sum)], dtype=torch.float64)
-        dist.all_reduce(total, group=self._data)
+        dist.all_reduce(total, group=self._losses)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self._group)
         names = ("step_s", "data_s", "compute_s", "communication_s", "memory_bytes")
         values = dict(zip(names, slowest.tolist(), strict=True))

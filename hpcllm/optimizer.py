@@ -6,13 +6,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 
-def build(model, train):
-    """torch optimizer for the parameters of `model` as the run file's [train] section says.
+def build(placed, train):
+    """torch optimizer for the parameters of `placed` (parallel.apply.Placed, or a module) as the run file's [train]
+    section says.
 
     Biases and norms (parameters of one dim) are exempt from weight decay. AdamW: Loshchilov and Hutter 2019, decoupled
     decay; SGD: decay added to the gradient. Both use torch's fused kernels where these can.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in placed.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

@@ -40,10 +40,12 @@ def train(config, world, *, resume=False, overwrite=False):
         return results
     with together(world.comm):
         net = load_or_build(config, last, source.vocabulary)
-        check(net.config, layout)
+        check(net.config, layout, config.parallel.stages_per_rank)
     mesh = meshes.build(layout, world)
-    placed = apply(net, mesh, config.parallel, plan.activation_checkpointing, world.device)
-    adjust = optimizer.build(placed.model, plan)
+    targets = TASKS[config.model.task].target_fraction(config.data)
+    placed = apply(net, mesh, config.parallel, plan.activation_checkpointing, world.device, targets)
+    del net  # what other stages hold of it
+    adjust = optimizer.build(placed, plan)
     with together(world.comm):
         if last:
             checkpoint.load_optimizer(last, placed, adjust)
@@ -69,16 +71,12 @@ def train(config, world, *, resume=False, overwrite=False):
     def measure():
         if not validation:
             return {}
-        # Where the model is divided, forward is a collective call.
-        divided = layout.shard * layout.tensor > 1
-        net = placed.replica if layout.shard > 1 else placed.model
-        scores = evaluate.evaluate(net, validation, mesh.data, plan.micro_batch_size, plan.precision, divided)
-        placed.reshard()
+        scores = evaluate.evaluate(placed, validation, plan.micro_batch_size, plan.precision)
         journal.metrics({"step": state["step"], "samples": state["samples"], **scores})
         progress.say(f"step {state['step']} eval_loss={scores['eval_loss']:.4f} accuracy={scores['eval_accuracy']:.4f}")
         return scores
 
-    clock, path, scores = monitor.Clock(world.group, mesh["data"]), last, {}
+    clock, path, scores = monitor.Clock(world.group, mesh.losses), last, {}
     positions = itertools.count(state["samples"], plan.global_batch_size)
     todo = itertools.islice(positions, plan.max_steps - state["step"])
     steps = batches.ahead(
@@ -256,31 +254,20 @@ def one_step(placed, adjust, micro_batches, rate, config, device):
     """Forward and backward of this rank's micro-batches and one optimizer step.
 
     Returns (loss summed over this rank's targets, targets of all ranks, gradient norm before clipping). Each rank's
-    loss is a sum, divided by the global number of targets; gradients are summed over ranks (parallel.data).
+    loss is a sum, divided by the global number of targets; gradients are summed over ranks.
     """
-    placed.replica.train()
+    placed.train()
     count = torch.tensor(sum(batch.targets for batch in micro_batches), dtype=torch.int64)
     dist.all_reduce(count, group=placed.mesh["data"])
     targets = max(1, int(count))
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     optimizer.set_learning_rate(adjust, rate)
     adjust.zero_grad()
-    for last, batch in zip(_is_last(micro_batches), micro_batches, strict=True):
-        torch.manual_seed(batch.seed)  # dropout belongs to the micro-batch, not to the rank
-        with placed.micro_batch(last):
-            with evaluate.arithmetic(config.train.precision, device):
-                loss, _ = TASKS[config.model.task].loss_sum(
-                    placed.replica, batch.input_ids.to(device), batch.labels.to(device)
-                )
-            (loss / targets).backward()
-        loss_sum += loss.detach()
+    work = evaluate.of_task(TASKS[config.model.task], device, config.train.precision)
+    losses = placed.step(micro_batches, work, targets)
+    loss_sum = torch.stack(losses).double().sum() if losses else 0.0
     grad_norm = placed.clip_gradients(config.train.max_grad_norm)
     adjust.step()
     return loss_sum, targets, grad_norm
-
-
-def _is_last(items):
-    return [False] * (len(items) - 1) + [True]
 
 
 def due(step, every):

@@ -89,7 +89,7 @@ def test_the_loss_is_that_of_transformers_summed(kind):
     taken, _ = TASKS[task].span(32)
     rows = TASKS[task].rows(tokens(4, taken), order.key(5, 0, np.arange(4)), WORDS, 0.15)
     input_ids, labels = (torch.from_numpy(row) for row in rows)
-    loss, right = TASKS[task].loss_sum(net, input_ids, labels, score=True)
+    loss, right = TASKS[task].loss_sum(net, TASKS[task].inputs(input_ids), labels, score=True)
     loss.backward()
     gradient = net.get_input_embeddings().weight.grad.clone()
 

@@ -11,6 +11,7 @@ import hpcllm.mpi
 from hpcllm import config, evaluate, train
 from hpcllm.data import batches
 from hpcllm.errors import CannotCreate, DataError, Diverged, Refusal, UsageError
+from hpcllm.parallel.apply import whole
 
 SMALL = {
     "bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
@@ -96,20 +97,28 @@ NO_DROPOUT = {
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("sharding", ["none", "optimizer", "gradients", "full"])
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_a_run_goes_on_under_another_layout_with_the_same_losses(world, prepared, tmp_path, sharding, tensor):
-    if world.size % tensor:
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "sharding", "schedule"),
+    [(tensor, 1, sharding, "1f1b") for tensor in (1, 2) for sharding in ("none", "optimizer", "gradients", "full")]
+    + [(1, 2, "none", "1f1b"), (1, 2, "none", "zero_bubble"), (2, 2, "none", "1f1b"), (1, 2, "full", "1f1b")],
+)
+def test_a_run_goes_on_under_another_layout_with_the_same_losses(
+    world, prepared, tmp_path, tensor, pipeline, sharding, schedule
+):
+    if world.size % (tensor * pipeline):
         pytest.skip("ranks do not divide")
     base = shared(world, tmp_path)
     changes = {**NO_DROPOUT, "checkpoint.every_steps": 3, "train.eval_every_steps": 3}
-    layout = {"parallel.tensor": tensor, "parallel.sharding": sharding}
+    layout = {"parallel.tensor": tensor, "parallel.sharding": sharding, "parallel.pipeline": pipeline}
+    layout |= {"parallel.pipeline_schedule": schedule}
     reference = settings(prepared, tmp_path / "alone", **changes)
     expected = train.train(reference, hpcllm.mpi.alone(world))
     # Three steps under the one layout, three under another.
     first = settings(prepared, base / "run", **{**changes, **layout, "train.max_steps": 3})
     train.train(first, world)
     other = {"parallel.sharding": "gradients" if sharding == "none" else "none"}
+    if sharding == "full" and world.size % 2 == 0:
+        other["parallel.pipeline"] = 2
     second = settings(prepared, base / "run", **{**changes, **other, "train.activation_checkpointing": "true"})
     results = train.train(second, world, resume=True)
     # Saved right after an evaluation, which leaves weights gathered under some shardings.
@@ -174,8 +183,8 @@ def test_every_validation_sample_counts_once(world, prepared, tmp_path):
     validation = opened(run, world, run.data.validation)
     net = train.model.load(results["checkpoint"], "masked_lm")
     for width in (1, 5, 1000):
-        scores = evaluate.evaluate(net, validation, world, width, "fp32")
-        reference = evaluate.evaluate(net, validation, hpcllm.mpi.alone(world), 3, "fp32")
+        scores = evaluate.evaluate(whole(net, world), validation, width, "fp32")
+        reference = evaluate.evaluate(whole(net, hpcllm.mpi.alone(world)), validation, 3, "fp32")
         assert scores["eval_samples"] == reference["eval_samples"] == len(validation)
         assert scores["eval_targets"] == reference["eval_targets"] == results["eval_targets"]
         assert scores["eval_accuracy"] == reference["eval_accuracy"]

@@ -19,11 +19,15 @@ _VALIDATION = -1  # the "epoch" of evaluation: its masking never changes
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward's input. input_ids, labels: int64 tensors [B, sequence_length]; seed: for dropout."""
+    """One forward's input. input_ids, labels: int64 tensors [B, sequence_length]; seed: for dropout.
+
+    samples: how many of the rows count; all that there are, or none.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     seed: int
+    samples: int
 
     @property
     def targets(self):
@@ -56,7 +60,12 @@ class Source:
         tokens = self.stream.gather(samples * stride, taken)
         input_ids, labels = self.task.rows(tokens, keys, self.vocabulary, self.mlm_probability)
         seed = int(order.key(keys[0], 4)) >> 1 if len(keys) else 0
-        return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels), seed)
+        return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels), seed, len(samples))
+
+    def nothing(self):
+        """A row without targets, for ranks that have no sample left but must call what the others call."""
+        input_ids = torch.zeros((1, self.sequence_length), dtype=torch.int64)
+        return MicroBatch(input_ids, torch.full_like(input_ids, -100), 0, 0)
 
     def training_step(self, position, rank, size, train):
         """This rank's micro-batches of the global batch that starts after `position` consumed samples."""

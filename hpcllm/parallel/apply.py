@@ -1,83 +1,147 @@
 """`apply`: a model becomes this rank's part of a layout. The one place where the order of things matters."""
 
 import contextlib
+import functools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from . import data, sharding, tensor
+from . import data, deferred, pipeline, sharding, tensor
 from . import mesh as meshes
 from .pieces import Piece
+from .runner import Runner
+
+_TRAVELS_AS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def apply(model, mesh, parallel, activation_checkpointing=False, device=None):
+def apply(model, mesh, parallel, activation_checkpointing=False, device=None, targets=1.0):
     """Turn `model`, whole and the same on all ranks, into this rank's part of it; returns a `Placed`.
 
-    mesh: mesh.Mesh; parallel: the run file's [parallel] section; device: where the parts go. Raises UsageError, the
-    same on every rank, for a model that cannot be divided like that. Collective.
+    mesh: mesh.Mesh; parallel: the run file's [parallel] section; device: where the parts go; targets: fraction of the
+    tokens that reach the output layer. `model` is used up. Raises UsageError, the same on every rank, for a model that
+    cannot be divided like that. Collective.
     """
-    pieces = {}
-    if mesh.layout.tensor > 1:
+    layout, pieces = mesh.layout, {}
+    whole = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if layout.tensor > 1:
         # First: it needs modules and weights as transformers made them, and what follows sees only smaller layers.
         pieces = tensor.split(model, mesh["tensor"])
     if activation_checkpointing:
         # Then, so that the sums over the tensor axis are recomputed with what they belong to.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[parallel.reduce_dtype]
-    pieces = {name: pieces.get(name, Piece(parameter.shape)) for name, parameter in model.named_parameters()}
-    if mesh.layout.shard == 1:
+        enable({"use_reentrant": False, "context_fn": deferred.contexts})
+    pieces = {name: pieces.get(name, Piece(shape)) for name, shape in whole.items()}
+    # Then layers are dealt out, as they are: a part is a model like the whole.
+    stages = layout.pipeline * parallel.stages_per_rank
+    parts, shared = pipeline.take(model, stages, mesh, whole, targets) if stages > 1 else ([pipeline.alone(model)], {})
+    reduce_dtype = _TRAVELS_AS[parallel.reduce_dtype]
+    replica = None
+    if layout.shard > 1:
         # Last: whoever carries gradients must see the weights that are there in the end. On the device are only parts.
-        model = model if device is None else model.to(device)
-        replica = data.replicate(model, mesh["data"], reduce_dtype)
+        devices = mesh.devices["replicate", "shard"] if layout.replicate > 1 else mesh.devices["shard"]
+        for part in parts:
+            sharding.shard(part.model, devices, parallel.sharding, reduce_dtype)
     else:
-        devices = mesh.devices["replicate", "shard"] if mesh.layout.replicate > 1 else mesh.devices["shard"]
-        replica = sharding.shard(model, devices, parallel.sharding, reduce_dtype)
-    return Placed(model, replica, mesh, parallel.sharding, pieces)
+        for part in parts:
+            part.to(device or "cpu")
+        if stages == 1:
+            replica = data.replicate(model, mesh["data"], reduce_dtype)
+    return Placed(parts, replica or parts[0].model, mesh, parallel, model.config, pieces, shared, device)
 
 
-def check(config, layout):
+def check(config, layout, stages_per_rank=1):
     """Raise UsageError for a transformers configuration whose model cannot be divided as `layout` says."""
     if layout.tensor > 1:
         tensor.plan(config)
         tensor.check(config, layout.tensor)
+    if layout.pipeline * stages_per_rank > 1:
+        pipeline.check(config, layout.pipeline * stages_per_rank)
 
 
-def whole(model):
-    """`model` as the `Placed` of one rank by itself."""
+def whole(model, world=None):
+    """`model` as the `Placed` of ranks that hold it whole, each for itself: to evaluate, or to save.
+
+    world: mpi.World, whose ranks share out samples; None: there is but one.
+    """
     pieces = {name: Piece(parameter.shape) for name, parameter in model.named_parameters()}
-    return Placed(model, model, meshes.alone(), "none", pieces)
+    alone = SimpleNamespace(sharding="none", pipeline_schedule="1f1b", reduce_dtype="fp32")
+    return Placed([pipeline.alone(model)], model, meshes.replicas(world), alone, model.config, pieces, {})
 
 
 @dataclass(frozen=True)
 class Placed:
     """A model on its mesh.
 
-    model: the module with this rank's parameters; replica: what forward is called on; pieces: parameter name ->
-    pieces.Piece, what of the whole tensor is cut to this rank by the tensor axis.
+    parts: the pipeline.Part of each stage that this rank has; replica: what forward is called on where there is but one
+    stage; parallel, config: the run file's section, transformers' configuration of the whole; pieces: parameter name ->
+    pieces.Piece, what of the whole tensor is cut to this rank by the tensor axis, for all parameters of the model;
+    shared: name -> (pipeline ranks, their process group) of parameters that several stages hold.
     """
 
-    model: Any
+    parts: list
     replica: Any
     mesh: Any
-    sharding: str
+    parallel: Any
+    config: Any
     pieces: dict
+    shared: dict
+    device: Any = None
+
+    @functools.cached_property
+    def runner(self):
+        return Runner(self, self.parallel.pipeline_schedule, self.device or torch.device("cpu"))
+
+    @property
+    def model(self):
+        """The module of this rank's first stage: of the model's class, with some of its layers."""
+        return self.parts[0].model
+
+    @property
+    def divided(self):
+        """True where no rank has the whole model, so that forward is a collective call."""
+        return self.mesh.layout.size > self.mesh.layout.replicate
+
+    def named_parameters(self):
+        """(name in the whole model, parameter) of all that this rank has."""
+        return {name: p for part in self.parts for name, p in part.named_parameters_of_whole()}.items()
+
+    def parameters(self):
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def train(self, mode=True):
+        for part in self.parts:
+            part.train(mode)
 
     @contextlib.contextmanager
-    def micro_batch(self, last):
-        """Around forward and backward of one micro-batch; gradients are everybody's after the `last` of a step."""
-        if self.mesh.layout.shard == 1:
-            with contextlib.nullcontext() if last else self.replica.no_sync():
-                yield
-        else:
-            sharding.last_micro_batch(self.replica, last, self.sharding)
+    def micro_batch(self, part, last):
+        """Around forward and around backward of a micro-batch in `part`; the `last` of a step completes gradients."""
+        if self.mesh.layout.shard > 1:
+            sharding.last_micro_batch(part.model, last, self.parallel.sharding)
+        carries = isinstance(self.replica, DistributedDataParallel)
+        with self.replica.no_sync() if carries and not last else contextlib.nullcontext():
             yield
+
+    def step(self, batches, work, divisor):
+        """Forward and backward of this rank's micro-batches; gradients are everybody's then. See `Runner.run`.
+
+        Returns the losses, on ranks of the last stage. Collective.
+        """
+        losses = self.runner.run(batches, work, divisor)
+        if len(self.parts) * self.mesh.layout.pipeline > 1 and self.mesh.layout.shard == 1:
+            data.add_up(self.parameters(), self.mesh["data"], _TRAVELS_AS[self.parallel.reduce_dtype])
+        held = dict(self.named_parameters())
+        for name in sorted(self.shared):  # in one order everywhere
+            dist.all_reduce(sharding.local(held[name].grad), group=self.shared[name][1])
+        return losses
 
     def reshard(self):
         """Every rank holds its shards alone again, as optimizer and checkpoints know them."""
-        sharding.reshard(self.model)
+        for part in self.parts:
+            sharding.reshard(part.model)
 
     def places(self, piece, tensor):
         """Boxes of the whole tensor and of this rank's part of it, for a parameter or one of its moments."""
@@ -90,9 +154,14 @@ class Placed:
         mine = sharding.local(tensor)
         return [(outer, mine[inner]) for outer, inner in self.places(piece, tensor)]
 
-    def writes(self, piece, number):
-        """True on one of the ranks that hold the same part of the tensor number `number`: they take turns."""
+    def writes(self, name, piece, number):
+        """True on one of the ranks that hold the same `piece` of the parameter `name`, or of a moment of it.
+
+        They take turns by `number`.
+        """
         layout, place = self.mesh.layout, self.mesh.place
+        if not self._first_holder(name):
+            return False
         copies, mine = layout.replicate, place["replicate"]
         if piece.dim is None:
             copies, mine = copies * layout.tensor, mine * layout.tensor + place["tensor"]
@@ -100,19 +169,24 @@ class Placed:
             copies, mine = copies * layout.shard, mine * layout.shard + place["shard"]
         return number % copies == mine
 
+    def _first_holder(self, name):
+        """False where a rank of an earlier stage has the parameter too."""
+        return name not in self.shared or self.shared[name][0][0] == self.mesh.place["pipeline"]
+
     @torch.no_grad()
     def clip_gradients(self, bound):
         """Scale gradients down to a 2-norm of `bound` over the whole model; returns the norm before, a float.
 
         Every element counts once, whoever holds it. Collective.
         """
-        gradients = {n: sharding.local(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+        gradients = {n: sharding.local(p.grad) for n, p in self.named_parameters() if p.grad is not None}
         first = self.mesh.place["tensor"] == 0  # what is not cut is the same on all of the axis
-        mine = [g for n, g in gradients.items() if first or self.pieces[n].dim is not None]
+        mine = [g for n, g in gradients.items() if self._first_holder(n) and (first or self.pieces[n].dim is not None)]
         norms = torch._foreach_norm(mine) if mine else []
         total = torch.stack([norm.double() for norm in norms]).square().sum() if norms else torch.zeros(())
         total = total.double().cpu()
-        dist.all_reduce(total, group=self.mesh.replica)
+        if self.divided:
+            dist.all_reduce(total, group=self.mesh.replica)
         norm = float(total.sqrt())
         if bound and norm > bound:
             torch._foreach_mul_(list(gradients.values()), bound / (norm + 1e-6))

@@ -2,6 +2,8 @@
 
 import inspect
 
+import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ..mpi import hooks
@@ -19,3 +21,28 @@ def replicate(model, group, reduce_dtype=None):
     replica = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True, **quiet)
     replica.register_comm_hook(group, hooks.sum_gradients_as(reduce_dtype))
     return replica
+
+
+def add_up(parameters, group, reduce_dtype=None, bytes_at_once=25 << 20):
+    """Leave the sum over the ranks of `group` in the gradients of `parameters`, many in one message.
+
+    For what no wrapper carries: stages of a pipeline, whose last backward pass is nobody's cue.
+    """
+    if dist.get_world_size(group) == 1:
+        return
+    gradients, count = [], 0
+    for number, parameter in enumerate(parameters, 1):
+        gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        parameter.grad = gradients[-1]
+        count += gradients[-1].nbytes
+        if count >= bytes_at_once or number == len(parameters):
+            _add_up(gradients, group, reduce_dtype)
+            gradients, count = [], 0
+
+
+def _add_up(gradients, group, reduce_dtype):
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    travelling = flat if reduce_dtype is None else flat.to(reduce_dtype)
+    dist.all_reduce(travelling, group=group)
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(
+        travelling.split([gradient.numel() for gradient in gradients]), gradients, strict=True)])  # fmt: skip

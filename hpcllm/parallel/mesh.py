@@ -124,13 +124,15 @@ class Mesh:
     """The groups that this rank belongs to.
 
     layout, place: see `Layout`. mesh["data"] and the other axes give process groups; `replica` is the group of all
-    ranks that hold one copy of the model between them; `devices` is torch's DeviceMesh of the axes in AXES.
+    ranks that hold one copy of the model between them, `losses` that of the data and pipeline axes, over which a loss
+    that the last stages know adds up; `devices` is torch's DeviceMesh of the axes in AXES.
     """
 
     layout: Layout
     place: dict
     groups: dict
     replica: Any
+    losses: Any
     devices: Any
 
     def __getitem__(self, axis):
@@ -142,20 +144,25 @@ class Mesh:
         return SimpleNamespace(rank=self.place["data"], size=self.layout.data, group=self.groups["data"])
 
 
-def alone(group=None):
-    """The Mesh of one rank by itself. group: the process group of this rank alone, None where none is needed."""
-    made = Layout(1, 1, 1, 1, 1)
-    return Mesh(made, made.place(0), dict.fromkeys((*AXES, "data"), group), group, None)
+def replicas(world=None):
+    """The Mesh of ranks that hold the whole model each; without a world (mpi.World), of one rank by itself."""
+    size, rank, group = (world.size, world.rank, world.group) if world else (1, 0, None)
+    made = Layout(size, 1, 1, 1, 1)
+    groups = dict.fromkeys((*AXES, "data")) | {"replicate": group, "data": group}
+    return Mesh(made, made.place(rank), groups, None if size > 1 else group, group, None)
 
 
 def build(made, world):
     """Mesh of a Layout. Collective over `world`."""
     if made.size == 1:
-        return alone(world.group)
+        return replicas(world)
     from torch.distributed.device_mesh import init_device_mesh
 
     devices = init_device_mesh(world.device.type, made.sizes, mesh_dim_names=AXES)
     groups = {axis: devices[axis].get_group() for axis in AXES}
     groups["data"] = devices["replicate", "shard"]._flatten("data").get_group()
     replica = devices["shard", "pipeline", "context", "tensor"]._flatten("replica").get_group()
-    return Mesh(made, made.place(world.rank), groups, replica, devices)
+    losses = groups["data"]
+    if made.pipeline > 1:
+        losses = devices["replicate", "shard", "pipeline"]._flatten("losses").get_group()
+    return Mesh(made, made.place(world.rank), groups, replica, losses, devices)

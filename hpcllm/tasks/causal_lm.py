@@ -28,7 +28,14 @@ def rows(tokens, keys, vocabulary, mlm_probability):
     return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
 
-def loss_sum(model, input_ids, labels, score=False):
-    """As `masked_lm.loss_sum`: labels are shifted in `rows`, so the loss is that of any classifier of tokens."""
-    # The keys and values that generation would keep are of no use here, and cost memory.
-    return masked_lm.loss_sum(model, input_ids, labels, score, use_cache=False)
+def target_fraction(data):
+    """Fraction of the tokens that are targets."""
+    return 1.0
+
+
+def inputs(input_ids):
+    """The model's keyword arguments. The keys and values that generation would keep are of no use here."""
+    return {"input_ids": input_ids, "use_cache": False}
+
+
+loss_sum = masked_lm.loss_sum  # labels are shifted in `rows`, so the loss is that of any classifier of tokens

@@ -56,10 +56,20 @@ def rows(tokens, keys, vocabulary, mlm_probability):
     return input_ids, labels
 
 
-def loss_sum(model, input_ids, labels, score=False, **forward):
+def target_fraction(data):
+    """Fraction of the tokens that are targets. data: the run file's [data] section."""
+    return data.mlm_probability
+
+
+def inputs(input_ids):
+    """The model's keyword arguments."""
+    return {"input_ids": input_ids}
+
+
+def loss_sum(model, given, labels, score=False):
     """(sum of the cross entropy over all targets in nats, targets predicted right), scalar tensors.
 
-    score: False spares the second, which is then None. forward: further arguments of the model.
+    given: what `inputs` made; score: False spares the second, which is then None.
 
     Only the rows of targets reach the vocabulary: with 15 % of the tokens masked that saves 85 % of the logits.
     """
@@ -74,7 +84,7 @@ def loss_sum(model, input_ids, labels, score=False, **forward):
     # First, so that only these rows reach a vocabulary that ranks share.
     hook = head.register_forward_pre_hook(only_targets, prepend=True)
     try:
-        logits = model(input_ids=input_ids, **forward).logits.float()
+        logits = model(**given).logits.float()
     finally:
         hook.remove()
     targets = targets.index_select(0, rows)

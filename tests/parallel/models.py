@@ -1,5 +1,6 @@
 """Tiny models of four families, batches for them, and training in one process to compare with."""
 
+import contextlib
 import functools
 
 import torch
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from hpcllm.parallel import vocabulary
+from hpcllm.parallel.runner import Work
 
 # Odd numbers where ranks may have unequal parts.
 WORDS, LENGTH, ROWS, BATCHES, STEPS = 101, 8, 2, 12, 2
@@ -68,14 +70,25 @@ def batch(number):
     return [torch.randint(0, WORDS, (ROWS, LENGTH), generator=draw) for _ in range(2)]
 
 
-def loss(net, model, number):
-    """Cross entropy of batch `number`, summed over all its tokens. net: `model` itself or a wrapper that calls it."""
+def inputs(family, number):
+    """The keyword arguments of a model of `family` for batch `number`."""
     input_ids, labels = batch(number)
-    family = model.config.model_type
     more = {"decoder_input_ids": labels.roll(1, -1)} if family == "t5" else {}
     more |= {} if family == "bert" else {"use_cache": False}
-    logits = net(input_ids=input_ids, **more).logits.flatten(0, -2)
-    return vocabulary.cross_entropy_sum(logits, labels.flatten(), vocabulary.words_of(model.get_output_embeddings()))
+    return {"input_ids": input_ids, **more}
+
+
+def loss(net, number):
+    """Cross entropy of batch `number`, summed over all its tokens. net: a model, or what calls its `module`."""
+    model = getattr(net, "module", net)
+    logits = net(**inputs(model.config.model_type, number)).logits.flatten(0, -2)
+    words = vocabulary.words_of(model.get_output_embeddings())
+    return vocabulary.cross_entropy_sum(logits, batch(number)[1].flatten(), words)
+
+
+def work(family):
+    """What `Placed.step` does with the number of a batch."""
+    return Work(lambda number: inputs(family, number), loss, lambda number: number, contextlib.nullcontext)
 
 
 @functools.cache
@@ -88,7 +101,7 @@ def train_alone(family, steps=STEPS, bound=1.0, **how):
         total = 0.0
         for number in range(step * BATCHES, (step + 1) * BATCHES):
             torch.manual_seed(number)
-            part = loss(model, model, number) / (BATCHES * ROWS * LENGTH)
+            part = loss(model, number) / (BATCHES * ROWS * LENGTH)
             part.backward()
             total += part.item()
         told += [total, float(torch.nn.utils.clip_grad_norm_(model.parameters(), bound))]

@@ -1,5 +1,6 @@
 """One loss curve, whatever the layout: against one process, for four families of models."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import models
@@ -11,8 +12,10 @@ from transformers import MixtralConfig, XLNetConfig
 from hpcllm.errors import UsageError
 from hpcllm.mpi import launcher
 from hpcllm.parallel import mesh as meshes
+from hpcllm.parallel import pipeline as stages
 from hpcllm.parallel import tensor as tensor_axis
 from hpcllm.parallel.apply import apply, check
+from hpcllm.parallel.apply import whole as apply_whole
 from hpcllm.parallel.regions import OwnRandomness
 
 pytestmark = pytest.mark.mpi
@@ -24,7 +27,8 @@ HOSTS = [f"host{rank // (SIZE // 2)}" for rank in range(SIZE)] if SIZE % 2 == 0 
 
 
 def parallel(**changes):
-    given = {"tensor": 1, "pipeline": 1, "context": 1, "sharding": "none", "reduce_dtype": "fp32"} | changes
+    given = {"tensor": 1, "pipeline": 1, "context": 1, "sharding": "none", "reduce_dtype": "fp32"}
+    given |= {"pipeline_schedule": "1f1b", "stages_per_rank": 1} | changes
     return SimpleNamespace(**given)
 
 
@@ -41,14 +45,15 @@ def built(layout, world):
 def place(world, model, activation_checkpointing=False, **changes):
     section = parallel(**changes)
     mesh = built(meshes.layout(section, HOSTS), world)
-    check(model.config, mesh.layout)
+    check(model.config, mesh.layout, section.stages_per_rank)
     return apply(model, mesh, section, activation_checkpointing)
 
 
 def whole(placed, name, tensor):
-    """The tensor of the whole model of which this rank holds a part. Collective."""
+    """The tensor of the whole model of which this rank holds a part, or None. Collective."""
     parts = [None] * dist.get_world_size(placed.mesh.replica)
-    dist.all_gather_object(parts, placed.boxes(placed.pieces[name], tensor), group=placed.mesh.replica)
+    mine = [] if tensor is None else placed.boxes(placed.pieces[name], tensor)
+    dist.all_gather_object(parts, mine, group=placed.mesh.replica)
     full = torch.full(placed.pieces[name].shape, torch.nan)
     for part in parts:
         for box, values in part:
@@ -58,23 +63,25 @@ def whole(placed, name, tensor):
 
 def train(placed, steps=models.STEPS, bound=1.0, lr=0.1):
     """As models.train_alone, on all ranks."""
-    adjust, told = torch.optim.SGD(placed.model.parameters(), lr=lr), []
+    adjust, told = torch.optim.SGD(placed.parameters(), lr=lr), []
     data = placed.mesh.data
     for step in range(steps):
         adjust.zero_grad()
-        total = torch.zeros(1, dtype=torch.float64)
         mine = range(step * models.BATCHES + data.rank, (step + 1) * models.BATCHES, data.size)
-        for number in mine:
-            torch.manual_seed(number)
-            with placed.micro_batch(number == mine[-1]):
-                part = models.loss(placed.replica, placed.model, number)
-                part = part / (models.BATCHES * models.ROWS * models.LENGTH)
-                part.backward()
-            total += part.item()
-        dist.all_reduce(total, group=data.group)
+        count = models.BATCHES * models.ROWS * models.LENGTH
+        total = torch.tensor([float(sum(placed.step(mine, models.work(placed.config.model_type), count))) / count])
+        dist.all_reduce(total, group=placed.mesh.losses)
         told += [total.item(), placed.clip_gradients(bound)]
         adjust.step()
     return told
+
+
+def check_weights(placed, weights):
+    """All of `weights`, of one process, are what ranks have of them between them."""
+    held = dict(placed.named_parameters())
+    for name, expected in weights.items():
+        mine = held[name].detach() if name in held else None
+        assert torch.allclose(whole(placed, name, mine), expected, rtol=1e-4, atol=1e-6), name
 
 
 def largest_difference(told, expected):
@@ -98,10 +105,113 @@ def test_losses_norms_and_weights_do_not_depend_on_the_layout(world, family, ten
     expected, weights = models.train_alone(family)
     placed = place(world, models.build(family), tensor=tensor, sharding=sharding)
     assert largest_difference(train(placed), expected) < 1e-5
-    names = [name for name, _ in placed.model.named_parameters()]
-    assert names == list(weights)  # tied weights are one parameter still
-    for name, parameter in placed.model.named_parameters():
-        assert torch.allclose(whole(placed, name, parameter.detach()), weights[name], rtol=1e-4, atol=1e-6), name
+    assert list(placed.pieces) == list(weights)  # tied weights are one parameter still
+    check_weights(placed, weights)
+
+
+PIPELINES = [
+    (pipeline, tensor, how)
+    for pipeline in (2, 3, 4)
+    for tensor in (1, 2)
+    for how in (
+        {"pipeline_schedule": "1f1b"},
+        {"pipeline_schedule": "interleaved", "stages_per_rank": 2},
+        {"pipeline_schedule": "zero_bubble"},
+        {"sharding": "optimizer"},
+        {"sharding": "full"},
+        {"sharding": "full", "pipeline_schedule": "interleaved", "stages_per_rank": 2},
+    )
+    if SIZE % (pipeline * tensor) == 0 and ("sharding" not in how or pipeline * tensor < SIZE)
+]
+
+
+@pytest.mark.parametrize(("pipeline", "tensor", "how"), PIPELINES)
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_layers_that_ranks_share_out_give_the_same(world, family, pipeline, tensor, how):
+    stages = pipeline * how.get("stages_per_rank", 1)
+    layers = -(-stages // 2) if family == "t5" else stages  # T5 has so many twice
+    if family == "t5" and "sharding" in how and "stages_per_rank" in how:
+        with pytest.raises(UsageError, match=r"relative_attention_bias\.weight is shared by two stages of one rank"):
+            place(world, models.build(family, layers=layers), pipeline=pipeline, tensor=tensor, **how)
+        return
+    expected, weights = models.train_alone(family, layers=layers)
+    placed = place(world, models.build(family, layers=layers), pipeline=pipeline, tensor=tensor, **how)
+    assert largest_difference(train(placed), expected) < 1e-5
+    check_weights(placed, weights)
+
+
+@pytest.mark.skipif(SIZE % 2 > 0, reason="needs ranks in pairs")
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_stages_compute_in_bf16_what_one_process_does(world, family, schedule):
+    def arithmetic():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    work = dataclasses.replace(models.work(family), arithmetic=arithmetic)
+    alone = apply_whole(models.build(family))
+    placed = place(world, models.build(family), pipeline=2, pipeline_schedule=schedule)
+    expected = torch.stack(alone.step(range(SIZE // 2 * 3), work, 1)).sum()
+    mine = range(placed.mesh.place["data"], SIZE // 2 * 3, placed.mesh.layout.data)
+    total = sum(placed.step(mine, work, 1), torch.zeros(()))
+    dist.all_reduce(total, group=placed.mesh.losses)
+    assert torch.allclose(total, expected, rtol=1e-6)
+    # Where a gradient is rounded to bf16 depends on what is put off, its size does not.
+    assert placed.clip_gradients(0) == pytest.approx(alone.clip_gradients(0), rel=1e-2)
+
+
+@pytest.mark.skipif(SIZE % 2 > 0, reason="needs ranks in pairs")
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_dropout_and_recomputation_go_with_stages(world, family, schedule):
+    """Stages draw other numbers, and the same when activations are computed again."""
+    told = []
+    for again in (False, True):
+        model = models.build(family, dropout=0.2)
+        told.append(train(place(world, model, again, pipeline=2, pipeline_schedule=schedule)))
+    assert largest_difference(told[1], told[0]) < 1e-5
+    without, _ = models.train_alone(family)
+    assert 1e-3 < largest_difference(told[0], without) < 0.5
+
+
+@pytest.mark.skipif(SIZE < 2, reason="needs stages")
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_any_number_of_micro_batches_will_do(world, count):
+    layers, schedule = 2 * SIZE, {"pipeline_schedule": "interleaved", "stages_per_rank": 2}
+    alone = apply_whole(models.build("gpt2", layers=layers))
+    placed = place(world, models.build("gpt2", layers=layers), pipeline=SIZE, **schedule)
+    for one in (alone, placed):
+        one.step(range(count), models.work("gpt2"), 10)
+    assert placed.clip_gradients(0) == pytest.approx(alone.clip_gradients(0), rel=1e-5)
+
+
+def test_layers_that_are_fewer_than_stages_are_refused_with_the_numbers():
+    with pytest.raises(UsageError, match="6 stages, but the model has 2 layers"):
+        check(models.build("bert").config, meshes.Layout(1, 1, 3, 1, 1), 2)
+    with pytest.raises(UsageError, match="plan for xlnet"):
+        check(XLNetConfig(), meshes.Layout(1, 1, 2, 1, 1))
+
+
+def test_a_model_that_does_more_between_its_layers_is_refused(world):
+    model = models.build("llama")
+    model.model.register_forward_pre_hook(
+        lambda _, __, named: ((), {**named, "inputs_embeds": 2 * named["inputs_embeds"]} if "inputs_embeds" in named
+                              and named["inputs_embeds"] is not None else named), with_kwargs=True)  # fmt: skip
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    with pytest.raises(UsageError, match="llama does more between its layers than its plan says"):
+        stages.split(model, 2, shapes)
+
+
+@pytest.mark.parametrize(
+    ("costs", "count", "bounds"),
+    [
+        ([1, 1, 1, 1], 2, [(0, 2), (2, 4)]),
+        ([1, 1, 1, 4], 2, [(0, 3), (3, 4)]),  # a large head
+        ([4, 1, 1, 1, 1, 4], 3, [(0, 1), (1, 5), (5, 6)]),
+        ([1, 1, 1], 3, [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_stages_have_about_the_same_work(costs, count, bounds):
+    assert stages.balance([(float(cost), 0.0) for cost in costs], count) == bounds
 
 
 @pytest.mark.parametrize("tensor", TENSOR[-1:])
@@ -127,7 +237,7 @@ def test_ranks_hold_their_part_and_no_more(world, family):
         if models.build(family).config.num_attention_heads % SIZE:
             continue
         placed = place(world, models.build(family), **section)
-        held = sum(values.numel() for name, p in placed.model.named_parameters()
+        held = sum(values.numel() for name, p in placed.named_parameters()
                    for _, values in placed.boxes(placed.pieces[name], p.detach()))  # fmt: skip
         # Norms and the biases of sums stay whole; shards are rounded up to rows.
         assert held <= total / SIZE + 0.15 * total
@@ -154,7 +264,7 @@ def test_dropout_is_common_outside_of_regions_and_everybodys_own_inside(world, f
     placed = place(world, models.build(family, dropout=0.2), tensor=TENSOR[-1])
     without, _ = models.train_alone(family)
     assert 1e-3 < largest_difference(train(placed), without) < 0.5
-    first = world.comm.bcast({n: p.detach() for n, p in placed.model.named_parameters()
+    first = world.comm.bcast({n: p.detach() for n, p in placed.named_parameters()
                               if placed.pieces[n].dim is None}, root=0)  # fmt: skip
     for name, values in first.items():
         assert torch.equal(placed.model.get_parameter(name).detach(), values), name

@@ -21,14 +21,13 @@ SGD = PLAN.model_copy(update={"optimizer": "sgd", "sgd_momentum": 0.9})
 
 def step(placed, adjust, number):
     adjust.zero_grad()
-    with placed.micro_batch(True):
-        # The same samples on all ranks, so the sum of their gradients is divided.
-        (models.loss(placed.replica, placed.model, number) / placed.mesh.layout.data).backward()
+    # The same samples on all ranks, so the sum of their gradients is divided.
+    placed.step([number], models.work(placed.config.model_type), placed.mesh.layout.data)
     adjust.step()
 
 
 def trained(placed, plan=PLAN):
-    adjust = optimizer.build(placed.model, plan)
+    adjust = optimizer.build(placed, plan)
     step(placed, adjust, 1)
     return adjust
 
@@ -50,20 +49,22 @@ def save(world, folder, name, placed, adjust):
     return checkpoint.save(world.comm, output, 1, placed, adjust, folder / "tokenizer", {"samples": 1}, 2)
 
 
-LAYOUTS = [(tensor, sharding) for tensor in TENSOR for sharding in SHARDINGS]
+LAYOUTS = [(1, tensor, sharding) for tensor in TENSOR for sharding in SHARDINGS]
+LAYOUTS += [(2, tensor, sharding) for tensor in (1, 2) for sharding in ("none", "optimizer", "full")
+            if SIZE % (2 * tensor) == 0 and (sharding == "none" or 2 * tensor < SIZE)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("tensor", "sharding"), LAYOUTS)
+@pytest.mark.parametrize(("pipeline", "tensor", "sharding"), LAYOUTS)
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
-def test_all_layouts_write_the_same_files(world, folder, family, tensor, sharding):
+def test_all_layouts_write_the_same_files(world, folder, family, pipeline, tensor, sharding):
     skip_what_hosts_cannot_hold(tensor, sharding)
-    placed = place(world, models.build(family), tensor=tensor, sharding=sharding)
-    adjust = optimizer.build(placed.model, PLAN)
+    placed = place(world, models.build(family), pipeline=pipeline, tensor=tensor, sharding=sharding)
+    adjust = optimizer.build(placed, PLAN)
     # The optimizer's state as that of one process that has trained; every rank takes its pieces of it.
     alone = models.build(family)
     reference = trained(whole(alone))
     by_name = {name: reference.state[parameter] for name, parameter in alone.named_parameters()}
-    for name, parameter in placed.model.named_parameters():
+    for name, parameter in placed.named_parameters():
         state = adjust.state[parameter]
         for key, value in by_name[name].items():
             state[key] = value if key == "step" else torch.empty_like(parameter, requires_grad=False)
@@ -89,22 +90,23 @@ def test_all_layouts_write_the_same_files(world, folder, family, tensor, shardin
         assert json.loads((many / "config.json").read_text())["architectures"] == [type(alone).__name__]
 
 
-@pytest.mark.parametrize(("tensor", "sharding"), LAYOUTS)
-def test_what_one_layout_has_saved_another_continues(world, folder, tensor, sharding):
+@pytest.mark.parametrize(("pipeline", "tensor", "sharding"), LAYOUTS)
+def test_what_one_layout_has_saved_another_continues(world, folder, pipeline, tensor, sharding):
     skip_what_hosts_cannot_hold(tensor, sharding)
     first = place(world, models.build("bert"), sharding="full")
     adjust = trained(first, SGD)
     path = save(world, folder, "run", first, adjust)
     step(first, adjust, 2)
     net = model.load(path, "masked_lm")
-    second = place(world, net, tensor=tensor, sharding=sharding)
-    again = optimizer.build(second.model, SGD)
+    second = place(world, net, pipeline=pipeline, tensor=tensor, sharding=sharding)
+    again = optimizer.build(second, SGD)
     checkpoint.load_optimizer(path, second, again)
     step(second, again, 2)
-    for name, parameter in second.model.named_parameters():
-        ours = gathered(second, name, parameter.detach())
-        theirs = gathered(first, name, first.model.get_parameter(name).detach())
-        assert torch.allclose(ours, theirs, atol=1e-6), name
+    ours, theirs = (dict(placed.named_parameters()) for placed in (second, first))
+    for name in second.pieces:
+        here = gathered(second, name, ours[name].detach() if name in ours else None)
+        there = gathered(first, name, theirs[name].detach())
+        assert torch.allclose(here, there, atol=1e-6), name
 
 
 @pytest.mark.skipif(SIZE < 2, reason="needs a rank that fails alone")
