@@ -2,47 +2,53 @@
 
     mpirun -np 4 python -m benchmarks.layouts [--family bert gpt2 llama t5] [--steps 10] [--time]
 
-Tiny models, SGD, fp32, no dropout. For every product of data and tensor axes and every sharding that the ranks allow:
+Tiny models, SGD, fp32, no dropout. For every product of data, pipeline (with every schedule) and tensor axes and every
+sharding that the ranks allow:
 the largest relative difference of the loss and gradient norm of any step, and of the weights after the last step
 (2-norm of the difference), to training in one process. --time: seconds a step of a larger BERT under each layout, over
 this backend and over Gloo, in the same run, one after the other; median (smallest to largest) of the steps.
 """
 
 import argparse
+import contextlib
+import itertools
 import logging
 import statistics
 import time
 import warnings
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import hpcllm.mpi
+from hpcllm.config import Parallel
 from hpcllm.errors import UsageError
 from hpcllm.parallel import mesh as meshes
 from hpcllm.parallel import vocabulary
 from hpcllm.parallel.apply import apply, check
+from hpcllm.parallel.runner import Work
 
 from . import jobs
 
 WORDS, LENGTH, ROWS, BATCHES = 1003, 32, 2, 8
+SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1))
 SHARDINGS = ("none", "optimizer", "gradients", "full", "hybrid")
 FAMILIES = {
     "bert": (
         AutoModelForMaskedLM,
-        {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 130}
+        {"hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 130}
         | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     ),
     "gpt2": (
         AutoModelForCausalLM,
-        {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 64, "resid_pdrop": 0.0}
+        {"n_embd": 64, "n_layer": 8, "n_head": 8, "n_positions": 64, "resid_pdrop": 0.0}
         | {"embd_pdrop": 0.0, "attn_pdrop": 0.0},
     ),
     "llama": (
         AutoModelForCausalLM,
-        {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
+        {"hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
         | {"intermediate_size": 130},
     ),
     "t5": (
@@ -53,7 +59,7 @@ FAMILIES = {
         | {"decoder_start_token_id": 0},
     ),
 }
-LARGER = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
+LARGER = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 2048}
 
 
 def build(family, **changes):
@@ -63,15 +69,25 @@ def build(family, **changes):
     return kind.from_config(config, dtype=torch.float32).train()
 
 
-def loss(net, model, number):
-    """Summed over all tokens of batch `number`."""
+def inputs(family, number):
+    """(the model's keyword arguments, labels) of batch `number`."""
     draw = torch.Generator().manual_seed(number)
     input_ids, labels = (torch.randint(0, WORDS, (ROWS, LENGTH), generator=draw) for _ in range(2))
-    family = model.config.model_type
     more = {"decoder_input_ids": labels.roll(1, -1)} if family == "t5" else {}
     more |= {} if family == "bert" else {"use_cache": False}
-    logits = net(input_ids=input_ids, **more).logits.flatten(0, -2)
-    return vocabulary.cross_entropy_sum(logits, labels.flatten(), vocabulary.words_of(model.get_output_embeddings()))
+    return {"input_ids": input_ids, **more}, labels
+
+
+def loss(net, number):
+    """Summed over all tokens of batch `number`. net: a model, or what calls its `module`."""
+    model = getattr(net, "module", net)
+    given, labels = inputs(model.config.model_type, number)
+    words = vocabulary.words_of(model.get_output_embeddings())
+    return vocabulary.cross_entropy_sum(net(**given).logits.flatten(0, -2), labels.flatten(), words)
+
+
+def work(family):
+    return Work(lambda number: inputs(family, number)[0], loss, lambda number: None, contextlib.nullcontext)
 
 
 def train_alone(family, steps):
@@ -81,12 +97,12 @@ def train_alone(family, steps):
         adjust.zero_grad()
         total = 0.0
         for number in range(step * BATCHES, (step + 1) * BATCHES):
-            part = loss(model, model, number) / (BATCHES * ROWS * LENGTH)
+            part = loss(model, number) / (BATCHES * ROWS * LENGTH)
             part.backward()
             total += part.item()
         told += [total, float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))]
         adjust.step()
-    return told, dict(model.named_parameters())
+    return told, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def train(placed, steps, adjust):
@@ -95,14 +111,10 @@ def train(placed, steps, adjust):
     for step in range(steps):
         began = time.perf_counter()
         adjust.zero_grad()
-        total = torch.zeros(1, dtype=torch.float64)
         mine = range(step * BATCHES + data.rank, (step + 1) * BATCHES, data.size)
-        for number in mine:
-            with placed.micro_batch(number == mine[-1]):
-                part = loss(placed.replica, placed.model, number) / (BATCHES * ROWS * LENGTH)
-                part.backward()
-            total += part.item()
-        dist.all_reduce(total, group=data.group)
+        losses = placed.step(mine, work(placed.config.model_type), BATCHES * ROWS * LENGTH)
+        total = torch.tensor([float(sum(losses)) / (BATCHES * ROWS * LENGTH)], dtype=torch.float64)
+        dist.all_reduce(total, group=placed.mesh.losses)
         told += [total.item(), placed.clip_gradients(1.0)]
         adjust.step()
         seconds.append(time.perf_counter() - began)
@@ -112,9 +124,9 @@ def train(placed, steps, adjust):
 def distance(placed, weights):
     """2-norm of the difference of all weights, over that of the weights. Each element counts once."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for number, (name, parameter) in enumerate(placed.model.named_parameters()):
+    for number, (name, parameter) in enumerate(placed.named_parameters()):
         piece = placed.pieces[name]
-        if placed.writes(piece, number):
+        if placed.writes(name, piece, number):
             for box, values in placed.boxes(piece, parameter.detach()):
                 sums += torch.stack([(values - weights[name][box]).double().square().sum(),
                                      weights[name][box].double().square().sum()])  # fmt: skip
@@ -124,19 +136,33 @@ def distance(placed, weights):
 
 def layouts(world, config):
     """(section, Layout) of all that these ranks and this model allow, no two alike."""
+    axes = itertools.product(range(1, world.size + 1), range(1, world.size + 1), SHARDINGS, SCHEDULES)
     seen = set()
-    for tensor in range(1, world.size + 1):
-        for sharding in SHARDINGS:
-            section = SimpleNamespace(tensor=tensor, pipeline=1, context=1, sharding=sharding, reduce_dtype="fp32")
-            try:
-                made = meshes.layout(section, [world.host] * world.size)
-                check(config, made)
-            except UsageError:
-                continue
-            alike = made, sharding if made.shard > 1 else "none"
-            if made.size == world.size and alike not in seen and not (sharding == "hybrid" and made.replicate == 1):
-                seen.add(alike)
-                yield section, made
+    for pipeline, tensor, sharding, (schedule, stages_per_rank) in axes:
+        try:
+            section = Parallel(
+                tensor=tensor,
+                pipeline=pipeline,
+                sharding=sharding,
+                pipeline_schedule=schedule,
+                stages_per_rank=stages_per_rank,
+            )
+            made = meshes.layout(section, [world.host] * world.size)
+            check(config, made, stages_per_rank)
+        except (UsageError, ValidationError):
+            continue
+        if config.model_type == "t5" and made.shard > 1 and stages_per_rank > 1:
+            continue  # refused: its stages share weights
+        alike = made, sharding if made.shard > 1 else "none", schedule
+        if alike not in seen and not (sharding == "hybrid" and made.replicate == 1):
+            seen.add(alike)
+            yield section, made
+
+
+def name(section, made):
+    """Of a layout, for the table."""
+    schedule = f" ({section.pipeline_schedule})" if made.pipeline > 1 else ""
+    return made.describe().replace(f"pipeline {made.pipeline}", f"pipeline {made.pipeline}{schedule}")
 
 
 def compare(world, families, steps):
@@ -146,11 +172,11 @@ def compare(world, families, steps):
         expected, weights = train_alone(family, steps)
         for section, made in layouts(world, build(family).config):
             placed = apply(build(family), meshes.build(made, world), section)
-            told, _ = train(placed, steps, torch.optim.SGD(placed.model.parameters(), lr=0.1))
+            told, _ = train(placed, steps, torch.optim.SGD(placed.parameters(), lr=0.1))
             off = max(abs(a - b) / abs(b) for a, b in zip(told, expected, strict=True))
             count, worst = count + 1, max(worst, off)
             away = distance(placed, weights)
-            print_root(world, f"| {family} | {made.describe()} | {section.sharding} | {off:.1e} | {away:.1e} |")
+            print_root(world, f"| {family} | {name(section, made)} | {section.sharding} | {off:.1e} | {away:.1e} |")
     print_root(world, f"\n{count} layouts, largest difference {worst:.1e}")
 
 
@@ -162,10 +188,10 @@ def measure(world, steps):
         group = hpcllm.mpi.init("cpu", backend)
         for section, made in layouts(world, build("bert", **LARGER).config):
             placed = apply(build("bert", **LARGER), meshes.build(made, group), section)
-            _, seconds = train(placed, steps + 1, torch.optim.SGD(placed.model.parameters(), lr=0.01))
+            _, seconds = train(placed, steps + 1, torch.optim.SGD(placed.parameters(), lr=0.01))
             slowest = torch.tensor(seconds[1:], dtype=torch.float64)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
-            key = made.describe(), section.sharding
+            key = name(section, made), section.sharding
             taken.setdefault(key, {}).setdefault(backend, []).extend(slowest.tolist())
             del placed
         dist.destroy_process_group()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from . import weights
 from .errors import DataError, MissingInput, UsageError
 from .tasks import TASKS
 
@@ -47,20 +48,33 @@ def vocabulary(tokenizer):
 
 
 def build(section, words, sequence_length, seed):
-    """The model that the run file's [model] section describes, fp32, on the CPU, the same on every rank.
+    """(the model that the run file's [model] section describes, where its weights come from), fp32.
 
-    section: config.Model. words: Vocabulary. Raises UsageError for a configuration that transformers does not know or
-    that does not fit vocabulary or sequence length, MissingInput and DataError for an unusable folder.
+    section: config.Model. words: Vocabulary. The model has no weights (on the meta device) where they are to come from
+    a `weights.Fresh`, and has them, on the CPU, where that is None. Raises UsageError for a configuration that
+    transformers does not know or that does not fit vocabulary or sequence length, MissingInput and DataError for an
+    unusable folder.
     """
     torch.manual_seed(seed)
     if section.init_from:
-        model = load(section.init_from, section.task, strict=False)
+        model, source = load(section.init_from, section.task, strict=False), None
     else:
-        made = configuration(section, words)
-        with _refused_by_transformers():
-            model = TASKS[section.task].model_class().from_config(made, dtype=torch.float32)
+        model = outline(configuration(section, words), section.task)
+        source = weights.Fresh(model, seed)
     check_fits(model, words, sequence_length)
-    return model
+    return model, source
+
+
+def outline(made, task):
+    """The model of a transformers configuration for `task`, without weights. Raises UsageError."""
+    with _refused_by_transformers(), weights.absent():
+        return TASKS[task].model_class().from_config(made, dtype=torch.float32)
+
+
+def resume(folder, task):
+    """(the model of a checkpoint, without weights, where they come from); see `build`."""
+    folder = require_folder(folder)
+    return outline(_saved_configuration(folder), task), weights.Saved(folder / "model.safetensors")
 
 
 @contextlib.contextmanager
@@ -77,14 +91,10 @@ def configuration(section, words=None):
 
     words: Vocabulary that it is for; without, the vocabulary is the family's own where the run file names none.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     if section.init_from:
-        require_folder(section.init_from)
-        try:
-            return AutoConfig.from_pretrained(section.init_from, **LOCAL)
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{section.init_from}: config.json cannot be used: {error}") from None
+        return _saved_configuration(require_folder(section.init_from))
     given = dict(section.config)
     kind = given.pop("model_type")
     if kind not in CONFIG_MAPPING:
@@ -105,6 +115,15 @@ def configuration(section, words=None):
                 given.setdefault(f"{name}_token_id", getattr(words, name))
     with _refused_by_transformers():
         return family(**given)
+
+
+def _saved_configuration(folder):
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, **LOCAL)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: config.json cannot be used: {error}") from None
 
 
 def require_folder(folder):

@@ -39,12 +39,13 @@ def train(config, world, *, resume=False, overwrite=False):
     if results is not None:
         return results
     with together(world.comm):
-        net = load_or_build(config, last, source.vocabulary)
+        net, weights = load_or_build(config, last, source.vocabulary)
         check(net.config, layout, config.parallel.stages_per_rank)
     mesh = meshes.build(layout, world)
     targets = TASKS[config.model.task].target_fraction(config.data)
-    placed = apply(net, mesh, config.parallel, plan.activation_checkpointing, world.device, targets)
-    del net  # what other stages hold of it
+    with together(world.comm):
+        placed = apply(net, mesh, config.parallel, plan.activation_checkpointing, world.device, targets, weights)
+    del net, weights  # what other ranks hold of them
     adjust = optimizer.build(placed, plan)
     with together(world.comm):
         if last:
@@ -204,12 +205,12 @@ def check_same_run(config, source, state):
 
 
 def load_or_build(config, last, vocabulary):
-    """The model of the newest checkpoint, or a new one."""
+    """The model of the newest checkpoint, or a new one, and where its weights come from; see `model.build`."""
     if last is None:
         return model.build(config.model, vocabulary, config.train.sequence_length, config.run.seed)
-    net = model.load(last, config.model.task)
+    net, weights = model.resume(last, config.model.task)
     model.check_fits(net, vocabulary, config.train.sequence_length)
-    return net
+    return net, weights
 
 
 def open_output(config, resume, overwrite):

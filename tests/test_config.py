@@ -64,7 +64,6 @@ def test_the_tokenizer_lies_beside_the_training_shards():
         ("parallel.pipeline_schedule=interleaved", ["stages_per_rank = 1", "2 or more"]),
         ("parallel.stages_per_rank=2", ['"1f1b"', "stages_per_rank = 2"]),
         ("parallel.pipeline_schedule=zero_bubble", ["zero_bubble", "pipeline of 2 ranks"]),
-        ("parallel={pipeline=2, pipeline_schedule='zero_bubble', sharding='full'}", ['sharding = "none"', '"full"']),
         ("max_steps=3", ["section.key=value"]),
         ("train.max_steps", ["section.key=value"]),
         ("run.seed.deep=1", ["run.seed", "integer"]),
@@ -98,3 +97,8 @@ def test_accumulation_follows_from_batches_and_ranks():
     assert [load().train.accumulation(size) for size in (1, 2, 3, 6)] == [6, 3, 2, 1]
     with pytest.raises(UsageError, match=r"\(12\) is not divisible by micro_batch_size \(2\) x 4 ranks = 8"):
         load().train.accumulation(4)
+
+
+def test_what_fsdp2_takes_away_cannot_be_put_off():
+    with pytest.raises(UsageError, match='zero_bubble" goes with sharding = "none", not "full"'):
+        load("parallel.pipeline=2", "parallel.pipeline_schedule=zero_bubble", "parallel.sharding=full")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hpcllm import model
+from hpcllm import model, weights
 from hpcllm.data import order
 from hpcllm.errors import UsageError
+from hpcllm.parallel.apply import whole
 from hpcllm.tasks import TASKS, causal_lm, masked_lm
 
 WORDS = model.Vocabulary(
@@ -20,6 +21,13 @@ WORDS = model.Vocabulary(
     special=np.arange(5),
     ordinary=np.arange(5, 100),
 )
+
+
+def built(section, length, seed):
+    net, source = model.build(section, WORDS, length, seed)
+    if source is not None:
+        weights.fill(whole(net), source, "cpu")
+    return net
 
 
 def tokens(count, length, seed=0):
@@ -85,7 +93,7 @@ CONFIGS = {
 def test_the_loss_is_that_of_transformers_summed(kind):
     task, arguments = CONFIGS[kind]
     section = type("Section", (), {"init_from": None, "task": task, "config": {"model_type": kind, **arguments}})
-    net = model.build(section, WORDS, 32, seed=0).eval()
+    net = built(section, 32, 0).eval()
     taken, _ = TASKS[task].span(32)
     rows = TASKS[task].rows(tokens(4, taken), order.key(5, 0, np.arange(4)), WORDS, 0.15)
     input_ids, labels = (torch.from_numpy(row) for row in rows)
@@ -100,8 +108,8 @@ def test_the_loss_is_that_of_transformers_summed(kind):
     if task == "masked_lm":
         reference = net(input_ids=input_ids, labels=labels).loss * asked.sum()
     else:  # transformers shifts the labels itself: hand it the whole slice
-        whole = torch.cat([input_ids, labels[:, -1:]], 1)
-        reference = net(input_ids=whole, labels=whole).loss * asked.sum()
+        both = torch.cat([input_ids, labels[:, -1:]], 1)
+        reference = net(input_ids=both, labels=both).loss * asked.sum()
     reference.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     torch.testing.assert_close(gradient, net.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-5)
@@ -112,9 +120,9 @@ def test_a_model_is_the_same_whenever_it_is_built():
         "Section", (), {"init_from": None, "task": "causal_lm", "config": {"model_type": "gpt2", "n_layer": 1}}
     )
     torch.manual_seed(5)
-    first = model.build(section, WORDS, 16, seed=3).state_dict()
+    first = built(section, 16, 3).state_dict()
     torch.manual_seed(6)
-    second = model.build(section, WORDS, 16, seed=3).state_dict()
+    second = built(section, 16, 3).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -127,7 +135,7 @@ def test_a_head_that_a_folder_lacks_is_the_same_whenever_it_is_made(tmp_path):
     heads = []
     for noise in (1, 2):
         torch.manual_seed(noise)
-        heads.append(model.build(section, WORDS, 32, seed=3).cls.predictions.transform.dense.weight)
+        heads.append(built(section, 32, 3).cls.predictions.transform.dense.weight)
     assert torch.equal(*heads)
 
 

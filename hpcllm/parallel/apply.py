@@ -1,6 +1,7 @@
 """`apply`: a model becomes this rank's part of a layout. The one place where the order of things matters."""
 
 import contextlib
+import dataclasses
 import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import weights
 from . import data, deferred, pipeline, sharding, tensor
 from . import mesh as meshes
 from .pieces import Piece
@@ -18,12 +20,13 @@ from .runner import Runner
 _TRAVELS_AS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def apply(model, mesh, parallel, activation_checkpointing=False, device=None, targets=1.0):
+def apply(model, mesh, parallel, activation_checkpointing=False, device=None, targets=1.0, source=None):
     """Turn `model`, whole and the same on all ranks, into this rank's part of it; returns a `Placed`.
 
     mesh: mesh.Mesh; parallel: the run file's [parallel] section; device: where the parts go; targets: fraction of the
-    tokens that reach the output layer. `model` is used up. Raises UsageError, the same on every rank, for a model that
-    cannot be divided like that. Collective.
+    tokens that reach the output layer; source: where the weights come from (weights.Fresh, weights.Saved) of a model
+    that has none yet, so that no rank needs memory for more than its part. `model` is used up. Raises UsageError, the
+    same on every rank, for a model that cannot be divided like that. Collective.
     """
     layout, pieces = mesh.layout, {}
     whole = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -39,18 +42,22 @@ def apply(model, mesh, parallel, activation_checkpointing=False, device=None, ta
     stages = layout.pipeline * parallel.stages_per_rank
     parts, shared = pipeline.take(model, stages, mesh, whole, targets) if stages > 1 else ([pipeline.alone(model)], {})
     reduce_dtype = _TRAVELS_AS[parallel.reduce_dtype]
-    replica = None
     if layout.shard > 1:
-        # Last: whoever carries gradients must see the weights that are there in the end. On the device are only parts.
+        # Last: whoever carries gradients must see the weights that are there in the end.
         devices = mesh.devices["replicate", "shard"] if layout.replicate > 1 else mesh.devices["shard"]
         for part in parts:
             sharding.shard(part.model, devices, parallel.sharding, reduce_dtype)
-    else:
+    device = device or torch.device("cpu")
+    placed = Placed(parts, parts[0].model, mesh, parallel, model.config, pieces, shared, device)
+    if source is not None:
+        # On the device are only parts, and nowhere was there ever more.
+        weights.fill(placed, source, device)
+    if layout.shard == 1:
         for part in parts:
-            part.to(device or "cpu")
+            part.to(device)
         if stages == 1:
-            replica = data.replicate(model, mesh["data"], reduce_dtype)
-    return Placed(parts, replica or parts[0].model, mesh, parallel, model.config, pieces, shared, device)
+            return dataclasses.replace(placed, replica=data.replicate(model, mesh["data"], reduce_dtype))
+    return placed
 
 
 def check(config, layout, stages_per_rank=1):
@@ -69,7 +76,8 @@ def whole(model, world=None):
     """
     pieces = {name: Piece(parameter.shape) for name, parameter in model.named_parameters()}
     alone = SimpleNamespace(sharding="none", pipeline_schedule="1f1b", reduce_dtype="fp32")
-    return Placed([pipeline.alone(model)], model, meshes.replicas(world), alone, model.config, pieces, {})
+    device = next(model.parameters()).device
+    return Placed([pipeline.alone(model)], model, meshes.replicas(world), alone, model.config, pieces, {}, device)
 
 
 @dataclass(frozen=True)
@@ -89,11 +97,11 @@ class Placed:
     config: Any
     pieces: dict
     shared: dict
-    device: Any = None
+    device: Any
 
     @functools.cached_property
     def runner(self):
-        return Runner(self, self.parallel.pipeline_schedule, self.device or torch.device("cpu"))
+        return Runner(self, self.parallel.pipeline_schedule, self.device)
 
     @property
     def model(self):

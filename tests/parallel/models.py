@@ -4,16 +4,7 @@ import contextlib
 import functools
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from hpcllm.parallel import vocabulary
 from hpcllm.parallel.runner import Work
@@ -23,39 +14,34 @@ WORDS, LENGTH, ROWS, BATCHES, STEPS = 101, 8, 2, 12, 2
 FAMILIES = ("bert", "gpt2", "llama", "t5")
 
 
-def build(family, dropout=0.0, layers=2, **changes):
+def config(family, dropout=0.0, layers=2, **changes):
+    """transformers' configuration of a tiny model."""
+    if family == "bert":
+        given = {"hidden_size": 24, "num_hidden_layers": layers, "num_attention_heads": 12, "intermediate_size": 50}
+        given |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        given |= {"max_position_embeddings": 32}
+    elif family == "gpt2":
+        given = {"n_embd": 24, "n_layer": layers, "n_head": 12, "n_positions": 32, "n_inner": 50}
+        given |= {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    elif family == "t5":
+        given = {"d_model": 24, "d_kv": 2, "d_ff": 50, "num_layers": layers, "num_heads": 12, "dropout_rate": dropout}
+        given |= {"decoder_start_token_id": 0, "pad_token_id": 0}
+    else:
+        given = {"hidden_size": 48, "num_hidden_layers": layers, "num_attention_heads": 24, "num_key_value_heads": 12}
+        given |= {"intermediate_size": 50, "max_position_embeddings": 32, "attention_dropout": dropout}
+    return AutoConfig.for_model(family, **{"vocab_size": WORDS, **given, **changes})
+
+
+def outline(family, **how):
+    """The model as transformers makes it, from the numbers that are next."""
+    kind = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}.get(family, AutoModelForCausalLM)
+    return kind.from_config(config(family, **how), dtype=torch.float32)
+
+
+def build(family, **how):
     """A model, the same on every rank and in every call."""
     torch.manual_seed(3)
-    if family == "bert":
-        made = BertForMaskedLM(
-            BertConfig(
-                **{"vocab_size": WORDS, "hidden_size": 24, "num_hidden_layers": layers, "num_attention_heads": 12}
-                | {"intermediate_size": 50, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-                | {"max_position_embeddings": 32}
-                | changes
-            )
-        )
-    elif family == "gpt2":
-        made = GPT2LMHeadModel(
-            GPT2Config(
-                **{"vocab_size": WORDS, "n_embd": 24, "n_layer": layers, "n_head": 12, "n_positions": 32, "n_inner": 50}
-                | {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
-                | changes
-            )
-        )
-    elif family in ("llama", "mistral", "qwen2"):
-        given = {"vocab_size": WORDS, "hidden_size": 48, "num_hidden_layers": layers, "num_attention_heads": 24}
-        given |= {"num_key_value_heads": 12, "intermediate_size": 50, "max_position_embeddings": 32}
-        given |= {"attention_dropout": dropout, **changes}
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **given), dtype=torch.float32)
-    else:
-        made = T5ForConditionalGeneration(
-            T5Config(
-                **{"vocab_size": WORDS, "d_model": 24, "d_kv": 2, "d_ff": 50, "num_layers": layers, "num_heads": 12}
-                | {"dropout_rate": dropout, "decoder_start_token_id": 0, "pad_token_id": 0}
-                | changes
-            )
-        )
+    made = outline(family, **how)
     # Biases that start at zero would hide one that is added twice.
     with torch.no_grad():
         for name, parameter in made.named_parameters():

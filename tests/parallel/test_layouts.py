@@ -7,7 +7,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import MixtralConfig, XLNetConfig
+from transformers import LlamaForCausalLM, MixtralConfig, XLNetConfig
 
 from hpcllm.errors import UsageError
 from hpcllm.mpi import launcher
@@ -42,11 +42,11 @@ def built(layout, world):
     return _built[layout]
 
 
-def place(world, model, activation_checkpointing=False, **changes):
+def place(world, model, activation_checkpointing=False, source=None, **changes):
     section = parallel(**changes)
     mesh = built(meshes.layout(section, HOSTS), world)
     check(model.config, mesh.layout, section.stages_per_rank)
-    return apply(model, mesh, section, activation_checkpointing)
+    return apply(model, mesh, section, activation_checkpointing, source=source)
 
 
 def whole(placed, name, tensor):
@@ -191,11 +191,13 @@ def test_layers_that_are_fewer_than_stages_are_refused_with_the_numbers():
         check(XLNetConfig(), meshes.Layout(1, 1, 2, 1, 1))
 
 
-def test_a_model_that_does_more_between_its_layers_is_refused(world):
-    model = models.build("llama")
-    model.model.register_forward_pre_hook(
-        lambda _, __, named: ((), {**named, "inputs_embeds": 2 * named["inputs_embeds"]} if "inputs_embeds" in named
-                              and named["inputs_embeds"] is not None else named), with_kwargs=True)  # fmt: skip
+def test_a_model_that_does_more_between_its_layers_is_refused():
+    class Scaled(LlamaForCausalLM):
+        def forward(self, input_ids=None, inputs_embeds=None, **named):
+            inputs_embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            return super().forward(inputs_embeds=2 * inputs_embeds, **named)
+
+    model = Scaled(models.config("llama"))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     with pytest.raises(UsageError, match="llama does more between its layers than its plan says"):
         stages.split(model, 2, shapes)
