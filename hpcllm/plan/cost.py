@@ -1,0 +1,351 @@
+"""What a layout costs: bytes on the fullest rank, bytes on each axis, seconds of a step. Formulas; imports no torch.
+
+Seconds are a sum of what takes turns, each from bytes or operations over a rate (a roofline, added up and not the
+larger of the two, for kernels that compute and kernels that move take turns as well):
+
+    products     operations / (share x peak); forward, twice that backward, forward once more under checkpointing
+    traffic      bytes that operations read and write / (MEMORY x bandwidth); weights once a micro-batch
+    tensor       all-reduces of activations, 2 (t-1)/t of their bytes (Shoeybi et al. 2019, arXiv 1909.08053)
+    pipeline     activations from stage to stage (Narayanan et al. 2021, arXiv 2104.04473)
+    bubble       (p-1) micro-batches; interleaved (p-1)/v (same paper), zero bubble a third (arXiv 2401.10241)
+    data         gradients and weights, as docs/layouts.md counts them (Rajbhandari et al. 2020, arXiv 1910.02054),
+                 where they take longer than OVERLAP of the computing that goes on beside them
+    optimizer    bytes of weights, gradients and state / (MEMORY x bandwidth)
+
+Fitted, once for all, on the ten rows of arXiv 2104.04473's table 1 (`python -m benchmarks.plan` says how well):
+machines.Machine.products of the A100 and LINK. Assumed, from usual experience: MEMORY, OVERLAP, LATENCY_S, CALL_S.
+"""
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+from .shapes import Part
+
+LINK = 0.65
+"""Part of a link's bandwidth that collectives reach. Fitted."""
+MEMORY = 0.85
+"""Part of the memory's bandwidth that kernels reach."""
+OVERLAP = 0.5
+"""Part of the time of forward or backward behind which the data axis can hide."""
+LATENCY_S = 10e-6
+"""Of a collective, for each doubling of its ranks."""
+CALL_S = 6e-6
+"""To tell a GPU one operation; where operations are small this is what takes the time."""
+LOGITS_BYTES = 12
+"""A logit at the worst moment: the log of the softmax, its gradient and that of the logit, fp32."""
+LOGITS_TRAFFIC = 16
+"""A logit in forward: read, written as fp32, read again, the log of the softmax written."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """How ranks share a step.
+
+    layout: mesh.Layout; node: ranks a node; sharding, schedule, stages_per_rank, checkpointing, precision: as in the
+    run file; micro_batch: sequences; micro_batches: a step and data-parallel rank; weight, gradient, state: bytes a
+    parameter of what is held (state: by the optimizer); travelling: bytes of a gradient on its way; balanced: stages
+    get blocks so that the heaviest is as light as can be, otherwise equally many.
+    """
+
+    layout: object
+    node: int
+    micro_batch: int
+    micro_batches: int = 1
+    sharding: str = "none"
+    checkpointing: bool = False
+    schedule: str = "1f1b"
+    stages_per_rank: int = 1
+    precision: str = "bf16"
+    weight: int = 4
+    gradient: int = 4
+    state: int = 8
+    travelling: int = 4
+    balanced: bool = True
+
+
+def work(config, layout, node):
+    """The Work of a run file on a Layout of `node` ranks a node."""
+    parallel, train = config.parallel, config.train
+    state = 8 if train.optimizer == "adamw" else 4 * (train.sgd_momentum > 0)
+    return Work(
+        layout,
+        node,
+        train.micro_batch_size,
+        train.accumulation(layout.data),
+        parallel.sharding,
+        train.activation_checkpointing,
+        getattr(parallel, "pipeline_schedule", "1f1b"),
+        getattr(parallel, "stages_per_rank", 1),
+        train.precision,
+        state=state,
+        travelling={"fp32": 4, "bf16": 2}[parallel.reduce_dtype],
+    )
+
+
+# --- stages ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a rank of the pipeline axis has. blocks: sum; block: the largest; count: of blocks; outside: first, last."""
+
+    blocks: Part
+    block: Part
+    count: int
+    outside: Part
+    logits: float
+
+
+def share_out(costs, stages):
+    """How many of the neighbouring `costs` each stage gets, no stage none: the largest sum as small as can be."""
+
+    def taken(most):
+        counts, at = [], 0
+        for left in range(stages - 1, -1, -1):
+            stop, total = at + 1, costs[at]
+            while stop < len(costs) - left and (left == 0 or total + costs[stop] <= most):
+                total += costs[stop]
+                stop += 1
+            counts.append(stop - at)
+            at = stop
+        return counts, max(sum(costs[sum(counts[:n]) : sum(counts[: n + 1])]) for n in range(stages))
+
+    low, high = max(costs), sum(costs)
+    best = taken(high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        found = taken(middle)
+        best = min(best, found, key=lambda one: one[1])
+        low, high = (low, middle) if found[1] <= middle else (middle, high)
+    return best[0]
+
+
+@functools.lru_cache(maxsize=256)
+def stages(shapes, ranks, chunks=1, balanced=True):
+    """The Stage of each of `ranks` pipeline ranks that has `chunks` pieces of the model, dealt out in turn."""
+    if ranks == 1:
+        once = Part(parameters=-shapes.tied, cut=-shapes.tied)
+        return (_stage(shapes.blocks, shapes.first + shapes.last + once, shapes.logits),)
+    costs = [block.flops for block in shapes.blocks]
+    if balanced:
+        costs[-1] += shapes.last.flops
+        counts = share_out(costs, ranks * chunks)
+    else:
+        even, more = divmod(len(costs), ranks * chunks)
+        counts = [even + (number < more) for number in range(ranks * chunks)]
+    starts = [sum(counts[:number]) for number in range(len(counts))]
+    made = []
+    for rank in range(ranks):
+        mine = [block for number in range(rank, len(counts), ranks)
+                for block in shapes.blocks[starts[number] : starts[number] + counts[number]]]  # fmt: skip
+        outside = {0: shapes.first, ranks - 1: shapes.last}.get(rank, Part())
+        made.append(_stage(mine, outside, shapes.logits if rank == ranks - 1 else 0))
+    return tuple(made)
+
+
+def _stage(blocks, outside, logits):
+    largest = max(blocks, key=lambda block: (block.parameters, block.saved + block.saved_cut))
+    return Stage(functools.reduce(Part.__add__, blocks), largest, len(blocks), outside, logits)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank at its fullest moment.
+
+    weights: whole ones, shards and gathered ones; gradients; optimizer: its state; activations: what forward keeps for
+    backward, copies of weights in bf16 among them; logits: with what the loss makes of them.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self):
+        return sum(dataclasses.astuple(self))
+
+
+def memory(shapes, work, rank=None):
+    """Memory of the pipeline rank `rank`, by default of the one that needs most.
+
+    Parameters as docs/layouts.md counts them, activations as `count` does (the sum of Korthikanti et al. 2022, arXiv
+    2205.05198, in the precisions that hpcllm computes in), for as many micro-batches as are under way at once. What
+    libraries, caches and a fragmented heap take comes on top.
+    """
+    held = stages(shapes, work.layout.pipeline, work.stages_per_rank, work.balanced)
+    numbers = range(len(held)) if rank is None else [rank]
+    first_of = {held[number]: number for number in reversed(numbers)}  # of like ones the first has most under way
+    return max((_memory(shapes, stage, work, number) for stage, number in first_of.items()), key=lambda one: one.total)
+
+
+def under_way(work, rank):
+    """Micro-batches whose activations the pipeline rank `rank` holds at once, in all its stages (see schedules.py)."""
+    ranks = work.layout.pipeline
+    if ranks == 1:
+        return 1
+    more = {"1f1b": 0, "zero_bubble": 2, "interleaved": (ranks - 1) / work.stages_per_rank}[work.schedule]
+    return min(ranks - rank + more, work.micro_batches)
+
+
+def _memory(shapes, stage, work, rank):
+    tensor, shard = work.layout.tensor, work.layout.shard
+    held = stage.blocks.held(tensor) + stage.outside.held(tensor)
+    root, block = work.weight * stage.outside.held(tensor), work.weight * stage.block.held(tensor)
+    weights, gradients, state = work.weight * held, work.gradient * held, work.state * held
+    activations = _activations(stage, work, rank)
+    logits = LOGITS_BYTES * stage.logits * work.micro_batch / tensor
+    before = work.micro_batches > 1  # gradients of earlier micro-batches
+    if shard == 1 and work.layout.pipeline == 1:
+        # DDP's buckets stay from step to step. What micro-batches before the last one give lies beside them: gradients
+        # are views of the buckets only from the time that they are summed to that at which they are set to None.
+        return Memory(weights, gradients * (1 + before), state, activations, logits)
+    if shard == 1:
+        # There is no DDP in a pipeline: gradients come with the first backward pass, which frees activations.
+        many = under_way(work, rank)
+        full = Memory(weights, gradients * (work.micro_batches > many), state, activations, logits)
+        freed = Memory(weights, gradients, state, activations * (many - 1) / many, 0)
+        return max(full, freed, key=lambda one: one.total)
+    whole = work.sharding in ("optimizer", "gradients")
+    kept = (gradients if work.sharding == "optimizer" else gradients / shard) * before
+    # Whole gradients that are there are added to in place; a block's are copied to be sent.
+    new = block if work.sharding == "optimizer" and before else root + 2 * block
+    own = weights / shard
+    moments = (  # the loss; the first block to go backward; what is outside of the blocks, last
+        Memory(own + (weights if whole else root + block), kept, state / shard, activations, logits),
+        Memory(own + (weights if whole else root + 2 * block), kept + new, state / shard, activations, 0),
+        Memory(own + (weights if whole else root + block), gradients / shard + 2 * root, state / shard, 0, 0),
+    )
+    return max(moments, key=lambda one: one.total)
+
+
+def _activations(stage, work, rank):
+    tensor, width, many = work.layout.tensor, work.micro_batch, under_way(work, rank)
+    outside = width * stage.outside.kept(tensor) + stage.outside.weights(tensor)
+    if work.checkpointing:
+        again = width * stage.block.kept(tensor) + stage.block.weights(tensor)
+        return many * (width * stage.blocks.entering + outside) + again
+    return many * (width * stage.blocks.kept(tensor) + stage.blocks.weights(tensor) + outside)
+
+
+# --- time --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step; their sum is the step."""
+
+    products: float
+    traffic: float
+    calls: float
+    tensor: float
+    pipeline: float
+    bubble: float
+    data: float
+    optimizer: float
+
+    @property
+    def step(self):
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Bytes that a rank sends along each axis in a step."""
+
+    data: float
+    tensor: float
+    pipeline: float
+
+
+def bandwidth(machine, work, size, stride):
+    """Bytes/s of each rank in a ring of `size` ranks, `stride` apart; a node's adapters are shared by its rings."""
+    near = max(1, min(size, work.node // stride))
+    return LINK * (machine.link if size <= near else min(machine.link, machine.network * near))
+
+
+def time(shapes, machine, work):
+    """(Time, Volume) of a step on `machine`, of the pipeline rank that takes longest."""
+    held = stages(shapes, work.layout.pipeline, work.stages_per_rank, work.balanced)
+    costs = [_micro_batch(shapes, stage, machine, work) for stage in dict.fromkeys(held)]
+    forward_backward, sent = max(costs, key=lambda one: sum(one[0]))
+    # Other stages wait for the slowest; the data axis is that of the stage with most parameters.
+    count, ranks = work.micro_batches, work.layout.pipeline
+    idle = (ranks - 1) / {"1f1b": 1, "interleaved": work.stages_per_rank, "zero_bubble": 3}[work.schedule]
+    products, traffic, calls, tensor, pipeline = (count * seconds for seconds in forward_backward)
+    bubble = idle * sum(forward_backward)
+    parameters = max(one.blocks.held(work.layout.tensor) + one.outside.held(work.layout.tensor) for one in held)
+    data, data_bytes = _data(machine, work, parameters, sum(forward_backward[:3]))
+    divided = work.layout.shard
+    adjust = parameters / divided * (3 * work.weight + 2 * work.state + 4 * work.gradient)
+    spent = Time(products, traffic, calls, tensor, pipeline, bubble, data, adjust / (MEMORY * machine.memory_bandwidth))
+    return spent, Volume(data_bytes, count * sent[0], count * sent[1])
+
+
+def _micro_batch(shapes, stage, machine, work):
+    """Of one micro-batch, forward and backward: ((products, traffic, calls, tensor, pipeline) seconds, bytes sent)."""
+    tensor, width = work.layout.tensor, work.micro_batch
+    passes = 4 if work.checkpointing else 3
+    inner, outer = stage.blocks, stage.outside
+    operations = width * (passes * inner.flops + 3 * outer.flops) / tensor
+    products = operations / (machine.products * machine.peak(work.precision))
+    moved = sum(
+        many * (width * (part.traffic + part.traffic_cut / tensor) + _weights_traffic(part, work))
+        for many, part in ((passes, inner), (3, outer))
+    )
+    moved += 3 * LOGITS_TRAFFIC * width * stage.logits / tensor
+    traffic = moved / (MEMORY * machine.memory_bandwidth)
+    calls = max(0.0, CALL_S * (passes * inner.calls + 3 * outer.calls) - products - traffic)
+    met = met_bytes = 0.0
+    if tensor > 1:
+        summed = width * ((passes - 2) * inner.sums + inner.sums_back + outer.sums + outer.sums_back)
+        met_bytes = 2 * (tensor - 1) / tensor * summed
+        meetings = inner.meetings * (passes - 2 + 1) / 2 + outer.meetings
+        met = met_bytes / bandwidth(machine, work, tensor, 1) + meetings * LATENCY_S * math.log2(tensor)
+    passed = passed_bytes = 0.0
+    if work.layout.pipeline > 1:
+        passed_bytes = 2 * width * shapes.boundary * work.stages_per_rank
+        near = work.layout.pipeline * tensor <= work.node
+        rate = machine.link if near else machine.network * max(1, work.node / tensor)
+        passed = passed_bytes / (LINK * min(rate, machine.link)) + 2 * work.stages_per_rank * LATENCY_S
+    return (products, traffic, calls, met, passed), (met_bytes, passed_bytes)
+
+
+def _weights_traffic(part, work):
+    """Bytes of weights that a forward pass reads: as they are, or to make a copy in bf16, and that copy."""
+    if part.copies + part.copies_cut:
+        return 4 * part.weights(work.layout.tensor)
+    return work.weight * part.held(work.layout.tensor)
+
+
+def _data(machine, work, parameters, computing):
+    """(seconds that are not hidden, bytes sent) along the data axis in a step. computing: of one micro-batch."""
+    made, many = work.layout, work.micro_batches
+    stride = made.pipeline * made.tensor
+    weights, gradients = work.weight * parameters, work.travelling * parameters
+    gathers, scatters, beside = {
+        "none": (0, 0, 2 / 3),
+        "optimizer": (1, 1, 1),
+        "gradients": (many, many, many),
+        "full": (2 * many, many, many),
+        "hybrid": (2 * many, many, many),
+    }[work.sharding]
+    seconds = sent = 0.0
+    if made.shard > 1:
+        part = (made.shard - 1) / made.shard
+        sent += part * (gathers * weights + scatters * gradients)
+        seconds += sent / bandwidth(machine, work, made.shard, stride)
+        seconds += (gathers + scatters) * LATENCY_S * math.log2(made.shard)
+    if made.replicate > 1:
+        times = 1 if made.shard == 1 else scatters
+        summed = times * 2 * (made.replicate - 1) / made.replicate * gradients / made.shard
+        sent += summed
+        seconds += summed / bandwidth(machine, work, made.replicate, stride * made.shard)
+        seconds += times * LATENCY_S * math.log2(made.replicate)
+    return max(0.0, seconds - OVERLAP * beside * computing), sent
