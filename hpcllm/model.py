@@ -74,7 +74,9 @@ def outline(made, task):
 def resume(folder, task):
     """(the model of a checkpoint, without weights, where they come from); see `build`."""
     folder = require_folder(folder)
-    return outline(_saved_configuration(folder), task), weights.Saved(folder / "model.safetensors")
+    model, source = outline(_saved_configuration(folder), task), weights.Saved(folder / "model.safetensors")
+    source.check(model)
+    return model, source
 
 
 @contextlib.contextmanager

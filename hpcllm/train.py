@@ -43,8 +43,7 @@ def train(config, world, *, resume=False, overwrite=False):
         check(net.config, layout, config.parallel.stages_per_rank)
     mesh = meshes.build(layout, world)
     targets = TASKS[config.model.task].target_fraction(config.data)
-    with together(world.comm):
-        placed = apply(net, mesh, config.parallel, plan.activation_checkpointing, world.device, targets, weights)
+    placed = apply(net, mesh, config.parallel, plan.activation_checkpointing, world.device, targets, weights)
     del net, weights  # what other ranks hold of them
     adjust = optimizer.build(placed, plan)
     with together(world.comm):

@@ -125,14 +125,24 @@ class Saved:
     def __init__(self, file):
         self._file = file
 
+    def check(self, model):
+        """Raise DataError, before anything starts, for weights of `model` that are missing or of another shape."""
+        with self._opened() as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        wrong = sorted(name for name, p in model.named_parameters() if shapes.get(name) != tuple(p.shape))
+        if wrong:
+            raise DataError(f"{self._file}: weights missing or of another shape: {', '.join(wrong[:5])}")
+
     def fill(self, wanted):
-        """As `Fresh.fill`. Raises DataError for weights that are missing or of another shape."""
+        """As `Fresh.fill`."""
+        with self._opened() as opened:
+            for name, (boxes, piece) in wanted.items():
+                tensors.read(opened, name, boxes, piece)
+
+    @contextlib.contextmanager
+    def _opened(self):
         try:
             with safe_open(self._file, framework="pt") as opened:
-                missing = wanted.keys() - set(opened.keys())
-                if missing:
-                    raise DataError(f"{self._file}: weights missing: {', '.join(sorted(missing)[:5])}")
-                for name, (boxes, piece) in wanted.items():
-                    tensors.read(opened, name, boxes, piece)
-        except (OSError, RuntimeError, IndexError, SafetensorError) as error:
+                yield opened
+        except (OSError, SafetensorError) as error:
             raise DataError(f"{self._file} cannot be read: {error}") from None

@@ -1,0 +1,186 @@
+"""How much memory does each rank need under each layout? Measured, beside what the planner says.
+
+    python -m benchmarks.memory [--ranks 4] [--layout full ...] [--large]
+
+A GPT-2 of 64 M parameters, AdamW, fp32, is made, trained for two steps and measured under each layout, each in a job of
+its own: bytes of a rank beyond those that the started program takes, at the worst moment, as the kernel accounts them
+(PSS of /proc/PID/smaps_rollup, memory that ranks share counted in equal parts, looked at a fifth of the time). --large: a Llama
+of 1.2 B parameters under full sharding instead, also saved: does it fit in 24 GiB in all?
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from . import jobs
+
+TOKENS, WIDTH = 128, 2
+SMALL = {"model_type": "gpt2", "n_embd": 512, "n_layer": 12, "n_head": 8, "vocab_size": 50257}
+SMALL |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+LARGE = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16}
+LARGE |= {"num_key_value_heads": 16, "intermediate_size": 5504, "vocab_size": 16000, "tie_word_embeddings": True}
+LAYOUTS = {
+    "none": {},
+    "optimizer": {"sharding": "optimizer"},
+    "gradients": {"sharding": "gradients"},
+    "full": {"sharding": "full"},
+    "tensor": {"tensor": 0},
+    "pipeline": {"pipeline": 0},
+    "zero_bubble": {"pipeline": 0, "pipeline_schedule": "zero_bubble"},
+}
+
+
+class Watch:
+    """The largest memory of this process while it is open, in bytes."""
+
+    def __enter__(self):
+        self.most, self._open = self._now(), True
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._open = False
+        self._thread.join()
+
+    def _look(self):
+        while self._open:
+            began = time.perf_counter()
+            self.most = max(self.most, self._now())
+            time.sleep(max(0.005, 4 * (time.perf_counter() - began)))  # looking takes time from those who work
+
+    @staticmethod
+    def _now():
+        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+        raise RuntimeError("/proc/self/smaps_rollup has no Pss")
+
+
+def one(name, large):
+    """What every rank does in one layout; root prints a line of JSON."""
+    import torch
+    import torch.distributed as dist
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import hpcllm.mpi
+    from hpcllm import checkpoint, optimizer, weights
+    from hpcllm.config import Parallel, Train
+    from hpcllm.model import outline
+    from hpcllm.parallel import mesh
+    from hpcllm.parallel.apply import apply
+    from hpcllm.parallel.runner import Work
+    from hpcllm.plan import cost, count
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    world = hpcllm.mpi.init("cpu")
+    given = {key: value or world.size for key, value in LAYOUTS[name].items()}
+    section = Parallel(**given)
+    layout = mesh.layout(section, [world.host] * world.size)
+    tokens, width = (16, 1) if large else (TOKENS, WIDTH)
+    train = Train(
+        max_steps=2,
+        global_batch_size=width * world.size * (1 if large else 4),
+        micro_batch_size=width,
+        sequence_length=tokens,
+        learning_rate=1e-4,
+    )
+    made = AutoConfig.for_model(**(LARGE if large else SMALL))
+
+    def inputs(number):
+        draw = torch.Generator().manual_seed(number)
+        return {"input_ids": torch.randint(made.vocab_size, (width, tokens), generator=draw), "use_cache": False}
+
+    def loss(net, number):
+        given = inputs(number)
+        logits = net(**given).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), given["input_ids"].flatten(), reduction="sum")
+
+    work = Work(inputs, loss, lambda number: None, contextlib.nullcontext)
+    if name == "tensor":
+        from hpcllm.parallel import vocabulary
+
+        def loss_of_parts(net, number):
+            given, module = inputs(number), getattr(net, "module", net)
+            logits = net(**given).logits.flatten(0, 1)
+            words = vocabulary.words_of(module.get_output_embeddings())
+            return vocabulary.cross_entropy_sum(logits, given["input_ids"].flatten(), words)
+
+        work = Work(inputs, loss_of_parts, lambda number: None, contextlib.nullcontext)
+    devices = mesh.build(layout, world)
+    dist.barrier()
+    began, seconds = Watch._now(), time.perf_counter()
+    with Watch() as watch:
+        net = outline(made, "causal_lm")
+        placed = apply(net, devices, section, source=weights.Fresh(net, 1))
+        del net
+        parameters = sum(piece.shape.numel() for piece in placed.pieces.values())
+        adjust = optimizer.build(placed, train)
+        for step in range(train.max_steps):
+            adjust.zero_grad()
+            mine = range(
+                step * 1000 + placed.mesh.data.rank, step * 1000 + train.global_batch_size // width, layout.data
+            )
+            placed.step(mine, work, train.global_batch_size * tokens)
+            placed.clip_gradients(1.0)
+            adjust.step()
+        trained = watch.most
+        if large:
+            folder = world.comm.bcast(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")) if world.is_root else None)
+            path = checkpoint.save(world.comm, folder, 2, placed, adjust, folder, {}, 1)
+    everybody = world.comm.gather((trained - began, watch.most - began, watch.most))
+    if world.is_root:
+        shapes = count.count(lambda: AutoModelForCausalLM.from_config(made, dtype=torch.float32), tokens, gpu=False)
+        planned = cost.Work(layout, world.size, width, train.accumulation(layout.data), section.sharding,
+                            schedule=section.pipeline_schedule)  # fmt: skip
+        said = [cost.memory(shapes, planned, rank).total for rank in range(layout.pipeline)]
+        told = {"parameters": parameters, "planned": said * (world.size // len(said)), "ranks": everybody}
+        if large:
+            told["saved"] = sum(file.stat().st_size for file in path.iterdir())
+            shutil.rmtree(folder)
+        print(json.dumps({**told, "seconds": time.perf_counter() - seconds}))
+    dist.destroy_process_group()
+
+
+def table(args):
+    large = ["--large"] if args.large else []
+    names = ["full"] if args.large else args.layout
+    print(f"{args.ranks} ranks, AdamW, fp32, {jobs.versions()}\n", flush=True)
+    print("| layout | MB a rank: planned | measured | planned / measured |\n|---|---|---|---:|", flush=True)
+    for name in names:
+        done = jobs.run(args.ranks, "-m", "benchmarks.memory", "--one", name, *large)
+        told = json.loads(done.stdout.strip().splitlines()[-1])
+        trained = [trained for trained, _, _ in told["ranks"]]
+        off = max((said / seen for said, seen in zip(told["planned"], trained, strict=True)), key=lambda r: abs(r - 1))
+        cells = [", ".join(f"{value / 1e6:.0f}" for value in values) for values in (told["planned"], trained)]
+        print(f"| {name} | {cells[0]} | {cells[1]} | {off:.2f} |", flush=True)
+        if args.large:
+            whole = sum(everything for _, _, everything in told["ranks"])
+            print(f"\n{told['parameters'] / 1e9:.2f} B parameters, made, trained 2 steps and saved "
+                  f"({told['saved'] / 1e9:.1f} GB) in {told['seconds']:.0f} s; the largest memory of each rank, program "
+                  f"and saving included: {', '.join(f'{e / 2**30:.2f}' for _, _, e in told['ranks'])} GiB, "
+                  f"{whole / 2**30:.1f} GiB in all")  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--large", action="store_true", help="1.2 B parameters under full sharding")
+    parser.add_argument("--one", choices=LAYOUTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    # The C library's default, and every large block given back at once: what is counted is what is in use.
+    os.environ |= {"HPCLLM_MALLOC": "default", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    sys.exit(one(args.one, args.large) if args.one else table(args))
+
+
+if __name__ == "__main__":
+    main()
