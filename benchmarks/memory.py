@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory [--ranks 4] [--layout full ...] [--large]
 
-A GPT-2 of 64 M parameters, AdamW, fp32, is made, trained for two steps and measured under each layout, each in a job of
+A GPT-2 of 65 M parameters, AdamW, fp32, is made, trained for two steps and measured under each layout, each in a job of
 its own: bytes of a rank beyond those that the started program takes, at the worst moment, as the kernel accounts them
 (PSS of /proc/PID/smaps_rollup, memory that ranks share counted in equal parts, looked at a fifth of the time). --large: a Llama
 of 1.2 B parameters under full sharding instead, also saved: does it fit in 24 GiB in all?
@@ -23,7 +23,7 @@ from pathlib import Path
 from . import jobs
 
 TOKENS, WIDTH = 128, 2
-SMALL = {"model_type": "gpt2", "n_embd": 512, "n_layer": 12, "n_head": 8, "vocab_size": 50257}
+SMALL = {"model_type": "gpt2", "n_embd": 512, "n_layer": 18, "n_head": 8, "vocab_size": 16384}
 SMALL |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 LARGE = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16}
 LARGE |= {"num_key_value_heads": 16, "intermediate_size": 5504, "vocab_size": 16000, "tie_word_embeddings": True}
@@ -140,7 +140,7 @@ def one(name, large):
     if world.is_root:
         shapes = count.count(lambda: AutoModelForCausalLM.from_config(made, dtype=torch.float32), tokens, gpu=False)
         planned = cost.Work(layout, world.size, width, train.accumulation(layout.data), section.sharding,
-                            schedule=section.pipeline_schedule)  # fmt: skip
+                            schedule=section.pipeline_schedule, pooled=True)  # fmt: skip
         said = [cost.memory(shapes, planned, rank).total for rank in range(layout.pipeline)]
         told = {"parameters": parameters, "planned": said * (world.size // len(said)), "ranks": everybody}
         if large:

@@ -46,7 +46,8 @@ class Work:
     layout: mesh.Layout; node: ranks a node; sharding, schedule, stages_per_rank, checkpointing, precision: as in the
     run file; micro_batch: sequences; micro_batches: a step and data-parallel rank; weight, gradient, state: bytes a
     parameter of what is held (state: by the optimizer); travelling: bytes of a gradient on its way; balanced: stages
-    get blocks so that the heaviest is as light as can be, otherwise equally many.
+    get blocks so that the heaviest is as light as can be, otherwise equally many; pooled: what shards travel in is kept
+    from one use to the next, beside all else, as hpcllm.mpi does with CPU memory that ranks of a host share.
     """
 
     layout: object
@@ -63,9 +64,10 @@ class Work:
     state: int = 8
     travelling: int = 4
     balanced: bool = True
+    pooled: bool = False
 
 
-def work(config, layout, node):
+def work(config, layout, node, pooled=False):
     """The Work of a run file on a Layout of `node` ranks a node."""
     parallel, train = config.parallel, config.train
     state = 8 if train.optimizer == "adamw" else 4 * (train.sgd_momentum > 0)
@@ -76,11 +78,12 @@ def work(config, layout, node):
         train.accumulation(layout.data),
         parallel.sharding,
         train.activation_checkpointing,
-        getattr(parallel, "pipeline_schedule", "1f1b"),
-        getattr(parallel, "stages_per_rank", 1),
+        parallel.pipeline_schedule,
+        parallel.stages_per_rank,
         train.precision,
         state=state,
         travelling={"fp32": 4, "bf16": 2}[parallel.reduce_dtype],
+        pooled=pooled,
     )
 
 
@@ -217,6 +220,8 @@ def _memory(shapes, stage, work, rank):
     # Whole gradients that are there are added to in place; a block's are copied to be sent.
     new = block if work.sharding == "optimizer" and before else root + 2 * block
     own = weights / shard
+    if work.pooled and work.sharding != "optimizer":
+        activations += root + 2 * block
     moments = (  # the loss; the first block to go backward; what is outside of the blocks, last
         Memory(own + (weights if whole else root + block), kept, state / shard, activations, logits),
         Memory(own + (weights if whole else root + 2 * block), kept + new, state / shard, activations, 0),

@@ -84,7 +84,7 @@ def search(config, model_config, shapes, machine, nodes, per_node):
         for width, checkpointing in itertools.product(_widths(config, layout.data), (False, True)):
             changed = {"micro_batch_size": width, "activation_checkpointing": checkpointing}
             made = _with(config, parallel, changed)
-            work = cost.work(made, layout, per_node)
+            work = cost.work(made, layout, per_node, machine.name == "cpu")
             if work.micro_batches < layout.pipeline:
                 refuse("pipeline: fewer micro-batches than stages, which would be idle most of the time")
                 continue
