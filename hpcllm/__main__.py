@@ -99,6 +99,23 @@ def parser():
     p.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="longest continuation")
 
     p = commands.add_parser(
+        "export",
+        help="a checkpoint as one model folder in Hugging Face's layout",
+        description="Write what other tools load: the model of a checkpoint, which is verified first, as "
+        "save_pretrained would, with its tokenizer, without the optimizer. Needs memory for one tensor.",
+    )
+    p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN")
+    p.add_argument("output", metavar="OUTPUT", help="the folder to write")
+    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
+    p.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="of a weights file: 500MB, 4GiB, ... (default: %(default)s)",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace the model folder OUTPUT if it exists")
+
+    p = commands.add_parser(
         "doctor",
         help="is this machine fit for a job? What is wrong, with its cure",
         description="Look at launcher, MPI, cores, GPUs, links, clocks, storage and speed of all ranks of this job, "
@@ -253,6 +270,22 @@ def predict(args):
             print(show(answer))
 
 
+def export(args):
+    from . import mpi
+
+    world = mpi.join()
+    from . import export
+    from .train import run_config
+
+    max_shard_bytes = mpi.on_root(world.comm, export.size, args.max_shard_size)
+    mpi.on_root(world.comm, export.check, args.output, args.overwrite)
+    settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
+    how = (args.dtype, max_shard_bytes, args.overwrite)
+    summary = mpi.on_root(world.comm, export.export, folder, settings.model.task, args.output, *how)
+    if world.is_root:
+        print(f"done: {json.dumps(summary)}")
+
+
 def doctor(args):
     from . import mpi
 
@@ -291,6 +324,7 @@ def main(arguments=None):
         "plan": plan,
         "evaluate": evaluate,
         "predict": predict,
+        "export": export,
         "doctor": doctor,
     }
     try:

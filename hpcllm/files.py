@@ -47,19 +47,29 @@ def write_json(path, value):
 
 
 @contextmanager
-def new_folder(path):
+def new_folder(path, replace=False):
     """Fill a hidden folder beside `path` and rename it to `path` when the body ends well, durably.
 
-    Yields the hidden folder; removes it when the body raises.
+    Yields the hidden folder; removes it when the body raises. replace: as `reveal`.
     """
     path = Path(path)
     with failing_as_io(path):
         hidden = hidden_folder(path)
         try:
             yield hidden
-            reveal(hidden, path)
+            reveal(hidden, path, replace)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
+
+
+def leftovers(path):
+    """Hidden folders beside `path` that jobs killed in the middle have left (or that one at work has now)."""
+    path = Path(path)
+    return sorted(
+        found
+        for found in path.parent.iterdir()
+        if found.name.startswith(f".{path.name}.") and found.suffix in (".tmp", ".removed") and found.is_dir()
+    )
 
 
 def hidden_folder(path):
@@ -68,8 +78,11 @@ def hidden_folder(path):
     return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
 
 
-def reveal(hidden, path):
-    """Rename a hidden folder to `path`, durably, its files being as readable as the user's umask says."""
+def reveal(hidden, path, replace=False):
+    """Rename a hidden folder to `path`, durably, its files being as readable as the user's umask says.
+
+    replace: a folder that is there makes room in the last moment, and comes back where the renaming fails.
+    """
     mask = umask()  # mkdtemp and safetensors make private files
     hidden.chmod(0o777 & ~mask)
     for file in hidden.rglob("*"):
@@ -77,8 +90,18 @@ def reveal(hidden, path):
             file.chmod(0o666 & ~mask)
             sync_file(file)
     sync_folder(hidden)
-    os.rename(hidden, path)
+    old = path.with_name(f".{path.name}.{os.getpid()}.removed") if replace and path.is_dir() else None
+    if old:
+        os.rename(path, old)
+    try:
+        os.rename(hidden, path)
+    except BaseException:
+        if old:
+            os.rename(old, path)
+        raise
     sync_folder(path.parent)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_folder(path):

@@ -160,6 +160,21 @@ def load(folder, task, *, strict=True):
     return model
 
 
+def lasting_name(model, name):
+    """Of a parameter that has several names, as tied ones have, the one under which `save_pretrained` keeps it."""
+    return model.all_tied_weights_keys.get(name, name)
+
+
+def published(model, tensors):
+    """{name: tensor} under the names and in the shapes that `save_pretrained` gives them, in its order.
+
+    tensors: {name: tensor} by the parameters of `model`. Where the family is published as it is here, `tensors` itself.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, tensors)
+
+
 def class_name(model):
     """The name of transformers' class, whatever has been made of an instance of it."""
     return type(model).__name__.removeprefix("FSDP")

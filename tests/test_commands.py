@@ -198,6 +198,8 @@ def test_bad_input_is_one_sentence_and_an_exit_code(
         (["plan", "nowhere.toml", "--show-mesh", "--nodes", "0", "--ranks-per-node", "1"], 2, ["count from 1"]),
         (["predict", "nowhere", "--text", "a"], 66, ["nowhere"]),
         (["predict", "nowhere"], 2, ["give --text or --input"]),
+        (["export", "nowhere", "no-model"], 66, ["nowhere is neither a checkpoint nor a run folder"]),
+        (["export", "nowhere", "no-model", "--max-shard-size", "5 apples"], 2, ['"5 apples" is not a size']),
         (["train", "nowhere.toml"], 66, ["run file nowhere.toml does not exist"]),
         (["train"], 2, ["RUN.toml"]),
         (["train", "a.toml", "--fast"], 2, ["unrecognized arguments: --fast"]),
