@@ -21,9 +21,10 @@ apt() { # apt-get, with fresh package lists if it fails with those there are
     DEBIAN_FRONTEND=noninteractive apt-get -qq -o APT::Sandbox::User=root "$@" >/dev/null
 }
 
-# libpmix2 is what `srun --mpi=pmix` loads; Lua and Tcl are what Lmod and Environment Modules are written in.
+# libpmix2 is what `srun --mpi=pmix` loads, under a name that is a link in libpmix-dev; Lua and Tcl are what Lmod and
+# Environment Modules are written in.
 missing=()
-for package in slurm-wlm munge libpmix2 iproute2 tcl lua5.3 lua-filesystem lua-json lua-posix lua-term; do
+for package in slurm-wlm munge libpmix2 libpmix-dev iproute2 tcl lua5.3 lua-filesystem lua-json lua-posix lua-term; do
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
 done
 if [ ${#missing[@]} -gt 0 ]; then

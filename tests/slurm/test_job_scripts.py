@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpcllm import config
+from hpcllm.parallel import mesh
 
 SLURM = Path(__file__).resolve().parents[2] / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))
@@ -39,16 +40,30 @@ def test_the_two_training_scripts_differ_in_the_name_alone():
     assert [line.split() for line in same.splitlines()] == [line.split() for line in gpt.splitlines()]
 
 
-@pytest.mark.parametrize("name", ["train_bert", "train_gpt"])
+def test_the_job_of_three_axes_is_that_of_gpt_and_shows_its_mesh_before_it_trains():
+    gpt, axes = ((SLURM / f"{name}.sbatch").read_text().splitlines() for name in ("train_gpt", "train_gpt_3d"))
+    commands = [line.replace("train_gpt_3d", "train_gpt") for line in axes if line and line[0] != "#"]
+    show = next(number for number, line in enumerate(commands) if line.endswith("--show-mesh 2>/dev/null"))
+    assert commands.pop(show).split()[:3] == ["launch", "hpcllm", "plan"] and commands[show].startswith("launch hpcllm")
+    assert commands == [line for line in gpt if line and line[0] != "#"]
+    options = [re.findall(r"^#+SBATCH --([\w-]+)", "\n".join(lines), re.M) for lines in (gpt, axes)]
+    assert options[0] == options[1]
+
+
+@pytest.mark.parametrize("name", ["train_bert", "train_gpt", "train_gpt_3d"])
 def test_the_run_file_fits_the_job_script_beside_it(name):
-    settings = config.load(SLURM / f"{name}.toml")
     script = (SLURM / f"{name}.sbatch").read_text()
-    ranks = int(re.search(r"--nodes=(\d+)", script[script.index("#SBATCH") :])[1])
-    ranks *= int(re.search(r"--ntasks-per-node=(\d+)", script)[1])
-    assert settings.train.accumulation(ranks) >= 1
-    # The example in the script's head: more nodes and a larger batch.
+    options = script[script.index("#SBATCH") :]
+    nodes, tasks = (int(re.search(rf"--{option}=(\d+)", options)[1]) for option in ("nodes", "ntasks-per-node"))
+    # As it is, and the example in the script's head: more nodes and a larger batch.
     more = re.search(r"--nodes=(\d+) slurm/\S+ (.*)", script)
-    assert config.load(SLURM / f"{name}.toml", more[2].split()).train.accumulation(ranks * int(more[1])) >= 1
+    for hosts, overrides in ((nodes, []), (int(more[1]), more[2].split())):
+        settings = config.load(SLURM / f"{name}.toml", overrides)
+        layout = mesh.layout(settings.parallel, [host for host in range(hosts) for _ in range(tasks)])
+        assert settings.train.accumulation(layout.data) >= layout.pipeline  # or stages would be idle most of the time
+        assert tasks % layout.tensor == 0  # that axis stays within hosts
+    if name == "train_gpt_3d":
+        assert min(layout.data, layout.pipeline, layout.tensor) > 1
 
 
 def bash(script, *arguments, cwd, ranks, path=f"{sys.prefix}/bin:", **env):
@@ -100,8 +115,9 @@ def test_without_slurm_the_same_scripts_prepare_and_train_with_mpirun(tmp_path):
 
 
 @pytest.mark.skipif(not (SLURM.parent / ".venv/bin/hpcllm").exists(), reason="no .venv in the repository (make venv)")
-def test_a_script_finds_the_venv_of_its_repository_and_ends_with_the_exit_code_of_a_refusal(tmp_path):
-    done = bash(SLURM / "train_gpt.sbatch", "train.max_step=3", cwd=tmp_path, ranks=2, path="")
+@pytest.mark.parametrize("name", ["train_gpt", "train_gpt_3d"])
+def test_a_script_finds_the_venv_of_its_repository_and_ends_with_the_exit_code_of_a_refusal(tmp_path, name):
+    done = bash(SLURM / f"{name}.sbatch", "train.max_step=3", cwd=tmp_path, ranks=2, path="")
     assert done.returncode == 2
     assert done.stderr.count('unknown key "max_step"') == 1
 
@@ -111,6 +127,14 @@ def test_a_site_of_your_own_takes_the_place_of_the_one_in_the_repository(tmp_pat
     done = bash(SLURM / "train_gpt.sbatch", "run.output_dir=my runs", cwd=tmp_path, ranks=2, HPCLLM_SITE="mine.sh")
     expected = f"<hpcllm><train><{SLURM}/train_gpt.toml><run.output_dir=my runs><--resume>"
     assert (done.returncode, done.stdout) == (7, expected)
+
+
+def test_a_mesh_that_cannot_be_shown_does_not_end_the_job(tmp_path):
+    (tmp_path / "mine.sh").write_text('launch() { printf \'<%s>\' "$@"; echo; [ "$2" = train ]; }\n')
+    done = bash(SLURM / "train_gpt_3d.sbatch", "a b", cwd=tmp_path, ranks=2, HPCLLM_SITE="mine.sh")
+    run_file = f"{SLURM}/train_gpt_3d.toml"
+    expected = [f"<hpcllm><plan><{run_file}><a b><--show-mesh>", f"<hpcllm><train><{run_file}><a b><--resume>"]
+    assert (done.returncode, done.stdout.splitlines()) == (0, expected)
 
 
 def test_other_launchers_than_srun_and_mpirun_are_one_line_of_the_site_profile(tmp_path):

@@ -1,6 +1,7 @@
 """Claims about the shipped job scripts, from `module load hpcllm` to a trained model, on 2 nodes x 2 ranks."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -78,6 +79,70 @@ def test_gpt_trains_from_the_same_shards(cluster, module_load, project):
     steps = records(project / "runs/gpt")
     assert len(steps) == 20 and steps[-1]["loss"] < steps[0]["loss"] - 0.5
     assert "GPT2LMHeadModel" in job["log"]
+
+
+# What the log calls a layout: (options of sbatch, settings). The last is what the files say, on as many ranks.
+LAYOUTS = {
+    "data 4": (TWO_BY_TWO, ("parallel.pipeline=1", "parallel.tensor=1")),
+    "pipeline 2 x tensor 2": (TWO_BY_TWO, ()),
+    "data 2 x pipeline 2, sharding full over 2 ranks": (TWO_BY_TWO, ("parallel.tensor=1", "parallel.sharding=full")),
+    "data 2 x pipeline 2 x tensor 2": ((), ()),
+}
+CROSSES_HOSTS = {"data 4": "data", "pipeline 2 x tensor 2": "pipeline"}
+
+
+@pytest.fixture(scope="module")
+def layouts(cluster, module_load, project):
+    """Runs of train_gpt_3d.sbatch: a function of a layout, the last step and a folder, which runs each but once."""
+    done = {}
+
+    def run(layout, steps=6, folder=None):
+        folder = folder or project / "runs" / layout
+        if (folder, steps) not in done:
+            options, settings = LAYOUTS[layout]
+            settings += (*SMALL, "train.micro_batch_size=2", "train.lr_scheduler_type=constant")
+            settings += (f"train.max_steps={steps}", f"run.output_dir={folder}")
+            script = ROOT / "slurm/train_gpt_3d.sbatch"
+            number = cluster.submit(*options, script, *settings, cwd=project, before=module_load)
+            job = cluster.wait(number, timeout_s=240)
+            assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), job["log"]
+            done[folder, steps] = folder, job["log"]
+        return done[folder, steps]
+
+    return run
+
+
+def check_same_training(run, reference, steps):
+    """All steps of a run have the losses and gradient norms of the reference."""
+    ours, theirs = records(run), records(reference)[:steps]
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs] == list(range(1, steps + 1))
+    # The norm of a large tensor is a sum in fp32, of other parts under other layouts.
+    for key, near in (("loss", 1e-4), ("grad_norm", 1e-3)):
+        told, expected = ([record[key] for record in kept] for kept in (ours, theirs))
+        print(f"{run.name}: {key}:", [f"{a / b - 1:.1e}" for a, b in zip(told, expected, strict=True)])
+        assert told == pytest.approx(expected, rel=near)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "data 4"])
+def test_losses_of_a_job_do_not_depend_on_the_layout_and_the_log_names_it(layouts, layout):
+    reference, _ = layouts("data 4", 8)
+    run, log = layouts(layout)
+    axes, crossing = layout.partition(",")[0], CROSSES_HOSTS.get(layout, "data")  # never tensor
+    assert f"\nlayout: {layout}\n" in log and f"ranks = {axes}" in log and f"between hosts: {crossing}\n" in log
+    check_same_training(run, reference, 6)
+    assert records(reference)[-1]["loss"] < records(reference)[0]["loss"] - 0.5
+
+
+def test_a_job_that_was_saved_under_one_layout_goes_on_under_another(layouts):
+    reference, _ = layouts("data 4", 8)
+    saved, _ = layouts("pipeline 2 x tensor 2")
+    shutil.copytree(saved, saved.parent / "goes on")
+    run, log = layouts("data 2 x pipeline 2, sharding full over 2 ranks", 8, saved.parent / "goes on")
+    assert "\nlayout: data 2 x pipeline 2, sharding full over 2 ranks\n" in log and "continuing from step 6" in log
+    assert [record["restart"] for record in records(run)] == [0] * 6 + [1] * 2
+    check_same_training(run, reference, 8)
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (run, reference))
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
 
 
 def test_missing_data_fails_the_job_with_66_and_names_the_folder(cluster, module_load, job_folder):
