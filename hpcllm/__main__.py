@@ -177,9 +177,13 @@ def plan(args):
     hosts = world.comm.allgather(world.host)
     if args.nodes is not None:
         hosts = [f"node {node}" for node in range(args.nodes) for _ in range(args.ranks_per_node)]
-    from .plan import show_mesh
 
-    text = mpi.on_root(world.comm, show_mesh, settings, hosts)
+    def drawn():
+        from .plan import show_mesh  # imports torch, which only this rank needs
+
+        return show_mesh(settings, hosts)
+
+    text = mpi.on_root(world.comm, drawn)
     if world.is_root:
         print(text)
 

@@ -173,6 +173,14 @@ def test_dropout_and_recomputation_go_with_stages(world, family, schedule):
     assert 1e-3 < largest_difference(told[0], without) < 0.5
 
 
+def test_the_norm_of_a_large_gradient_is_exact():
+    model = torch.nn.Linear(1024, 4096, bias=False)
+    model.config = None
+    model.weight.grad = torch.randn(4096, 1024) * torch.logspace(0, -6, 4096).unsqueeze(1)
+    expected = float(model.weight.grad.double().norm())
+    assert apply_whole(model).clip_gradients(0) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.skipif(SIZE < 2, reason="needs stages")
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_any_number_of_micro_batches_will_do(world, count):
