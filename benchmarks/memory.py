@@ -4,8 +4,8 @@
 
 A GPT-2 of 65 M parameters, AdamW, fp32, is made, trained for two steps and measured under each layout, each in a job of
 its own: bytes of a rank beyond those that the started program takes, at the worst moment, as the kernel accounts them
-(PSS of /proc/PID/smaps_rollup, memory that ranks share counted in equal parts, looked at a fifth of the time). --large: a Llama
-of 1.2 B parameters under full sharding instead, also saved: does it fit in 24 GiB in all?
+(PSS of /proc/PID/smaps_rollup, memory that ranks share counted in equal parts, looked at a fifth of the time). --large:
+a Llama of 1.2 B parameters under full sharding instead, SGD with momentum, also saved: does it fit in 24 GiB in all?
 """
 
 import argparse
@@ -92,6 +92,8 @@ def one(name, large):
         micro_batch_size=width,
         sequence_length=tokens,
         learning_rate=1e-4,
+        optimizer="sgd" if large else "adamw",
+        sgd_momentum=0.9,
     )
     made = AutoConfig.for_model(**(LARGE if large else SMALL))
 
@@ -140,7 +142,7 @@ def one(name, large):
     if world.is_root:
         shapes = count.count(lambda: AutoModelForCausalLM.from_config(made, dtype=torch.float32), tokens, gpu=False)
         planned = cost.Work(layout, world.size, width, train.accumulation(layout.data), section.sharding,
-                            schedule=section.pipeline_schedule, pooled=True)  # fmt: skip
+                            schedule=section.pipeline_schedule, state=4 if large else 8, pooled=True)  # fmt: skip
         said = [cost.memory(shapes, planned, rank).total for rank in range(layout.pipeline)]
         told = {"parameters": parameters, "planned": said * (world.size // len(said)), "ranks": everybody}
         if large:
@@ -153,7 +155,9 @@ def one(name, large):
 def table(args):
     large = ["--large"] if args.large else []
     names = ["full"] if args.large else args.layout
-    print(f"{args.ranks} ranks, AdamW, fp32, {jobs.versions()}\n", flush=True)
+    print(
+        f"{args.ranks} ranks, {'SGD with momentum' if args.large else 'AdamW'}, fp32, {jobs.versions()}\n", flush=True
+    )
     print("| layout | MB a rank: planned | measured | planned / measured |\n|---|---|---|---:|", flush=True)
     for name in names:
         done = jobs.run(args.ranks, "-m", "benchmarks.memory", "--one", name, *large)

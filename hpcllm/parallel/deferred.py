@@ -43,10 +43,10 @@ class Deferred(TorchFunctionMode):
     @torch.no_grad()
     def run(self):
         """Add the gradients that have been kept to those of their weights."""
-        for weight, left, right in self._products:
+        while self._products:
+            weight, left, right = self._products.pop()
             gradient = (left.flatten(0, -2).t() @ right.flatten(0, -2)).to(weight.dtype)
             weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
-        self._products = None
 
 
 def contexts():
@@ -74,6 +74,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         tensor, used = ctx.saved_tensors
+        # Without the graph that it comes from, which knows this list: a circle that nobody would free.
+        tensor = tensor.detach()
         ctx.products.append((ctx.weight, *((gradient, tensor) if ctx.transposed else (tensor, gradient))))
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.biased else None
         return gradient @ (used if ctx.transposed else used.t()), None, of_bias, None, None
