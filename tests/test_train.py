@@ -98,19 +98,20 @@ NO_DROPOUT = {
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "sharding", "schedule"),
-    [(tensor, 1, sharding, "1f1b") for tensor in (1, 2) for sharding in ("none", "optimizer", "gradients", "full")]
-    + [(1, 2, "none", "1f1b"), (1, 2, "none", "zero_bubble"), (2, 2, "none", "1f1b"), (1, 2, "full", "1f1b")],
+    ("tensor", "context", "pipeline", "sharding", "schedule"),
+    [(tensor, 1, 1, sharding, "1f1b") for tensor in (1, 2) for sharding in ("none", "optimizer", "gradients", "full")]
+    + [(1, 1, 2, "none", "1f1b"), (1, 1, 2, "none", "zero_bubble"), (2, 1, 2, "none", "1f1b")]
+    + [(1, 1, 2, "full", "1f1b"), (1, 2, 1, "none", "1f1b"), (1, 2, 1, "full", "1f1b"), (1, 2, 2, "none", "1f1b")],
 )
 def test_a_run_goes_on_under_another_layout_with_the_same_losses(
-    world, prepared, tmp_path, tensor, pipeline, sharding, schedule
+    world, prepared, tmp_path, tensor, context, pipeline, sharding, schedule
 ):
-    if world.size % (tensor * pipeline):
+    if world.size % (tensor * context * pipeline):
         pytest.skip("ranks do not divide")
     base = shared(world, tmp_path)
     changes = {**NO_DROPOUT, "checkpoint.every_steps": 3, "train.eval_every_steps": 3}
     layout = {"parallel.tensor": tensor, "parallel.sharding": sharding, "parallel.pipeline": pipeline}
-    layout |= {"parallel.pipeline_schedule": schedule}
+    layout |= {"parallel.pipeline_schedule": schedule, "parallel.context": context}
     reference = settings(prepared, tmp_path / "alone", **changes)
     expected = train.train(reference, hpcllm.mpi.alone(world))
     # Three steps under the one layout, three under another.

@@ -57,12 +57,12 @@ def _split(model, stages, shapes, targets=1.0):
 
 def in_small(model):
     """A small model of the class of `model`, the same on all ranks, with transformers' own attention: to try out what
-    no plan says. Its vocabulary has 16 words."""
+    no plan says. Its vocabulary has 16 words, of which the first may be padding."""
     config = copy.deepcopy(model.config)
     small = {"hidden_size": 8 * config.num_attention_heads, "head_dim": 8, "intermediate_size": 16, "vocab_size": 16}
-    small |= {"num_hidden_layers": 2, "num_decoder_layers": 2, "pad_token_id": None}
+    small |= {"num_hidden_layers": 2, "num_decoder_layers": 2, "use_cache": False, "_attn_implementation": None}
     small |= {"layer_types": (getattr(config, "layer_types", None) or [])[:2] or None}
-    small |= {"use_cache": False, "_attn_implementation": None}
+    small |= {"pad_token_id": getattr(config, "pad_token_id", None) and 0}
     for name, value in small.items():
         if hasattr(config, name):
             setattr(config, name, value)
@@ -77,7 +77,7 @@ def _try_in_small(model):
 
     Some families do more between embeddings and layers than their plan says.
     """
-    kind, tokens = model.config.model_type, torch.arange(4).unsqueeze(0)
+    kind, tokens = model.config.model_type, torch.arange(1, 5).unsqueeze(0)
     inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
     try:
         whole = in_small(model)
