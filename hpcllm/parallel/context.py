@@ -39,10 +39,15 @@ def check(config):
         )
 
 
+def chunks(size, index):
+    """Which of the 2 `size` chunks of a sequence rank `index` of `size` has."""
+    return index, 2 * size - 1 - index
+
+
 def positions(length, size, index):
     """Where in a sequence of `length` tokens those of rank `index` of `size` stand: int64 [length / size]."""
-    chunks = torch.arange(length).view(2 * size, -1)
-    return torch.cat((chunks[index], chunks[2 * size - 1 - index]))
+    rows = torch.arange(length).view(2 * size, -1)
+    return torch.cat([rows[chunk] for chunk in chunks(size, index)])
 
 
 def part(tensor, mesh):
@@ -155,14 +160,24 @@ class _Gather(torch.autograd.Function):
         parts = mine.new_empty((size * mine.shape[0], *mine.shape[1:]))
         _all_gather(parts, mine.contiguous(), group=group)
         whole = mine.new_empty((*mine.shape[:2], size * mine.shape[2], mine.shape[3]))
-        for index, part in enumerate(parts.chunk(size)):
-            whole[:, :, positions(whole.shape[2], size, index)] = part
+        for there, here in _in_order(parts, whole, size):
+            here.copy_(there)
         return whole
 
     @staticmethod
     def backward(ctx, gradient):
         size = dist.get_world_size(ctx.group)
-        parts = torch.cat([gradient[:, :, positions(gradient.shape[2], size, index)] for index in range(size)])
-        mine = gradient.new_empty((gradient.shape[0], gradient.shape[1], gradient.shape[2] // size, gradient.shape[3]))
+        samples, heads, length, width = gradient.shape
+        mine = gradient.new_empty((samples, heads, length // size, width))
+        parts = mine.new_empty((size * samples, *mine.shape[1:]))
+        for there, here in _in_order(parts, gradient, size):
+            there.copy_(here)
         _reduce_scatter(mine, parts, group=ctx.group)
         return mine, None
+
+
+def _in_order(parts, whole, size):
+    """(chunk in `parts` [n B, h, S / n, d], rank by rank, the same in `whole` [B, h, S, d]), for all chunks: views."""
+    by_place = whole.chunk(2 * size, 2)
+    for index, part in enumerate(parts.chunk(size)):
+        yield from zip(part.chunk(2, 2), [by_place[chunk] for chunk in chunks(size, index)], strict=True)
