@@ -2,8 +2,8 @@
 
     mpirun -np 4 python -m benchmarks.layouts [--family bert gpt2 llama t5] [--steps 10] [--time]
 
-Tiny models, SGD, fp32, no dropout. For every product of data, pipeline (with every schedule) and tensor axes and every
-sharding that the ranks allow:
+Tiny models, SGD, fp32, no dropout. For every product of data, pipeline (with every schedule), context (1, 2) and
+tensor axes and every sharding that the ranks allow:
 the largest relative difference of the loss and gradient norm of any step, and of the weights after the last step
 (2-norm of the difference), to training in one process. --time: seconds a step of a larger BERT under each layout, over
 this backend and over Gloo, in the same run, one after the other; median (smallest to largest) of the steps.
@@ -25,14 +25,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 import hpcllm.mpi
 from hpcllm.config import Parallel
 from hpcllm.errors import UsageError
+from hpcllm.parallel import context, vocabulary
 from hpcllm.parallel import mesh as meshes
-from hpcllm.parallel import vocabulary
 from hpcllm.parallel.apply import apply, check
 from hpcllm.parallel.runner import Work
 
 from . import jobs
 
 WORDS, LENGTH, ROWS, BATCHES = 1003, 32, 2, 8
+ALONE = meshes.replicas()
 SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1))
 SHARDINGS = ("none", "optimizer", "gradients", "full", "hybrid")
 FAMILIES = {
@@ -78,16 +79,22 @@ def inputs(family, number):
     return {"input_ids": input_ids, **more}, labels
 
 
-def loss(net, number):
-    """Summed over all tokens of batch `number`. net: a model, or what calls its `module`."""
+def loss(net, number, mesh=ALONE):
+    """Summed over this rank's tokens of batch `number`. net: a model, or what calls its `module`."""
     model = getattr(net, "module", net)
     given, labels = inputs(model.config.model_type, number)
     words = vocabulary.words_of(model.get_output_embeddings())
-    return vocabulary.cross_entropy_sum(net(**given).logits.flatten(0, -2), labels.flatten(), words)
+    logits = net(**context.inputs(given, mesh)).logits
+    return vocabulary.cross_entropy_sum(logits.flatten(0, -2), context.part(labels, mesh).flatten(), words)
 
 
-def work(family):
-    return Work(lambda number: inputs(family, number)[0], loss, lambda number: None, contextlib.nullcontext)
+def work(family, mesh):
+    return Work(
+        lambda number: context.inputs(inputs(family, number)[0], mesh),
+        lambda net, number: loss(net, number, mesh),
+        lambda number: None,
+        contextlib.nullcontext,
+    )
 
 
 def train_alone(family, steps):
@@ -112,7 +119,7 @@ def train(placed, steps, adjust):
         began = time.perf_counter()
         adjust.zero_grad()
         mine = range(step * BATCHES + data.rank, (step + 1) * BATCHES, data.size)
-        losses = placed.step(mine, work(placed.config.model_type), BATCHES * ROWS * LENGTH)
+        losses = placed.step(mine, work(placed.config.model_type, placed.mesh), BATCHES * ROWS * LENGTH)
         total = torch.tensor([float(sum(losses)) / (BATCHES * ROWS * LENGTH)], dtype=torch.float64)
         dist.all_reduce(total, group=placed.mesh.losses)
         told += [total.item(), placed.clip_gradients(1.0)]
@@ -136,13 +143,14 @@ def distance(placed, weights):
 
 def layouts(world, config):
     """(section, Layout) of all that these ranks and this model allow, no two alike."""
-    axes = itertools.product(range(1, world.size + 1), range(1, world.size + 1), SHARDINGS, SCHEDULES)
+    axes = itertools.product(range(1, world.size + 1), (1, 2), range(1, world.size + 1), SHARDINGS, SCHEDULES)
     seen = set()
-    for pipeline, tensor, sharding, (schedule, stages_per_rank) in axes:
+    for pipeline, shared, tensor, sharding, (schedule, stages_per_rank) in axes:
         try:
             section = Parallel(
                 tensor=tensor,
                 pipeline=pipeline,
+                context=shared,
                 sharding=sharding,
                 pipeline_schedule=schedule,
                 stages_per_rank=stages_per_rank,

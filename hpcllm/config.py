@@ -73,7 +73,7 @@ class Parallel(Section):
     stages_per_rank: int = Field(1, ge=1)
     """Stages that each rank of a pipeline has: 1, except for interleaved, which needs 2 or more."""
     context: int = Field(1, ge=1)
-    """Ranks that share each sequence."""
+    """Ranks that share each sequence; twice as many divide train.sequence_length."""
     sharding: Literal["none", "optimizer", "gradients", "full", "hybrid"] = "none"
     """What data-parallel ranks divide between them (ZeRO 0 to 3): nothing, optimizer state, gradients too, weights too;
     hybrid: as full within each host, whole models across hosts."""
@@ -81,12 +81,6 @@ class Parallel(Section):
     """Who carries gradients and parameters: MPI, or PyTorch's own Gloo or NCCL; ranks always come from MPI."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """What gradients travel as. bf16: half of the bytes within a host, three quarters between; added up in fp32."""
-
-    @model_validator(mode="after")
-    def axes_that_run(self):
-        if self.context != 1:
-            raise ValueError(f"context = {self.context}: this version runs no context axis; set it to 1")
-        return self
 
     @model_validator(mode="after")
     def stages_that_a_schedule_takes(self):
@@ -178,6 +172,16 @@ class Config(Section):
     train: Train
     checkpoint: Checkpoint = Checkpoint()
 
+    @model_validator(mode="after")
+    def sequences_that_can_be_shared(self):
+        length, context = self.train.sequence_length, self.parallel.context
+        if context > 1 and length % (2 * context):
+            raise ValueError(
+                f"parallel.context ({context}) shares a sequence out in {2 * context} chunks, which do not divide "
+                f"train.sequence_length ({length})"
+            )
+        return self
+
     def toml(self):
         """The resolved run file, defaults filled in."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
@@ -247,4 +251,5 @@ def _sentence(detail):
     message = detail["msg"].removeprefix("Value error, ")
     given = detail.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{'.'.join(location)}: {message}{shown}"
+    where = ".".join(location)
+    return f"{where}: {message}{shown}" if where else message

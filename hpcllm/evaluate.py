@@ -7,6 +7,7 @@ import math
 import torch
 import torch.distributed as dist
 
+from .parallel import context
 from .parallel.runner import Work
 
 
@@ -17,17 +18,21 @@ def arithmetic(precision, device):
     return contextlib.nullcontext()
 
 
-def of_task(task, device, precision, score=False):
+def of_task(task, placed, precision, score=False):
     """The Work (parallel.runner) of a task (module of hpcllm.tasks) on micro-batches (data.batches.MicroBatch).
+
+    placed: parallel.apply.Placed that it is for, whose ranks may have parts of the sequences.
 
     Its loss is `task.loss_sum`'s first value; with `score` it is both.
     """
 
+    device, mesh = placed.device, placed.mesh
+
     def inputs(batch):
-        return task.inputs(batch.input_ids.to(device))
+        return context.inputs(task.inputs(batch.input_ids.to(device)), mesh)
 
     def loss(net, batch):
-        found = task.loss_sum(net, inputs(batch), batch.labels.to(device), score)
+        found = task.loss_sum(net, inputs(batch), context.part(batch.labels.to(device), mesh), score)
         return found if score else found[0]
 
     return Work(inputs, loss, lambda batch: None if score else batch.seed, lambda: arithmetic(precision, device))
@@ -40,8 +45,9 @@ def evaluate(placed, source, width, precision):
     Collective.
     """
     data, nothing = placed.mesh.data, source.nothing()
-    work = of_task(source.task, placed.parameters()[0].device, precision, score=True)
+    work = of_task(source.task, placed, precision, score=True)
     sums = torch.zeros(4, dtype=torch.float64)  # loss, right, targets, samples
+    once = placed.mesh.place["context"] == 0  # what a batch counts, not its parts
     placed.train(False)
     batches = source.validation(data.rank, data.size, width)
     # Enough at a time to keep a pipeline full.
@@ -49,7 +55,8 @@ def evaluate(placed, source, width, precision):
         window = [batch if batch.samples else nothing for batch in window if batch.samples or placed.divided]
         results = placed.runner.run(window, work)
         for batch, (loss, right) in zip(window, results, strict=False):  # no results but of the last stage
-            sums += torch.tensor([loss.item(), right.item(), batch.targets, batch.samples], dtype=torch.float64)
+            counts = [once * batch.targets, once * batch.samples]
+            sums += torch.tensor([loss.item(), right.item(), *counts], dtype=torch.float64)
     dist.all_reduce(sums, group=placed.mesh.losses)
     placed.train()
     placed.reshard()

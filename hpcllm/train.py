@@ -89,7 +89,7 @@ def train(config, world, *, resume=False, overwrite=False):
         with clock.waiting_for_data():
             micro_batches = next(steps)
         rate = optimizer.learning_rate(state["step"], plan)
-        loss_sum, targets, grad_norm = one_step(placed, adjust, micro_batches, rate, config, world.device)
+        loss_sum, targets, grad_norm = one_step(placed, adjust, micro_batches, rate, config)
         loss_sum, times = clock.collect(loss_sum)
         state["step"] += 1
         state["samples"] += plan.global_batch_size
@@ -250,7 +250,7 @@ def describe(config, world, placed, source, validation, state):
     )
 
 
-def one_step(placed, adjust, micro_batches, rate, config, device):
+def one_step(placed, adjust, micro_batches, rate, config):
     """Forward and backward of this rank's micro-batches and one optimizer step.
 
     Returns (loss summed over this rank's targets, targets of all ranks, gradient norm before clipping). Each rank's
@@ -262,7 +262,7 @@ def one_step(placed, adjust, micro_batches, rate, config, device):
     targets = max(1, int(count))
     optimizer.set_learning_rate(adjust, rate)
     adjust.zero_grad()
-    work = evaluate.of_task(TASKS[config.model.task], device, config.train.precision)
+    work = evaluate.of_task(TASKS[config.model.task], placed, config.train.precision)
     losses = placed.step(micro_batches, work, targets)
     loss_sum = torch.stack(losses).double().sum() if losses else 0.0
     grad_norm = placed.clip_gradients(config.train.max_grad_norm)

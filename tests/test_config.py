@@ -60,7 +60,7 @@ def test_the_tokenizer_lies_beside_the_training_shards():
         ("train.precision=fp8", ["train.precision", "'fp32' or 'bf16'"]),
         ("model.init_from=a", ["model:", "either config", "or init_from"]),
         ("model.config={hidden_size=8}", ["model_type"]),
-        ("parallel.context=2", ["context = 2", "no context axis"]),
+        ("parallel.context=5", ["parallel.context (5)", "10 chunks", "train.sequence_length (64)"]),
         ("parallel.pipeline_schedule=interleaved", ["stages_per_rank = 1", "2 or more"]),
         ("parallel.stages_per_rank=2", ['"1f1b"', "stages_per_rank = 2"]),
         ("parallel.pipeline_schedule=zero_bubble", ["zero_bubble", "pipeline of 2 ranks"]),

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import weights
-from . import data, deferred, pipeline, sharding, tensor
+from . import context, data, deferred, pipeline, sharding, tensor
 from . import mesh as meshes
 from .pieces import Piece
 from .runner import Runner
@@ -29,10 +29,13 @@ def apply(model, mesh, parallel, activation_checkpointing=False, device=None, ta
     that has none yet, so that no rank needs memory for more than its part. `model` is used up. Raises UsageError, the
     same on every rank, for a model that cannot be divided like that. Collective.
     """
-    layout, pieces = mesh.layout, {}
+    layout, pieces, device = mesh.layout, {}, device or torch.device("cpu")
     whole = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if layout.context > 1:
+        # A name in the configuration, which all parts of the model take with them.
+        context.share(model, mesh, device)
     if layout.tensor > 1:
-        # First: it needs modules and weights as transformers made them, and what follows sees only smaller layers.
+        # Before the rest: it needs modules and weights as transformers made them, and others see only smaller layers.
         pieces = tensor.split(model, mesh["tensor"])
     if activation_checkpointing:
         # Then, so that the sums over the tensor axis are recomputed with what they belong to.
@@ -45,10 +48,8 @@ def apply(model, mesh, parallel, activation_checkpointing=False, device=None, ta
     reduce_dtype = _TRAVELS_AS[parallel.reduce_dtype]
     if layout.shard > 1:
         # Last: whoever carries gradients must see the weights that are there in the end.
-        devices = mesh.devices["replicate", "shard"] if layout.replicate > 1 else mesh.devices["shard"]
         for part in parts:
-            sharding.shard(part.model, devices, parallel.sharding, reduce_dtype)
-    device = device or torch.device("cpu")
+            sharding.shard(part.model, mesh.shards, parallel.sharding, reduce_dtype)
     placed = Placed(parts, parts[0].model, mesh, parallel, model.config, pieces, shared, device)
     if source is not None:
         # On the device are only parts, and nowhere was there ever more.
@@ -57,12 +58,14 @@ def apply(model, mesh, parallel, activation_checkpointing=False, device=None, ta
         for part in parts:
             part.to(device)
         if stages == 1:
-            return dataclasses.replace(placed, replica=data.replicate(model, mesh["data"], reduce_dtype))
+            return dataclasses.replace(placed, replica=data.replicate(model, mesh.gradients, reduce_dtype))
     return placed
 
 
 def check(config, layout, stages_per_rank=1):
     """Raise UsageError for a transformers configuration whose model cannot be divided as `layout` says."""
+    if layout.context > 1:
+        context.check(config)
     if layout.tensor > 1:
         tensor.plan(config)
         tensor.check(config, layout.tensor)
@@ -111,7 +114,7 @@ class Placed:
 
     @property
     def divided(self):
-        """True where no rank has the whole model, so that forward is a collective call."""
+        """True where no rank computes a sample by itself, so that forward is a collective call."""
         return self.mesh.layout.size > self.mesh.layout.replicate
 
     def named_parameters(self):
@@ -141,7 +144,7 @@ class Placed:
         """
         losses = self.runner.run(batches, work, divisor)
         if len(self.parts) * self.mesh.layout.pipeline > 1 and self.mesh.layout.shard == 1:
-            data.add_up(self.parameters(), self.mesh["data"], _TRAVELS_AS[self.parallel.reduce_dtype])
+            data.add_up(self.parameters(), self.mesh.gradients, _TRAVELS_AS[self.parallel.reduce_dtype])
         held = dict(self.named_parameters())
         for name in sorted(self.shared):  # in one order everywhere
             dist.all_reduce(sharding.local(held[name].grad), group=self.shared[name][1])
@@ -171,7 +174,7 @@ class Placed:
         layout, place = self.mesh.layout, self.mesh.place
         if not self._first_holder(name):
             return False
-        copies, mine = layout.replicate, place["replicate"]
+        copies, mine = layout.replicate * layout.context, place["replicate"] * layout.context + place["context"]
         if piece.dim is None:
             copies, mine = copies * layout.tensor, mine * layout.tensor + place["tensor"]
         if not piece.shape:  # a number, which FSDP2 does not divide

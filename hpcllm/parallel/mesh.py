@@ -8,6 +8,7 @@
 `Layout` is arithmetic and needs neither MPI nor torch; `build` makes the groups.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -123,17 +124,20 @@ def _crosses(made, hosts, axis):
 class Mesh:
     """The groups that this rank belongs to.
 
-    layout, place: see `Layout`. mesh["data"] and the other axes give process groups; `replica` is the group of all
-    ranks that hold one copy of the model between them, `losses` that of the data and pipeline axes, over which a loss
-    that the last stages know adds up; `devices` is torch's DeviceMesh of the axes in AXES.
+    layout, place: see `Layout`. mesh["data"] and the other axes give process groups; `replica` is the group of the
+    ranks that hold one copy of the model between them; `gradients` that of the data and context axes, whose ranks have
+    the same weights and add up what these get; `losses` that of the data, pipeline and context axes, over which a loss
+    that the last stages know of their tokens adds up; `shards`: torch's DeviceMesh of the ranks that divide the same
+    weights, copies x shards, or shards alone where there is one copy; None where nobody divides.
     """
 
     layout: Layout
     place: dict
     groups: dict
     replica: Any
+    gradients: Any
     losses: Any
-    devices: Any
+    shards: Any
 
     def __getitem__(self, axis):
         return self.groups[axis]
@@ -149,20 +153,32 @@ def replicas(world=None):
     size, rank, group = (world.size, world.rank, world.group) if world else (1, 0, None)
     made = Layout(size, 1, 1, 1, 1)
     groups = dict.fromkeys((*AXES, "data")) | {"replicate": group, "data": group}
-    return Mesh(made, made.place(rank), groups, None if size > 1 else group, group, None)
+    return Mesh(made, made.place(rank), groups, None if size > 1 else group, group, group, None)
 
 
 def build(made, world):
     """Mesh of a Layout. Collective over `world`."""
     if made.size == 1:
         return replicas(world)
-    from torch.distributed.device_mesh import init_device_mesh
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     devices = init_device_mesh(world.device.type, made.sizes, mesh_dim_names=AXES)
     groups = {axis: devices[axis].get_group() for axis in AXES}
-    groups["data"] = devices["replicate", "shard"]._flatten("data").get_group()
-    replica = devices["shard", "pipeline", "context", "tensor"]._flatten("replica").get_group()
-    losses = groups["data"]
-    if made.pipeline > 1:
-        losses = devices["replicate", "shard", "pipeline"]._flatten("losses").get_group()
-    return Mesh(made, made.place(world.rank), groups, replica, losses, devices)
+
+    @functools.cache
+    def over(*axes):
+        """The group of a product of axes; those that divide nothing are left out, so that no group is made twice."""
+        axes = tuple(axis for axis in axes if getattr(made, axis) > 1) or axes[:1]
+        return groups[axes[0]] if len(axes) == 1 else devices[axes]._flatten("_".join(axes)).get_group()
+
+    groups["data"], copies = over("replicate", "shard"), over("replicate", "context")
+    place, shards = made.place(world.rank), None
+    if made.shard > 1:
+        alike = torch.arange(made.size).view(made.sizes)[:, :, place["pipeline"], :, place["tensor"]]
+        alike, both = alike.movedim(1, -1).flatten(0, 1), [copies, groups["shard"]]
+        shards = DeviceMesh.from_group(both, world.device.type, alike, mesh_dim_names=("copies", "shard"))
+        shards = shards if len(alike) > 1 else shards["shard"]
+    replica = over("shard", "pipeline", "tensor")
+    gradients, losses = over("replicate", "shard", "context"), over("replicate", "shard", "pipeline", "context")
+    return Mesh(made, place, groups, replica, gradients, losses, shards)

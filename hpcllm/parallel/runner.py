@@ -113,8 +113,9 @@ class _Turn:
         if self._divisor is not None:
             carry = [tensor.requires_grad_() for tensor in carry]
         seed = self._work.seed(batch)
-        if seed is not None:  # stages must not draw the same numbers
-            torch.manual_seed((seed + stage * _APART) % (1 << 63))
+        if seed is not None:  # stages must not draw the same numbers, nor parts of a sequence
+            apart = stage + self._placed.mesh.place["context"] * (self._runner.last + 1)
+            torch.manual_seed((seed + apart * _APART) % (1 << 63))
         with self._work.arithmetic(), deferred:
             if not part.last:
                 output = part(carry, self._work.inputs(batch))

@@ -6,11 +6,13 @@ import functools
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from hpcllm.parallel import vocabulary
+from hpcllm.parallel import context, vocabulary
+from hpcllm.parallel import mesh as meshes
 from hpcllm.parallel.runner import Work
 
 # Odd numbers where ranks may have unequal parts.
 WORDS, LENGTH, ROWS, BATCHES, STEPS = 101, 8, 2, 12, 2
+ALONE = meshes.replicas()
 FAMILIES = ("bert", "gpt2", "llama", "t5")
 
 
@@ -64,17 +66,22 @@ def inputs(family, number):
     return {"input_ids": input_ids, **more}
 
 
-def loss(net, number):
-    """Cross entropy of batch `number`, summed over all its tokens. net: a model, or what calls its `module`."""
+def loss(net, number, mesh=ALONE):
+    """Cross entropy of batch `number`, summed over this rank's tokens. net: a model, or what calls its `module`."""
     model = getattr(net, "module", net)
-    logits = net(**inputs(model.config.model_type, number)).logits.flatten(0, -2)
+    logits = net(**context.inputs(inputs(model.config.model_type, number), mesh)).logits.flatten(0, -2)
     words = vocabulary.words_of(model.get_output_embeddings())
-    return vocabulary.cross_entropy_sum(logits, batch(number)[1].flatten(), words)
+    return vocabulary.cross_entropy_sum(logits, context.part(batch(number)[1], mesh).flatten(), words)
 
 
-def work(family):
-    """What `Placed.step` does with the number of a batch."""
-    return Work(lambda number: inputs(family, number), loss, lambda number: number, contextlib.nullcontext)
+def work(family, mesh=ALONE):
+    """What `Placed.step` does with the number of a batch. mesh: mesh.Mesh of ranks that may share sequences."""
+    return Work(
+        lambda number: context.inputs(inputs(family, number), mesh),
+        lambda net, number: loss(net, number, mesh),
+        lambda number: number,
+        contextlib.nullcontext,
+    )
 
 
 @functools.cache

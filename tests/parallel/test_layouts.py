@@ -64,12 +64,12 @@ def whole(placed, name, tensor):
 def train(placed, steps=models.STEPS, bound=1.0, lr=0.1):
     """As models.train_alone, on all ranks."""
     adjust, told = torch.optim.SGD(placed.parameters(), lr=lr), []
-    data = placed.mesh.data
+    data, work = placed.mesh.data, models.work(placed.config.model_type, placed.mesh)
     for step in range(steps):
         adjust.zero_grad()
         mine = range(step * models.BATCHES + data.rank, (step + 1) * models.BATCHES, data.size)
         count = models.BATCHES * models.ROWS * models.LENGTH
-        total = torch.tensor([float(sum(placed.step(mine, models.work(placed.config.model_type), count))) / count])
+        total = torch.tensor([float(sum(placed.step(mine, work, count))) / count])
         dist.all_reduce(total, group=placed.mesh.losses)
         told += [total.item(), placed.clip_gradients(bound)]
         adjust.step()
