@@ -163,15 +163,18 @@ def table(args):
         done = jobs.run(args.ranks, "-m", "benchmarks.memory", "--one", name, *large)
         told = json.loads(done.stdout.strip().splitlines()[-1])
         trained = [trained for trained, _, _ in told["ranks"]]
-        off = max((said / seen for said, seen in zip(told["planned"], trained, strict=True)), key=lambda r: abs(r - 1))
+        ratios = [said / seen for said, seen in zip(told["planned"], trained, strict=True)]
+        off = max(ratios, key=lambda ratio: abs(ratio - 1))
         cells = [", ".join(f"{value / 1e6:.0f}" for value in values) for values in (told["planned"], trained)]
         print(f"| {name} | {cells[0]} | {cells[1]} | {off:.2f} |", flush=True)
         if args.large:
             whole = sum(everything for _, _, everything in told["ranks"])
-            print(f"\n{told['parameters'] / 1e9:.2f} B parameters, made, trained 2 steps and saved "
-                  f"({told['saved'] / 1e9:.1f} GB) in {told['seconds']:.0f} s; the largest memory of each rank, program "
-                  f"and saving included: {', '.join(f'{e / 2**30:.2f}' for _, _, e in told['ranks'])} GiB, "
-                  f"{whole / 2**30:.1f} GiB in all")  # fmt: skip
+            ranks = ", ".join(f"{everything / 2**30:.2f}" for _, _, everything in told["ranks"])
+            print(
+                f"\n{told['parameters'] / 1e9:.2f} B parameters, made, trained 2 steps and saved "
+                f"({told['saved'] / 1e9:.1f} GB) in {told['seconds']:.0f} s; the largest memory of each rank, program and "
+                f"saving included: {ranks} GiB, {whole / 2**30:.1f} GiB in all"
+            )
 
 
 def main():

@@ -83,6 +83,14 @@ class Parallel(Section):
     """What gradients travel as. bf16: half of the bytes within a host, three quarters between; added up in fp32."""
 
     @model_validator(mode="after")
+    def sums_that_are_rounded_once(self):
+        if self.sharding == "optimizer" and self.reduce_dtype == "bf16":
+            raise ValueError(
+                'reduce_dtype = "bf16" goes with any sharding but "optimizer", where FSDP2 adds micro-batches up in it'
+            )
+        return self
+
+    @model_validator(mode="after")
     def stages_that_a_schedule_takes(self):
         several, plural = self.stages_per_rank > 1, self.pipeline_schedule == "interleaved"
         if plural != several:

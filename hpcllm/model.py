@@ -150,6 +150,9 @@ def load(folder, task, *, strict=True):
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise DataError(f"{folder}: the model cannot be loaded for {task}: {error}") from None
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not words.weight:
+        model.config.tie_word_embeddings = False  # a folder may hold both and say otherwise
     wrong = sorted(report["mismatched_keys"]) + sorted(report["missing_keys"] if strict else [])
     if wrong:
         raise DataError(f"{folder}: weights missing or of another shape: {', '.join(map(str, wrong[:5]))}")
@@ -185,6 +188,9 @@ def check_fits(model, words, sequence_length):
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < words.size:
         raise UsageError(f"model: {rows} embeddings (vocab_size) are too few for the tokenizer's {words.size} ids")
+    kept = sorted(model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    if kept:
+        raise UsageError(f"model: {model.config.model_type} keeps {kept[0]}, which is no weight: checkpoints lack it")
     places = getattr(model.config, "max_position_embeddings", None)
     if places is not None and sequence_length > places:
         raise UsageError(

@@ -172,11 +172,12 @@ def find_start(config, resume, overwrite):
     state = {**checkpoint.read_state(found[-1]), "restart": state["restart"]}
     if state["step"] > config.train.max_steps:
         raise UsageError(f"--resume: {found[-1]} is beyond train.max_steps ({config.train.max_steps})")
-    results = output / "results.json"
-    if state["step"] < config.train.max_steps or not results.is_file():
+    file = output / "results.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"step": None}
+    if state["step"] < config.train.max_steps or results["step"] != state["step"]:  # or those of a shorter run
         return found[-1], state, None
     print(f"{output}: the run is over, all {state['step']} steps of it; for more give train.max_steps", flush=True)
-    return found[-1], state, json.loads(results.read_text(encoding="utf-8"))
+    return found[-1], state, results
 
 
 def check_same_run(config, source, state):

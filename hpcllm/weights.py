@@ -129,9 +129,10 @@ class Saved:
         """Raise DataError, before anything starts, for weights of `model` that are missing or of another shape."""
         with self._opened() as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        wrong = sorted(name for name, p in model.named_parameters() if shapes.get(name) != tuple(p.shape))
+        wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        wrong = sorted(name for name in wanted | shapes if shapes.get(name) != wanted.get(name))
         if wrong:
-            raise DataError(f"{self._file}: weights missing or of another shape: {', '.join(wrong[:5])}")
+            raise DataError(f"{self._file}: weights missing, of another shape or too many: {', '.join(wrong[:5])}")
 
     def fill(self, wanted):
         """As `Fresh.fill`."""

@@ -70,7 +70,7 @@ def check(config, layout, stages_per_rank=1):
         tensor.plan(config)
         tensor.check(config, layout.tensor)
     if layout.pipeline * stages_per_rank > 1:
-        pipeline.check(config, layout.pipeline * stages_per_rank)
+        pipeline.check(config, layout.pipeline * stages_per_rank, stages_per_rank > 1 and layout.shard > 1)
 
 
 def whole(model, world=None):
@@ -147,6 +147,8 @@ class Placed:
             data.add_up(self.parameters(), self.mesh.gradients, _TRAVELS_AS[self.parallel.reduce_dtype])
         held = dict(self.named_parameters())
         for name in sorted(self.shared):  # in one order everywhere
+            if held[name].grad is None:
+                held[name].grad = torch.zeros_like(held[name])
             dist.all_reduce(sharding.local(held[name].grad), group=self.shared[name][1])
         return losses
 

@@ -30,6 +30,7 @@ def add_up(parameters, group, reduce_dtype=None, bytes_at_once=25 << 20):
     """
     if dist.get_world_size(group) == 1:
         return
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     gradients, count = [], 0
     for number, parameter in enumerate(parameters, 1):
         gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)

@@ -11,14 +11,15 @@ from torch.overrides import TorchFunctionMode
 class Deferred(TorchFunctionMode):
     """In this context, multiplications by a weight keep their weight's gradient for `run`.
 
-    Biases, norms and embeddings, which cost little, have theirs at once.
+    Biases, norms and embeddings, which cost little, have theirs at once, and so have `besides` (list of modules): of an
+    output layer the gradients of all logits would have to be kept.
     """
 
     current = None  # the one whose context this is
 
-    def __init__(self):
+    def __init__(self, besides=()):
         super().__init__()
-        self._products = []
+        self._products, self._besides = [], {id(module.weight) for module in besides}
 
     def __enter__(self):
         Deferred.current = self
@@ -32,13 +33,17 @@ class Deferred(TorchFunctionMode):
         named = named or {}
         if func is functional.linear:
             tensor, weight, bias = (*arguments, *named.values(), None)[:3]
-            if _is_weight(weight):
+            if self._defers(weight):
                 return _Product.apply(tensor, weight, bias, True, self._products)
-        elif func is torch.addmm and not named and _is_weight(arguments[2]):  # transformers' Conv1D
+        elif func is torch.addmm and not named and self._defers(arguments[2]):  # transformers' Conv1D
             return _Product.apply(arguments[1], arguments[2], arguments[0], False, self._products)
-        elif func in (torch.Tensor.__matmul__, torch.Tensor.matmul) and _is_weight(arguments[1]):
+        elif func in (torch.Tensor.__matmul__, torch.Tensor.matmul) and self._defers(arguments[1]):
             return _Product.apply(arguments[0], arguments[1], None, False, self._products)
         return func(*arguments, **named)
+
+    def _defers(self, tensor):
+        matrix = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad and tensor.dim() == 2
+        return matrix and id(tensor) not in self._besides
 
     @torch.no_grad()
     def run(self):
@@ -52,10 +57,6 @@ class Deferred(TorchFunctionMode):
 def contexts():
     """torch.utils.checkpoint's context_fn: what is computed again is computed as it was the first time."""
     return contextlib.nullcontext(), Deferred.current or contextlib.nullcontext()
-
-
-def _is_weight(tensor):
-    return isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad and tensor.dim() == 2
 
 
 class _Product(torch.autograd.Function):

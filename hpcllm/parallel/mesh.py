@@ -124,7 +124,8 @@ def _crosses(made, hosts, axis):
 class Mesh:
     """The groups that this rank belongs to.
 
-    layout, place: see `Layout`. mesh["data"] and the other axes give process groups; `replica` is the group of the
+    layout, place: see `Layout`. mesh["data"] and the other axes give process groups, "backwards" that of the pipeline
+    once more; `replica` is the group of the
     ranks that hold one copy of the model between them; `gradients` that of the data and context axes, whose ranks have
     the same weights and add up what these get; `losses` that of the data, pipeline and context axes, over which a loss
     that the last stages know of their tokens adds up; `shards`: torch's DeviceMesh of the ranks that divide the same
@@ -172,6 +173,10 @@ def build(made, world):
         axes = tuple(axis for axis in axes if getattr(made, axis) > 1) or axes[:1]
         return groups[axes[0]] if len(axes) == 1 else devices[axes]._flatten("_".join(axes)).get_group()
 
+    if made.pipeline > 1:
+        # What goes to lower ranks has a group of its own: NCCL carries one message at a time between two ranks of one.
+        ranks = torch.distributed.get_process_group_ranks(groups["pipeline"])
+        groups["backwards"] = torch.distributed.new_group(ranks, use_local_synchronization=True)
     groups["data"], copies = over("replicate", "shard"), over("replicate", "context")
     place, shards = made.place(world.rank), None
     if made.shard > 1:

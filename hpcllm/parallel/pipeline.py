@@ -25,8 +25,11 @@ PLANS = {
 _ENCODER_DECODER = ("t5",)
 
 
-def check(config, stages):
-    """Raise UsageError, with the numbers, for a configuration whose model cannot be cut into `stages`."""
+def check(config, stages, several_sharded=False):
+    """Raise UsageError, with the numbers, for a configuration whose model cannot be cut into `stages`.
+
+    several_sharded: a rank has several of them, whose weights are sharded.
+    """
     kind = config.model_type
     if kind not in PLANS and kind not in _ENCODER_DECODER and not getattr(config, "base_model_pp_plan", None):
         raise UsageError(
@@ -35,6 +38,11 @@ def check(config, stages):
     layers = config.num_hidden_layers
     if kind in _ENCODER_DECODER:
         layers = config.num_layers + config.num_decoder_layers
+        if several_sharded:
+            raise UsageError(
+                f"parallel: sharding and stages_per_rank: the stages of one rank share the positions' bias of {kind}, "
+                "which FSDP2 cannot shard twice; set stages_per_rank to 1 or sharding to none"
+            )
     if layers < stages:
         raise UsageError(f"parallel: pipeline x stages_per_rank = {stages} stages, but the model has {layers} layers")
 
@@ -171,6 +179,11 @@ class Part(nn.Module):
         """From what the stage before gave (tuple of tensors, empty for the first) and the model's keyword arguments:
         what the stage behind takes, or the model's output."""
         return self._run(self, carry, inputs)
+
+    @property
+    def heads(self):
+        """The modules that give logits."""
+        return [self.model.get_output_embeddings()] if self.last else []
 
     def named_parameters_of_whole(self):
         """As named_parameters(), under the names of the whole model."""

@@ -1,7 +1,8 @@
 """Micro-batches through the stages of this rank, in the order of a schedule. Gradient accumulation is the case of one.
 
 Stages talk point to point, without waiting for what they send; what a rank receives from another comes in the order in
-which that one sends, which the schedule tells, so no tags are needed and any backend will do.
+which that one sends, which the schedule tells, so no tags are needed. (NCCL, which has none, is meant to do
+as well as MPI and Gloo, which are tested.)
 """
 
 import contextlib
@@ -51,7 +52,7 @@ class Runner:
     def __init__(self, placed, schedule, device):
         """schedule: as in `schedules`; device: where activations are."""
         self.placed, self.device, self._schedule = placed, device, schedule
-        self.group, self.size = placed.mesh["pipeline"], placed.mesh.layout.pipeline
+        self.size, self._groups = placed.mesh.layout.pipeline, placed.mesh.groups
         self.rank, self._chunks = placed.mesh.place["pipeline"], len(placed.parts)
         self.last = self.size * self._chunks - 1
         self._outlines = {}
@@ -69,8 +70,10 @@ class Runner:
             turn.take(action)
         return turn.end()
 
-    def global_rank(self, index):
-        return dist.get_global_rank(self.group, index)
+    def way(self, sender, receiver):
+        """(group that carries messages from one rank of the pipeline to another, their numbers among all ranks)."""
+        group = self._groups["pipeline" if sender < receiver else "backwards"]
+        return group, *(dist.get_global_rank(group, rank) for rank in (sender, receiver))
 
     def knows(self, key):
         return self._outlines.get(key)
@@ -86,7 +89,7 @@ class _Turn:
         self._runner, self._placed, self._rank, self._size = runner, runner.placed, runner.rank, runner.size
         self._batches, self._work, self._divisor = batches, work, divisor
         self._held, self._deferred, self._results = {}, {}, {}
-        self._sent, self._here, self._awaited = deque(), {}, {}
+        self._sent, self._here, self._awaited, self._given = deque(), {}, {}, {}
         self._coming = [deque(self._messages(order, self._rank)) for order in orders]
         self._defers = any(action.kind == WEIGHT for action in orders[self._rank])
 
@@ -108,7 +111,7 @@ class _Turn:
         return [self._results[number] for number in sorted(self._results)]
 
     def _forward(self, part, stage, number):
-        batch, deferred = self._batches[number], Deferred() if self._defers else contextlib.nullcontext()
+        batch, deferred = self._batches[number], Deferred(part.heads) if self._defers else contextlib.nullcontext()
         carry = () if part.first else self._receive((FORWARD, stage, number), (stage - 1) % self._size)
         if self._divisor is not None:
             carry = [tensor.requires_grad_() for tensor in carry]
@@ -118,7 +121,7 @@ class _Turn:
             torch.manual_seed((seed + apart * _APART) % (1 << 63))
         with self._work.arithmetic(), deferred:
             if not part.last:
-                output = part(carry, self._work.inputs(batch))
+                output = part(carry, self._inputs(number))
             else:
                 output = self._work.loss(self._net(part, carry), batch)
         if part.last:
@@ -127,6 +130,11 @@ class _Turn:
             self._send((FORWARD, stage + 1, number), output)
         if self._divisor is not None:
             self._held[stage, number] = carry, output, deferred
+
+    def _inputs(self, number):
+        if number not in self._given:  # to a GPU they go once
+            self._given[number] = self._work.inputs(self._batches[number])
+        return self._given[number]
 
     def _net(self, part, carry):
         if not part.first:
@@ -169,8 +177,9 @@ class _Turn:
         if message[0] == FORWARD and not self._runner.knows(self._key(message)):
             self._runner.learn(self._key(message), _outline(tensors))
             tensors.insert(0, _header(_outline(tensors), self._runner.device))
+        group, _, target = self._runner.way(self._rank, receiver)
         for tensor in tensors:
-            self._sent.append((dist.isend(tensor, self._runner.global_rank(receiver), self._runner.group), tensor))
+            self._sent.append((dist.isend(tensor, target, group), tensor))
         while self._sent and self._sent[0][0].is_completed():
             self._sent.popleft()
 
@@ -186,14 +195,14 @@ class _Turn:
         return self._here.pop(message)
 
     def _await(self, sender):
-        message, source = self._coming[sender].popleft(), self._runner.global_rank(sender)
+        message, (group, source, _) = self._coming[sender].popleft(), self._runner.way(sender, self._rank)
         if not self._knows(message):
             header = torch.empty(_HEADER, dtype=torch.int64, device=self._runner.device)
-            dist.recv(header, source, self._runner.group)
+            dist.recv(header, source, group)
             self._runner.learn(self._key(message), _read(header))
         outline = self._runner.knows(self._key(message)) if message[0] == FORWARD else self._outline_sent(message)
         tensors = [torch.empty(shape, dtype=dtype, device=self._runner.device) for dtype, shape in outline]
-        return message, [dist.irecv(tensor, source, self._runner.group) for tensor in tensors], tensors
+        return message, [dist.irecv(tensor, source, group) for tensor in tensors], tensors
 
     def _knows(self, message):
         """True where the shapes of a message to this rank are known."""
@@ -207,8 +216,7 @@ class _Turn:
     def _key(self, message):
         """What the shapes of a forward message depend on, which both sides know."""
         kind, stage, number = message
-        inputs = self._work.inputs(self._batches[number])
-        shapes = tuple((name, value.shape) for name, value in inputs.items() if torch.is_tensor(value))
+        shapes = tuple((name, value.shape) for name, value in self._inputs(number).items() if torch.is_tensor(value))
         return kind, stage, self._divisor is None, shapes
 
 

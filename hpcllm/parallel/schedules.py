@@ -15,6 +15,7 @@ Any number of micro-batches will do; interleaved, multiples of the ranks leave t
 one stage it is gradient accumulation.
 """
 
+import functools
 from typing import NamedTuple
 
 FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"
@@ -27,6 +28,7 @@ class Action(NamedTuple):
     micro_batch: int
 
 
+@functools.lru_cache(maxsize=16)
 def actions(schedule, ranks, stages_per_rank, micro_batches):
     """[rank][turn] of Action: what each rank does, in order."""
     return [[action for _, action in turns] for turns in _play(schedule, ranks, stages_per_rank, micro_batches)]

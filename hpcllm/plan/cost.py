@@ -193,8 +193,12 @@ def under_way(work, rank):
     ranks = work.layout.pipeline
     if ranks == 1:
         return 1
-    more = {"1f1b": 0, "zero_bubble": 2, "interleaved": (ranks - 1) / work.stages_per_rank}[work.schedule]
-    return min(ranks - rank + more, work.micro_batches)
+    many = {
+        "1f1b": ranks - rank,
+        "zero_bubble": ranks + 2,
+        "interleaved": ranks - rank + (ranks - 1) / work.stages_per_rank,
+    }[work.schedule]
+    return min(many, work.micro_batches)
 
 
 def _memory(shapes, stage, work, rank):

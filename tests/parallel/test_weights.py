@@ -96,7 +96,7 @@ def test_every_layout_gets_the_same_weights(world, tmp_path, family, source, how
 def test_missing_weights_are_named(tmp_path):
     net = absent("gpt2")
     save_file({"transformer.wte.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(DataError, match=r"missing or of another shape: transformer\.h\.0.*"):
+    with pytest.raises(DataError, match=r"missing, of another shape or too many: transformer\.h\.0.*"):
         weights.Saved(tmp_path / "model.safetensors").check(net)
     with pytest.raises(DataError, match=r"nothing\.safetensors cannot be read"):
         weights.Saved(tmp_path / "nothing.safetensors").check(net)
