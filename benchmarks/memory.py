@@ -172,7 +172,7 @@ def table(args):
             ranks = ", ".join(f"{everything / 2**30:.2f}" for _, _, everything in told["ranks"])
             print(
                 f"\n{told['parameters'] / 1e9:.2f} B parameters, made, trained 2 steps and saved "
-                f"({told['saved'] / 1e9:.1f} GB) in {told['seconds']:.0f} s; the largest memory of each rank, program and "
+                f"({told['saved'] / 1e9:.1f} GB) in {told['seconds']:.0f} s; the most that each rank had, program and "
                 f"saving included: {ranks} GiB, {whole / 2**30:.1f} GiB in all"
             )
 
