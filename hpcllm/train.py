@@ -29,6 +29,8 @@ def train(config, world, *, resume=False, overwrite=False):
     with together(world.comm):
         layout = meshes.layout(config.parallel, hosts)
         plan.accumulation(layout.data)
+        if layout.pipeline > 1 and config.parallel.backend == "gloo" and world.device.type == "cuda":
+            raise UsageError('parallel: backend = "gloo" sends no GPU memory between stages; take "mpi" or "nccl"')
     words = on_root(world.comm, read_tokenizer, config.data.tokenizer_dir)
     source = open_source(config, world, config.data.train, words)
     validation = config.data.validation and open_source(config, world, config.data.validation, words)

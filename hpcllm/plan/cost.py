@@ -345,6 +345,8 @@ def _data(machine, work, parameters, computing):
         "full": (2 * many, many, many),
         "hybrid": (2 * many, many, many),
     }[work.sharding]
+    if made.pipeline > 1 and made.shard == 1:
+        beside = 0  # summed after the last backward pass
     seconds = sent = 0.0
     if made.shard > 1:
         part = (made.shard - 1) / made.shard
