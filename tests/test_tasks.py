@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hpcllm import model, weights
 from hpcllm.data import order
@@ -165,3 +166,32 @@ def test_ids_with_gaps_have_embeddings_and_are_never_made_up():
     words = model.vocabulary(Tokenizer())
     assert words.size == 1003
     assert words.ordinary.tolist() == [1000, 1002]
+
+
+def test_a_head_that_a_folder_does_not_tie_stays_untied(tmp_path):
+    """A checkpoint of it must say so, or the head would be lost when the run goes on."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    made = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False))
+    made.config.tie_word_embeddings = True
+    weights_of = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    made.config.save_pretrained(tmp_path)
+    save_file(weights_of, tmp_path / "model.safetensors", {"format": "pt"})
+    net = model.load(tmp_path, "causal_lm", strict=False)
+    untied = net.lm_head.weight is not net.transformer.wte.weight
+    assert net.config.tie_word_embeddings is not untied
+    source = weights.Saved(tmp_path / "model.safetensors")
+    source.check(model.outline(net.config, "causal_lm"))
+
+
+def test_state_that_checkpoints_lack_is_refused():
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+    section = type("Section", (), {"init_from": None, "task": "causal_lm", "config": {"model_type": "gpt2"}})
+    net, _ = model.build(section, WORDS, 16, seed=0)
+    net.transformer.extra = Counting()
+    with pytest.raises(UsageError, match=r"gpt2 keeps transformer\.extra\.seen, which is no weight"):
+        model.check_fits(net, WORDS, 16)

@@ -276,11 +276,18 @@ def test_a_run_that_is_over_keeps_its_results_and_can_be_made_longer(world, prep
         (base / ".checkpoint-2.x.tmp").mkdir()
     world.comm.Barrier()
     assert train.train(settings(prepared, base, **few), world, resume=True)["eval_loss"] == results["eval_loss"]
-    assert train.train(settings(prepared, base, **{**few, "train.max_steps": 3}), world, resume=True)["step"] == 3
+    longer = settings(prepared, base, **{**few, "train.max_steps": 3})
+    assert train.train(longer, world, resume=True)["step"] == 3
+    world.comm.Barrier()
+    if world.is_root:  # killed after its last checkpoint: these are the results of the shorter run
+        (base / "results.json").write_text(json.dumps(results))
+    world.comm.Barrier()
+    assert train.train(longer, world, resume=True)["step"] == 3
+    assert json.loads((base / "results.json").read_text())["step"] == 3
     if world.is_root:
         assert sorted(p.name for p in base.glob(".*")) == []
         starts = [json.loads(line) for line in (base / "events.jsonl").read_text().splitlines()]
-        assert [(e["step"], e["restart"]) for e in starts if e["event"] == "start"] == [(0, 0), (2, 1), (2, 2)]
+        assert [(e["step"], e["restart"]) for e in starts if e["event"] == "start"] == [(0, 0), (2, 1), (2, 2), (3, 3)]
 
 
 @pytest.mark.mpi()
