@@ -75,7 +75,7 @@ def one(name, large):
     from hpcllm import checkpoint, optimizer, weights
     from hpcllm.config import Parallel, Train
     from hpcllm.model import outline
-    from hpcllm.parallel import mesh
+    from hpcllm.parallel import mesh, vocabulary
     from hpcllm.parallel.apply import apply
     from hpcllm.parallel.runner import Work
     from hpcllm.plan import cost, count
@@ -103,20 +103,10 @@ def one(name, large):
 
     def loss(net, number):
         given = inputs(number)
-        logits = net(**given).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), given["input_ids"].flatten(), reduction="sum")
+        words = vocabulary.words_of(getattr(net, "module", net).get_output_embeddings())
+        return vocabulary.cross_entropy_sum(net(**given).logits.flatten(0, 1), given["input_ids"].flatten(), words)
 
     work = Work(inputs, loss, lambda number: None, contextlib.nullcontext)
-    if name == "tensor":
-        from hpcllm.parallel import vocabulary
-
-        def loss_of_parts(net, number):
-            given, module = inputs(number), getattr(net, "module", net)
-            logits = net(**given).logits.flatten(0, 1)
-            words = vocabulary.words_of(module.get_output_embeddings())
-            return vocabulary.cross_entropy_sum(logits, given["input_ids"].flatten(), words)
-
-        work = Work(inputs, loss_of_parts, lambda number: None, contextlib.nullcontext)
     devices = mesh.build(layout, world)
     dist.barrier()
     began, seconds = Watch._now(), time.perf_counter()

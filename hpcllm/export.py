@@ -93,12 +93,10 @@ class Plan:
 
     def __init__(self, folder, task, opened, dtype, max_shard_bytes):
         net, _ = model.resume(folder, task)
-        everything = net.state_dict().keys()
+        lacking = model.beside_weights(net)
+        if lacking:
+            raise DataError(f"{folder}: weights missing or not of this model: {', '.join(lacking[:5])}")
         names = [name for name, _ in net.named_parameters()]
-        names += [name for name, _ in net.named_buffers() if name in everything]
-        strangers = sorted(set(names) ^ set(opened.keys()))
-        if strangers:
-            raise DataError(f"{folder}: weights missing or not of this model: {', '.join(strangers[:5])}")
         self._saved = {model.lasting_name(net, name): name for name in names}  # in the file they have the first name
         held = {name: _without_memory(opened.get_slice(saved), dtype) for name, saved in self._saved.items()}
         published = model.published(net, held)

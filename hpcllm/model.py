@@ -188,10 +188,20 @@ def check_fits(model, words, sequence_length):
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < words.size:
         raise UsageError(f"model: {rows} embeddings (vocab_size) are too few for the tokenizer's {words.size} ids")
-    kept = sorted(model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    kept = beside_weights(model)
     if kept:
         raise UsageError(f"model: {model.config.model_type} keeps {kept[0]}, which is no weight: checkpoints lack it")
-    places = getattr(model.config, "max_position_embeddings", None)
+    check_length(model.config, sequence_length)
+
+
+def beside_weights(model):
+    """Names of what belongs to a model's state and is no parameter: checkpoints have parameters only."""
+    return sorted(model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+
+
+def check_length(config, sequence_length):
+    """Raise UsageError where a model of transformers' configuration has no positions for so many tokens."""
+    places = getattr(config, "max_position_embeddings", None)
     if places is not None and sequence_length > places:
         raise UsageError(
             f"train: sequence_length ({sequence_length}) is more than the model's max_position_embeddings ({places})"

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import weights
+from ..config import Parallel
 from . import context, data, deferred, pipeline, sharding, tensor
 from . import mesh as meshes
 from .pieces import Piece
@@ -79,9 +79,8 @@ def whole(model, world=None):
     world: mpi.World, whose ranks share out samples; None: there is but one.
     """
     pieces = {name: Piece(parameter.shape) for name, parameter in model.named_parameters()}
-    alone = SimpleNamespace(sharding="none", pipeline_schedule="1f1b", reduce_dtype="fp32")
     device = next(model.parameters()).device
-    return Placed([pipeline.alone(model)], model, meshes.replicas(world), alone, model.config, pieces, {}, device)
+    return Placed([pipeline.alone(model)], model, meshes.replicas(world), Parallel(), model.config, pieces, {}, device)
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class Placed:
         losses = self.runner.run(batches, work, divisor)
         if len(self.parts) * self.mesh.layout.pipeline > 1 and self.mesh.layout.shard == 1:
             data.add_up(self.parameters(), self.mesh.gradients, _TRAVELS_AS[self.parallel.reduce_dtype])
-        held = dict(self.named_parameters())
+        held = dict(self.named_parameters()) if self.shared else {}
         for name in sorted(self.shared):  # in one order everywhere
             if held[name].grad is None:
                 held[name].grad = torch.zeros_like(held[name])

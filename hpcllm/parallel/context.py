@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..errors import UsageError
-from . import pipeline
+from . import small
 
 # Older versions of torch have them under other names alone.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -91,26 +91,19 @@ def _share(model, mesh):
     model.set_attn_implementation(name)
 
 
-@torch.no_grad()
 def _try_in_small(model, mesh, device):
-    """Raise UsageError unless a small model of the same class gives in parts what it gives as one.
+    """Some families count positions in a way of their own, or mix tokens elsewhere too."""
+    tokens = torch.arange(2 * mesh.layout.context, device=device).remainder(15).unsqueeze(0) + 1
 
-    Some families count positions in a way of their own, or mix tokens elsewhere too.
-    """
-    kind, same = model.config.model_type, torch.zeros(1, device=device)
-    try:
-        small = pipeline.in_small(model).to(device)
-        given = {"input_ids": torch.arange(2 * mesh.layout.context, device=device).remainder(15).unsqueeze(0) + 1}
-        expected = small(**given).logits[:, _here(given["input_ids"], mesh)]
+    def whole(small):
+        return small(input_ids=tokens).logits[:, _here(tokens, mesh)]
+
+    def in_parts(small):
         _share(small, mesh)
-        same += torch.allclose(small(**inputs(given, mesh)).logits, expected, rtol=1e-3, atol=1e-5)
-    except Exception as error:
-        raise UsageError(f"parallel: context: {kind} cannot be tried in small: {error}").known_to_all() from None
-    dist.all_reduce(same, dist.ReduceOp.MIN, group=mesh["context"])
-    if not same:
-        raise UsageError(
-            f"parallel: context: {kind} does more between its tokens than attend by position; set context to 1"
-        ).known_to_all()
+        return small(**inputs({"input_ids": tokens}, mesh)).logits
+
+    what = "between its tokens than attend by position"
+    small.refuse_unless_same(model, "context", whole, in_parts, what, mesh["context"], device)
 
 
 def _mask(size, index, *, q_length, kv_length, mask_function, attention_mask=None, **more):

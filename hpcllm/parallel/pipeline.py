@@ -6,8 +6,6 @@ are also the output layer's weights, and what else several layers share, are hel
 """
 
 import copy
-import functools
-import inspect
 
 import torch
 import torch.distributed as dist
@@ -15,6 +13,8 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
 from ..errors import UsageError
+from . import small
+from .balance import balance
 
 # Families that have no plan of transformers' own: the list of layers, and what runs before and after it, by names below
 # the base model. What is outside of the base model comes after.
@@ -63,41 +63,17 @@ def _split(model, stages, shapes, targets=1.0):
     return [cut.part(bounds, number, stages) for number, bounds in enumerate(cut.bounds(stages, targets))]
 
 
-def in_small(model):
-    """A small model of the class of `model`, the same on all ranks, with transformers' own attention: to try out what
-    no plan says. Its vocabulary has 16 words, of which the first may be padding."""
-    config = copy.deepcopy(model.config)
-    small = {"hidden_size": 8 * config.num_attention_heads, "head_dim": 8, "intermediate_size": 16, "vocab_size": 16}
-    small |= {"num_hidden_layers": 2, "num_decoder_layers": 2, "use_cache": False, "_attn_implementation": None}
-    small |= {"layer_types": (getattr(config, "layer_types", None) or [])[:2] or None}
-    small |= {"pad_token_id": getattr(config, "pad_token_id", None) and 0}
-    for name, value in small.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return type(model)(config).eval()
-
-
-@torch.no_grad()
 def _try_in_small(model):
-    """Raise UsageError unless a small model of the same class gives in two parts what it gives as one.
-
-    Some families do more between embeddings and layers than their plan says.
-    """
-    kind, tokens = model.config.model_type, torch.arange(1, 5).unsqueeze(0)
+    """Some families do more between embeddings and layers than their plan says."""
+    tokens = torch.arange(1, 5).unsqueeze(0)
     inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
-    try:
-        whole = in_small(model)
-        expected = whole(**inputs).logits
-        first, second = _split(whole, 2, {name: parameter.shape for name, parameter in whole.named_parameters()})
-        same = torch.allclose(second(first((), inputs), inputs).logits, expected, rtol=1e-3, atol=1e-5)
-    except Exception as error:
-        raise UsageError(f"parallel: pipeline: {kind} cannot be tried in small: {error}").known_to_all() from None
-    if not same:
-        raise UsageError(
-            f"parallel: pipeline: {kind} does more between its layers than its plan says; set pipeline to 1"
-        ).known_to_all()
+
+    def in_two_parts(small):
+        first, second = _split(small, 2, {name: parameter.shape for name, parameter in small.named_parameters()})
+        return second(first((), inputs), inputs).logits
+
+    what = "between its layers than its plan says"
+    small.refuse_unless_same(model, "pipeline", lambda whole: whole(**inputs).logits, in_two_parts, what)
 
 
 def take(model, stages, mesh, shapes, targets=1.0):
@@ -130,36 +106,6 @@ def take(model, stages, mesh, shapes, targets=1.0):
 def alone(model):
     """`model` as the Part that is all of it."""
     return Part(model, 0, 1, None, {})
-
-
-def balance(costs, stages):
-    """Where to cut a list of `costs` (tuples, the first counts most) into `stages`: list of (start, stop).
-
-    No stage is empty, and the largest sum of a stage is as small as can be.
-    """
-    kinds = range(len(costs[0]))
-    sums = [tuple(sum(cost[kind] for cost in costs[:end]) for kind in kinds) for end in range(len(costs) + 1)]
-
-    def between(start, stop):
-        return tuple(sums[stop][kind] - sums[start][kind] for kind in kinds)
-
-    @functools.cache
-    def best(start, left):
-        """(largest sums of a stage, first cut) of the costs from `start` on in `left` stages."""
-        if left == 1:
-            return between(start, len(costs)), len(costs)
-        options = []
-        for stop in range(start + 1, len(costs) - left + 2):
-            rest, _ = best(stop, left - 1)
-            options.append((tuple(map(max, between(start, stop), rest)), stop))
-        return min(options)
-
-    bounds, start = [], 0
-    for left in range(stages, 0, -1):
-        _, stop = best(start, left)
-        bounds.append((start, stop))
-        start = stop
-    return bounds
 
 
 class Part(nn.Module):
@@ -227,7 +173,11 @@ class _Cut:
         """The model once more: containers of its own, down to the lists, of the same modules."""
         own = {name[: end + 1].rstrip(".") for name in self.lists for end, sign in enumerate(f"{name}.") if sign == "."}
         shared = {id(module): module for name, module in self.model.named_modules() if name and name not in own}
-        return copy.deepcopy(self.model, shared)
+        model = copy.deepcopy(self.model, shared)
+        for name in own | {""}:
+            if config := getattr(model.get_submodule(name), "config", None):
+                config.use_cache = False  # layers have not the numbers that a cache knows them by
+        return model
 
     def size(self, modules, share=1.0):
         """(floating point operations a token, parameters) of modules; an embedding looks up and has only the latter.
@@ -279,8 +229,6 @@ class _OneStack(_Cut):
         if not part.first:
             inputs = {name: value for name, value in inputs.items() if name != "input_ids"}
             inputs["inputs_embeds"] = carry[0]
-        if "use_cache" in inspect.signature(part.model.forward).parameters:
-            inputs = {**inputs, "use_cache": False}
         output = part.model(**inputs)
         return output if part.last else (output.logits,)
 
@@ -351,7 +299,7 @@ class _EncoderDecoder(_Cut):
         if len(carry) > 1:
             del inputs["decoder_input_ids"]
             inputs["decoder_inputs_embeds"] = carry[1]
-        output = part.model(**{**inputs, "use_cache": False})
+        output = part.model(**inputs)
         if part.last:
             return output
         encoded = output.encoder_last_hidden_state

@@ -55,7 +55,7 @@ class Runner:
         self.size, self._groups = placed.mesh.layout.pipeline, placed.mesh.groups
         self.rank, self._chunks = placed.mesh.place["pipeline"], len(placed.parts)
         self.last = self.size * self._chunks - 1
-        self._outlines = {}
+        self.outlines = {}  # {_Turn._key of a forward message: _outline of its tensors}
 
     def run(self, batches, work, divisor=None):
         """What `work.loss` gives for each of `batches`, on the rank of the last stage; elsewhere an empty list.
@@ -71,15 +71,8 @@ class Runner:
         return turn.end()
 
     def way(self, sender, receiver):
-        """(group that carries messages from one rank of the pipeline to another, their numbers among all ranks)."""
-        group = self._groups["pipeline" if sender < receiver else "backwards"]
-        return group, *(dist.get_global_rank(group, rank) for rank in (sender, receiver))
-
-    def knows(self, key):
-        return self._outlines.get(key)
-
-    def learn(self, key, outline):
-        self._outlines[key] = outline
+        """The group that carries messages from one rank of the pipeline to another."""
+        return self._groups["pipeline" if sender < receiver else "backwards"]
 
 
 class _Turn:
@@ -142,13 +135,9 @@ class _Turn:
         return part.model if self._divisor is None else self._placed.replica
 
     def _backward(self, part, kind, stage, number):
-        if part.last:
-            carry, output, deferred = self._held.pop((stage, number))
-            (output / self._divisor).backward()
-        else:
-            gradients = self._receive((BACKWARD, stage, number), (stage + 1) % self._size)
-            carry, output, deferred = self._held.pop((stage, number))
-            torch.autograd.backward(output, gradients)
+        gradients = None if part.last else self._receive((BACKWARD, stage, number), (stage + 1) % self._size)
+        carry, output, deferred = self._held.pop((stage, number))
+        torch.autograd.backward(output / self._divisor if part.last else output, gradients)
         if not part.first:
             self._send((BACKWARD, stage - 1, number), [tensor.grad for tensor in carry])
         if kind == INPUT:
@@ -174,12 +163,12 @@ class _Turn:
         if receiver == self._rank:
             self._here[message] = [tensor.clone() for tensor in tensors]
             return
-        if message[0] == FORWARD and not self._runner.knows(self._key(message)):
-            self._runner.learn(self._key(message), _outline(tensors))
+        if message[0] == FORWARD and (key := self._key(message)) not in self._runner.outlines:
+            self._runner.outlines[key] = _outline(tensors)
             tensors.insert(0, _header(_outline(tensors), self._runner.device))
-        group, _, target = self._runner.way(self._rank, receiver)
+        group = self._runner.way(self._rank, receiver)
         for tensor in tensors:
-            self._sent.append((dist.isend(tensor, target, group), tensor))
+            self._sent.append((dist.isend(tensor, group=group, group_dst=receiver), tensor))
         while self._sent and self._sent[0][0].is_completed():
             self._sent.popleft()
 
@@ -190,28 +179,26 @@ class _Turn:
             for work in works:
                 work.wait()
             self._here[arriving] = tensors
-            if self._coming[sender] and self._knows(self._coming[sender][0]):
+            if self._coming[sender] and self._outline(self._coming[sender][0]):
                 self._awaited[sender] = self._await(sender)
         return self._here.pop(message)
 
     def _await(self, sender):
-        message, (group, source, _) = self._coming[sender].popleft(), self._runner.way(sender, self._rank)
-        if not self._knows(message):
+        message, group = self._coming[sender].popleft(), self._runner.way(sender, self._rank)
+        outline = self._outline(message)
+        if outline is None:
             header = torch.empty(_HEADER, dtype=torch.int64, device=self._runner.device)
-            dist.recv(header, source, group)
-            self._runner.learn(self._key(message), _read(header))
-        outline = self._runner.knows(self._key(message)) if message[0] == FORWARD else self._outline_sent(message)
+            dist.recv(header, group=group, group_src=sender)
+            outline = self._runner.outlines[self._key(message)] = _read(header)
         tensors = [torch.empty(shape, dtype=dtype, device=self._runner.device) for dtype, shape in outline]
-        return message, [dist.irecv(tensor, source, group) for tensor in tensors], tensors
+        return message, [dist.irecv(tensor, group=group, group_src=sender) for tensor in tensors], tensors
 
-    def _knows(self, message):
-        """True where the shapes of a message to this rank are known."""
-        if message[0] == BACKWARD:  # as what this rank has sent, or will send before it comes
-            return message[1:] in self._held
-        return self._runner.knows(self._key(message)) is not None
-
-    def _outline_sent(self, message):
-        return _outline(self._held[message[1:]][1])
+    def _outline(self, message):
+        """Of a message to this rank; None where it is not known yet."""
+        if message[0] == FORWARD:
+            return self._runner.outlines.get(self._key(message))
+        held = self._held.get(message[1:])  # gradients are as what this rank has sent
+        return held and _outline(held[1])
 
     def _key(self, message):
         """What the shapes of a forward message depend on, which both sides know."""

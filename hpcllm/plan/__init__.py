@@ -51,16 +51,10 @@ def plan(config, nodes, per_node, gpu, measured=None):
 def shapes_of(config, made, gpu=True):
     """The shapes.Shapes of a run file's model. made: transformers' configuration of it; gpu: as for `count.count`."""
     train = config.train
-    targets = train.sequence_length
-    if config.model.task == "masked_lm":
-        targets = max(1, round(config.data.mlm_probability * targets))
-    places = getattr(made, "max_position_embeddings", None)
-    if places is not None and train.sequence_length > places:
-        raise UsageError(
-            f"train: sequence_length ({train.sequence_length}) is more than the model's max_position_embeddings "
-            f"({places})"
-        )
-    make = functools.partial(TASKS[config.model.task].model_class().from_config, made, dtype=count.torch.float32)
+    task = TASKS[config.model.task]
+    targets = max(1, round(task.target_fraction(config.data) * train.sequence_length))
+    model.check_length(made, train.sequence_length)
+    make = functools.partial(task.model_class().from_config, made, dtype=count.torch.float32)
     return count.count(make, train.sequence_length, targets, train.precision, gpu)
 
 

@@ -18,9 +18,11 @@ machines.Machine.products of the A100 and LINK. Assumed, from usual experience: 
 
 import dataclasses
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
+from ..parallel.balance import balance
 from .shapes import Part
 
 LINK = 0.65
@@ -101,48 +103,25 @@ class Stage:
     logits: float
 
 
-def share_out(costs, stages):
-    """How many of the neighbouring `costs` each stage gets, no stage none: the largest sum as small as can be."""
-
-    def taken(most):
-        counts, at = [], 0
-        for left in range(stages - 1, -1, -1):
-            stop, total = at + 1, costs[at]
-            while stop < len(costs) - left and (left == 0 or total + costs[stop] <= most):
-                total += costs[stop]
-                stop += 1
-            counts.append(stop - at)
-            at = stop
-        return counts, max(sum(costs[sum(counts[:n]) : sum(counts[: n + 1])]) for n in range(stages))
-
-    low, high = max(costs), sum(costs)
-    best = taken(high)
-    for _ in range(40):
-        middle = (low + high) / 2
-        found = taken(middle)
-        best = min(best, found, key=lambda one: one[1])
-        low, high = (low, middle) if found[1] <= middle else (middle, high)
-    return best[0]
-
-
 @functools.lru_cache(maxsize=256)
 def stages(shapes, ranks, chunks=1, balanced=True):
     """The Stage of each of `ranks` pipeline ranks that has `chunks` pieces of the model, dealt out in turn."""
     if ranks == 1:
         once = Part(parameters=-shapes.tied, cut=-shapes.tied)
         return (_stage(shapes.blocks, shapes.first + shapes.last + once, shapes.logits),)
-    costs = [block.flops for block in shapes.blocks]
     if balanced:
-        costs[-1] += shapes.last.flops
-        counts = share_out(costs, ranks * chunks)
+        costs = [(block.flops, block.parameters) for block in shapes.blocks]
+        for at, outside in ((0, shapes.first), (-1, shapes.last)):
+            flops, parameters = costs[at]
+            costs[at] = flops + outside.flops, parameters + outside.parameters
+        bounds = balance(costs, ranks * chunks)
     else:
-        even, more = divmod(len(costs), ranks * chunks)
-        counts = [even + (number < more) for number in range(ranks * chunks)]
-    starts = [sum(counts[:number]) for number in range(len(counts))]
+        even, more = divmod(len(shapes.blocks), ranks * chunks)
+        ends = list(itertools.accumulate(even + (number < more) for number in range(ranks * chunks)))
+        bounds = list(itertools.pairwise([0, *ends]))
     made = []
     for rank in range(ranks):
-        mine = [block for number in range(rank, len(counts), ranks)
-                for block in shapes.blocks[starts[number] : starts[number] + counts[number]]]  # fmt: skip
+        mine = [block for start, stop in bounds[rank::ranks] for block in shapes.blocks[start:stop]]
         outside = {0: shapes.first, ranks - 1: shapes.last}.get(rank, Part())
         made.append(_stage(mine, outside, shapes.logits if rank == ranks - 1 else 0))
     return tuple(made)

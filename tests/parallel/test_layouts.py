@@ -16,6 +16,7 @@ from hpcllm.parallel import pipeline as stages
 from hpcllm.parallel import tensor as tensor_axis
 from hpcllm.parallel.apply import apply, check
 from hpcllm.parallel.apply import whole as apply_whole
+from hpcllm.parallel.balance import balance
 from hpcllm.parallel.regions import OwnRandomness
 
 pytestmark = pytest.mark.mpi
@@ -221,7 +222,7 @@ def test_a_model_that_does_more_between_its_layers_is_refused():
     ],
 )
 def test_stages_have_about_the_same_work(costs, count, bounds):
-    assert stages.balance([(float(cost), 0.0) for cost in costs], count) == bounds
+    assert balance([(float(cost), 0.0) for cost in costs], count) == bounds
 
 
 @pytest.mark.parametrize("tensor", TENSOR[-1:])

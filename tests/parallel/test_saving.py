@@ -67,12 +67,13 @@ def check_that_one_rank_writes(world, placed):
         assert sum(counts[name] for counts in everywhere) == piece.shape.numel(), name
 
 
-@pytest.mark.parametrize(("pipeline", "context", "tensor", "sharding"), LAYOUTS)
-@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@pytest.mark.parametrize(
+    ("family", "pipeline", "context", "tensor", "sharding"),
+    [(family, *layout) for family in ("gpt2", "t5") for layout in LAYOUTS
+     if family != "t5" or layout[1] == 1],  # the context axis refuses T5
+)  # fmt: skip
 def test_all_layouts_write_the_same_files(world, folder, family, pipeline, context, tensor, sharding):
     skip_what_hosts_cannot_hold(tensor, sharding)
-    if family == "t5" and context > 1:
-        pytest.skip("T5 is refused")
     how = {"pipeline": pipeline, "context": context, "tensor": tensor, "sharding": sharding}
     placed = place(world, models.build(family), **how)
     check_that_one_rank_writes(world, placed)

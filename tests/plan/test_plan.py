@@ -14,6 +14,7 @@ from benchmarks import plan as published
 from hpcllm import __main__, config, plan
 from hpcllm.errors import DataError, MissingInput, UsageError
 from hpcllm.parallel import apply, mesh, schedules
+from hpcllm.parallel.balance import balance
 from hpcllm.plan import cost, count, machines, search
 from hpcllm.plan.shapes import Part, Shapes
 
@@ -229,7 +230,7 @@ def test_checkpointing_keeps_what_enters_each_block_and_one_block():
     [([1] * 8, 4, [2, 2, 2, 2]), ([1, 1, 1, 1, 3], 2, [4, 1]), ([5, 1, 1, 1], 3, [1, 2, 1]), ([1, 1], 2, [1, 1])],
 )
 def test_stages_get_like_work(costs, stages, counts):
-    found = cost.share_out(costs, stages)
+    found = [stop - start for start, stop in balance([(cost,) for cost in costs], stages)]
     assert sum(found) == len(costs) and min(found) > 0
 
     def largest(counts):
