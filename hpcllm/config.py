@@ -140,7 +140,7 @@ class Train(Section):
     """Steps between lines in a batch log; metrics.jsonl has every step."""
     eval_every_steps: int = Field(0, ge=0)
     """Steps between evaluations; 0 evaluates after the last step only."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "xpu"] = "auto"
 
     @model_validator(mode="after")
     def steps_and_batches(self):

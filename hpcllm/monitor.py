@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from . import files, terminal
 from .mpi import work
+from .mpi.device import gpus_in_use
 
 
 class Clock:
@@ -57,8 +58,8 @@ class Clock:
 
 def memory_bytes():
     """Largest memory this rank has used: device memory on a GPU, resident memory otherwise."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+    for gpus in gpus_in_use():
+        return gpus.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

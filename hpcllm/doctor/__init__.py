@@ -42,7 +42,7 @@ def measure(world, folder):
     mine = {**cores.look(world), **job.look(world, links.thread_level())}
     sums = comm.gather(job.add_up(world))
     comm.Barrier()  # all multiply at the same time, as in training
-    mine["flops"] = speed.multiply_best(mine["gpu"] and mine["gpu"]["index"], mine["threads"])
+    mine["flops"] = speed.multiply_best(mine["gpu"] and mine["gpu"]["device"], mine["threads"])
     ranks = comm.gather(mine)
 
     # One rank a host looks at what a host has once; root is one of them.

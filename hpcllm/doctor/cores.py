@@ -11,6 +11,8 @@ from pathlib import Path
 from ..mpi.gpu_aware import CALLS
 from .finding import failure, named, odd_ones, ok, on, warning
 
+# What the kernel shows of GPUs, whether or not torch can use them: NVIDIA's, AMD's, Intel's.
+_DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dri/by-path/*-render")
 BIND = "bind each rank to its own cores (`srun --cpu-bind=cores -c N`, `mpirun --bind-to core --map-by slot:PE=N`)"
 
 
@@ -74,16 +76,19 @@ def _gpu(local_rank, sys):
     """The GPU that `mpi.device.choose` would give this rank, {"gpu": None} without; and devices that torch misses."""
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        return {"gpu": None, "gpu_devices": glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/kfd")}
-    index = local_rank % count
-    known = torch.cuda.get_device_properties(index)
+    from ..mpi import device
+
+    found = device.local_gpu(local_rank)
+    if found is None:
+        return {"gpu": None, "gpu_devices": [path for pattern in _DEVICES for path in glob.glob(pattern)]}
+    gpus = torch.get_device_module(found)
+    known = gpus.get_device_properties(found.index)
     # torch tells the address from 2.9 on.
     address = [getattr(known, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     pci = None if None in address else "{:04x}:{:02x}:{:02x}.0".format(*address)
-    gpu = {"index": index, "of": count, "name": known.name, "uuid": str(known.uuid), "pci": pci}
-    return {"gpu": {**gpu, "numa_node": _numa_of_device(sys, pci)}, "gpu_devices": []}
+    gpu = {"device": str(found), "index": found.index, "of": gpus.device_count(), "name": known.name, "pci": pci}
+    gpu |= {"uuid": str(known.uuid), "numa_node": _numa_of_device(sys, pci)}
+    return {"gpu": gpu, "gpu_devices": []}
 
 
 def _numa_of_device(sys, pci):

@@ -27,19 +27,19 @@ def multiply(a, b):
 
     start = time.perf_counter()
     torch.matmul(a, b)
-    if a.is_cuda:
-        torch.cuda.synchronize(a.device)
+    if not a.is_cpu:
+        torch.get_device_module(a.device).synchronize(a.device)
     return time.perf_counter() - start
 
 
 def multiply_best(gpu, threads):
     """{"fp32": FLOP/s, "bf16": FLOP/s} of this rank: the best of several square products.
 
-    gpu: number of the GPU to use, None for the CPU with `threads` threads.
+    gpu: name of the GPU's device ("cuda:0"), None for the CPU with `threads` threads.
     """
     import torch
 
-    device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+    device = torch.device(gpu or "cpu")
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         side = 8192 if gpu is not None else 512 if threads < 4 else 1024 if threads < 16 else 2048

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-from . import overlap, reduce, shared
+from . import overlap, reduce, shared, staging
 from .device import UNIT, from_mpi, memory, to_mpi, units
 from .overlap import carried
 from .work import Done, Pending, timed
@@ -61,7 +61,7 @@ def _same_numel(what, given, expected):
 
 
 class Collectives(dist.ProcessGroup):
-    """Operations on tensors on the CPU or a GPU, contiguous or not, of any dtype and shape.
+    """Operations on tensors on the CPU or a GPU (of one kind on all ranks), contiguous or not, of any dtype and shape.
 
     Reductions refuse float8 and the pairs that have no meaning with TypeError (see `reduce.check`).
     """
@@ -102,34 +102,55 @@ class Collectives(dist.ProcessGroup):
     @carried
     @timed
     def broadcast(self, tensors, opts):
+        root = opts.rootRank
         for tensor in tensors:
-            host = to_mpi(tensor, "Bcast", copy_in=opts.rootRank == self.comm.rank)
-            if host.nbytes < shared.BROADCAST_MPI_BYTES or not self._moves_inside(host):
-                self._broadcast(host, opts.rootRank)
-            elif host.nbytes >= shared.BROADCAST_BYTES:
-                self._shared.broadcast(_bytes(host), opts.rootRank)
+            if staging.pays(tensor, "Bcast"):
+                whole, mine = staging.plain(tensor), root == self.comm.rank
+                row = _bytes(whole).view(1, -1)
+                sent, received = (row, None) if mine else (None, row)
+                staging.through_host(sent, received, lambda out, to: self._broadcast(to if out is None else out, root))
+                from_mpi(whole, tensor)
             else:
-                ways = {"MPI": self._broadcast, "slots": lambda host, root: self._shared.broadcast(_bytes(host), root)}
-                self._shared.choices.take("broadcast", host.nbytes, ways, host, opts.rootRank)
-            from_mpi(host, tensor)
+                host = to_mpi(tensor, "Bcast", copy_in=root == self.comm.rank)
+                self._broadcast(host, root)
+                from_mpi(host, tensor)
         return Done(tensors)
 
     def _broadcast(self, host, root):
+        if host.nbytes < shared.BROADCAST_MPI_BYTES or not self._moves_inside(host):
+            self._broadcast_by_mpi(host, root)
+        elif host.nbytes >= shared.BROADCAST_BYTES:
+            self._shared.broadcast(_bytes(host), root)
+        else:
+            slots = {"slots": lambda host, root: self._shared.broadcast(_bytes(host), root)}
+            ways = {"MPI": self._broadcast_by_mpi, **slots}
+            self._shared.choices.take("broadcast", host.nbytes, ways, host, root)
+
+    def _broadcast_by_mpi(self, host, root):
         for piece in _pieces(host):
             self.comm.Bcast(piece, root=root)
 
     def _reduce(self, tensors, op, root=None):
         kind, factor = reduce.kind_of(op)
-        neighbours = self._neighbours()
-        for tensor in tensors:
-            host = to_mpi(tensor, *reduce.CALLS)
-            values, how = reduce.arithmetic(host, kind)
-            if neighbours is not None and host.is_cpu:
-                neighbours.all_reduce(values, how, factor, root)
+
+        def add_up(values, how):
+            if self._neighbours() is not None and values.is_cpu:
+                self._shared.all_reduce(values, how, factor, root)
             else:
                 reduce.reduce(self.comm, values, how, values, factor, self.comm.size, root)
-            if root is None or root == self.comm.rank:
-                from_mpi(host, tensor)
+
+        for tensor in tensors:
+            gets = root is None or root == self.comm.rank
+            if staging.pays(tensor, *reduce.CALLS):
+                whole = staging.plain(tensor)
+                values, how = reduce.arithmetic(whole, kind)
+                row = values.view(1, -1)
+                staging.through_host(row, row if gets else None, lambda out, _, how=how: add_up(out[0], how))
+            else:
+                whole = to_mpi(tensor, *reduce.CALLS)
+                add_up(*reduce.arithmetic(whole, kind))
+            if gets:
+                from_mpi(whole, tensor)
         return Done(tensors)
 
     @carried
@@ -173,17 +194,26 @@ class Collectives(dist.ProcessGroup):
         count = tensor.numel()
         _same_dtype("all_gather", tensor, output)
         _same_numel("all_gather: the output", output.numel(), count * self.comm.size)
-        host, sent = to_mpi(output, "Allgather", copy_in=False), to_mpi(tensor, "Allgather")
-        in_place = _is_row(sent, host, self.comm.rank)  # as FSDP2 gathers
+        staged = staging.pays(output, "Allgather")
+        whole = staging.plain(output) if staged else to_mpi(output, "Allgather", copy_in=False)
+        sent = staging.plain(tensor) if staged else to_mpi(tensor, "Allgather")
+        in_place = _is_row(sent, whole, self.comm.rank)  # as FSDP2 gathers
         if not in_place:
-            sent = _apart(sent, host)
+            sent = _apart(sent, whole)
+        if staged:
+            rows = whole.view(self.comm.size, -1)
+            staging.through_host(sent.view(1, -1), rows, lambda out, to: self._gather_rows(to, out, in_place=False))
+        else:
+            self._gather_rows(whole, sent, in_place)
+        from_mpi(whole, output)
+
+    def _gather_rows(self, host, sent, in_place):
         done = False
         if host.nbytes >= shared.LOOK_GATHER_BYTES and self._moves_inside(host):
             done = self._shared.all_gather(host.view(self.comm.size, -1).view(torch.uint8), _bytes(sent))
         if not done:
             sent = sent.clone() if in_place else sent
-            self.comm.Allgather(units(sent), [memory(host), count, UNIT[tensor.element_size()]])
-        from_mpi(host, output)
+            self.comm.Allgather(units(sent), [memory(host), sent.numel(), UNIT[sent.element_size()]])
 
     @carried
     @timed
@@ -236,18 +266,27 @@ class Collectives(dist.ProcessGroup):
     # ---- reduce-scatter: exchange blocks as they are, fold them locally in rank order
 
     def _reduce_scatter(self, output, blocks, opts):
-        """blocks: contiguous tensor whose first dim has one entry a rank."""
+        """blocks: tensor of any shape whose elements are the blocks of the ranks, one after the other."""
         kind, factor = reduce.kind_of(opts.reduceOp)
-        host, neighbours = to_mpi(output, *reduce.CALLS, copy_in=False), self._neighbours()
-        if not _is_row(host, blocks, self.comm.rank):
-            blocks = _apart(blocks, host)
+
+        def add_up(values, how, out):
+            if self._neighbours() is not None and values.is_cpu:
+                self._shared.reduce_scatter(values, how, out, factor)
+            else:
+                reduce.reduce_scatter(self.comm, values, how, out, factor, self.comm.size)
+
+        staged = staging.pays(blocks, *reduce.CALLS)
+        blocks = staging.plain(blocks) if staged else to_mpi(blocks, *reduce.CALLS)
+        whole = staging.plain(output) if staged else to_mpi(output, *reduce.CALLS, copy_in=False)
+        if not _is_row(whole, blocks, self.comm.rank):
+            blocks = _apart(blocks, whole)
         values, how = reduce.arithmetic(blocks, kind)
-        values, out = values.view(self.comm.size, -1), reduce.arithmetic(host, kind)[0]
-        if neighbours is not None and host.is_cpu:
-            neighbours.reduce_scatter(values, how, out, factor)
+        rows, out = values.view(self.comm.size, -1), reduce.arithmetic(whole, kind)[0]
+        if staged:
+            staging.through_host(rows, out.view(1, -1), lambda given, to: add_up(given, how, to[0]))
         else:
-            reduce.reduce_scatter(self.comm, values, how, out, factor, self.comm.size)
-        from_mpi(host, output)
+            add_up(rows, how, out)
+        from_mpi(whole, output)
 
     @carried
     @timed
@@ -271,7 +310,7 @@ class Collectives(dist.ProcessGroup):
     def _scatter_single(self, output, tensor, opts):
         _same_dtype("reduce_scatter", output, tensor)
         _same_numel("reduce_scatter: the input", tensor.numel(), output.numel() * self.comm.size)
-        self._reduce_scatter(output, to_mpi(tensor, *reduce.CALLS).view(self.comm.size, -1), opts)
+        self._reduce_scatter(output, tensor, opts)
 
     @carried
     @timed

@@ -12,31 +12,35 @@ from mpi4py import MPI
 
 from ..errors import UsageError
 
+# What torch calls the GPUs that are known here; "cuda" is also AMD's.
+GPUS = ("cuda", "xpu")
 # How MPI counts elements of so many bytes, whatever they mean.
 UNIT = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
 
 
 def choose(world, name="auto"):
-    """The torch.device of this rank: `name` is "auto", "cpu" or "cuda". Collective over the world.
+    """The torch.device of this rank: `name` is "auto", "cpu" or one of `GPUS`. Collective over the world.
 
     GPUs are counted as this process sees them (schedulers may show each rank only its own), and dealt out by
     local rank. Raises UsageError on every rank where ranks of a host would have to share a GPU, unless
-    HPCLLM_SHARE_GPU=1, and where "cuda" was asked for and a rank has none; "auto" then means the CPU everywhere.
+    HPCLLM_SHARE_GPU=1, and where a GPU was asked for and a rank has none; "auto" then means the CPU everywhere.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f'device: "{name}" is not one of "auto", "cpu", "cuda"').known_to_all()
+    if name not in ("auto", "cpu", *GPUS):
+        known = ", ".join(f'"{kind}"' for kind in ("auto", "cpu", *GPUS))
+        raise UsageError(f'device: "{name}" is not one of {known}').known_to_all()
     if name == "cpu":
         return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = world.local_rank % count if count else None
-    owners = world.comm.allgather((world.host, _identity(index) if count else None))
+    gpu = local_gpu(world.local_rank, GPUS if name == "auto" else (name,))
+    # The identity tells one GPU from another, however schedulers number them for this process.
+    identity = gpu and str(torch.get_device_module(gpu).get_device_properties(gpu.index).uuid)
+    owners = world.comm.allgather((world.host, identity))
     without = [rank for rank, (_, gpu) in enumerate(owners) if gpu is None]
     if without and name == "auto":
         return torch.device("cpu")
     if without:
         rank = without[0]
         raise UsageError(
-            f'device: "cuda" was asked for, but {len(without)} of {world.size} ranks see no GPU, the first of them '
+            f'device: "{name}" was asked for, but {len(without)} of {world.size} ranks see no GPU, the first of them '
             f"rank {rank} on {owners[rank][0]}"
         ).known_to_all()
     allowed = world.comm.bcast(os.environ.get("HPCLLM_SHARE_GPU") == "1")
@@ -45,13 +49,23 @@ def choose(world, name="auto"):
             f"{len(owners)} ranks have {len(set(owners))} different GPUs between them, so some would share one. "
             f"Start one rank per GPU, or set HPCLLM_SHARE_GPU=1 to allow it"
         ).known_to_all()
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    torch.get_device_module(gpu).set_device(gpu.index)
+    return gpu
 
 
-def _identity(index):
-    """What tells one GPU from another, however schedulers number them for this process."""
-    return str(torch.cuda.get_device_properties(index).uuid)
+def local_gpu(local_rank, kinds=GPUS):
+    """The torch.device of the GPU that falls to the `local_rank` of a host; None where this process sees none."""
+    for kind in kinds:
+        gpus = torch.get_device_module(kind)
+        count = gpus.device_count() if gpus.is_available() else 0
+        if count:
+            return torch.device(kind, local_rank % count)
+    return None
+
+
+def gpus_in_use():
+    """torch's modules (torch.cuda, ...) of the kinds of GPU that this process has touched."""
+    return [gpus for gpus in map(torch.get_device_module, GPUS) if gpus.is_initialized()]
 
 
 def bind_threads(world):
@@ -96,14 +110,18 @@ def handed_over():
     return sorted(_Direct.calls)
 
 
+def is_direct(tensor, *calls):
+    """True where all of the MPI `calls` take the memory that `tensor` lives in."""
+    return tensor.is_cpu or (tensor.device.type in GPUS and _Direct.calls.issuperset(calls))
+
+
 def to_mpi(tensor, *calls, copy_in=True):
     """A contiguous tensor that MPI may touch in all of `calls`: `tensor` itself where it is one, else a staging copy.
 
     copy_in: False where MPI will overwrite all of it, which saves the copy. Raises TypeError for tensors whose
     memory is not one array of elements (sparse, meta).
     """
-    strided = tensor.layout is torch.strided
-    direct = tensor.is_cpu or (tensor.is_cuda and _Direct.calls.issuperset(calls))
+    strided, direct = tensor.layout is torch.strided, is_direct(tensor, *calls)
     # A conjugated or negated view holds other numbers than it means; copying it resolves that.
     if direct and strided and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         if tensor.requires_grad:
@@ -117,7 +135,7 @@ def to_mpi(tensor, *calls, copy_in=True):
     if direct:
         staged = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     else:
-        staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=not tensor.is_cpu)
     if copy_in:
         # To the host it is blocking: ordered after the work on the current stream, complete before MPI reads.
         staged.copy_(tensor)
@@ -138,8 +156,8 @@ def memory(tensor):
 
     Where it is a GPU's, all that the current stream still does with it is done when this returns.
     """
-    if tensor.is_cuda:
-        torch.cuda.current_stream(tensor.device).synchronize()
+    if not tensor.is_cpu:
+        torch.get_device_module(tensor.device).current_stream(tensor.device).synchronize()
     return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
 
 

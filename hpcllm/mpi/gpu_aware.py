@@ -81,10 +81,9 @@ def _key(world, device):
     driver = ""
     with contextlib.suppress(OSError):
         driver = Path("/proc/driver/nvidia/version").read_text().split("\n")[0]
-    toolkit = torch.version.cuda or torch.version.hip
-    return " | ".join(
-        (world.library_path, world.library, torch.cuda.get_device_name(device), f"{toolkit} {driver}", digest)
-    )
+    name = torch.get_device_module(device).get_device_name(device)
+    toolkit = torch.version.cuda or torch.version.hip or torch.version.xpu
+    return " | ".join((world.library_path, world.library, name, f"{toolkit} {driver}", digest))
 
 
 def _belongs_to_job(name):

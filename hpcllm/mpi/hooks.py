@@ -56,7 +56,7 @@ def _reduce(group, bucket, op, dtype=None):
     if overlap.active() or not ours:
         work = dist.all_reduce(sent, op, group=group, async_op=True)
         return work.get_future().then(lambda future: _arrived(future.value()[0], gradients))
-    future = torch.futures.Future(devices=[gradients.device] if gradients.is_cuda else [])
+    future = torch.futures.Future(devices=[gradients.device] if not gradients.is_cpu else [])
     _waiting.setdefault(group, []).append((sent, gradients, future))
     if bucket.is_last():
         for sent, gradients, done in _waiting.pop(group):

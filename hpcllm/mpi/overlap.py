@@ -47,7 +47,7 @@ def start(world, device):
             "MPI_THREAD_MULTIPLE"
         ).known_to_all()
     # Calls are compared where they are made, which another thread does not know.
-    pays = spare_core(world, 1 if device.type == "cuda" else torch.get_num_threads())
+    pays = spare_core(world, torch.get_num_threads() if device.type == "cpu" else 1)
     here = several and not check.wanted() and (wish == "on" or (wish == "auto" and pays))
     if all(world.comm.allgather(here)):
         _courier = Courier(device)
@@ -95,7 +95,8 @@ class Courier:
 
     def __init__(self, device):
         self._calls = queue.SimpleQueue()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._streams = None if device.type == "cpu" else torch.get_device_module(device)
+        self._stream = self._streams and self._streams.Stream(device)
         self._last = None
         threading.Thread(target=self._run, name="hpcllm courier", daemon=True).start()
 
@@ -103,11 +104,11 @@ class Courier:
         """The `Carried` handle of `call`, which will be made after all that were taken before."""
         ready = None
         if self._stream is not None:
-            ready = torch.cuda.Event()
+            ready = self._streams.Event()
             ready.record()  # what the caller has computed so far is what is to be sent
         tensors = _tensors(arguments)
         for tensor in tensors:
-            if tensor.is_cuda:
+            if not tensor.is_cpu:
                 tensor.record_stream(self._stream)  # its memory is not given out again before the courier is done
         self._last = taken = Carried(call, tensors, ready)
         self._calls.put(taken)
@@ -124,7 +125,7 @@ class Courier:
     def _run(self):
         torch.set_num_threads(1)  # of this thread
         work.hide_time()
-        with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
+        with torch.no_grad(), self._streams.stream(self._stream) if self._streams else nullcontext():
             while True:
                 carried = self._calls.get()
                 if carried.ready is not None:
@@ -149,7 +150,7 @@ class Carried(dist.Work):
         super().__init__()
         self.ready, self.finished = ready, threading.Event()
         self._call, self._made, self._error, self.told = call, None, None, False
-        devices = sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
+        devices = sorted({tensor.device for tensor in tensors if not tensor.is_cpu}, key=str)
         self._future = torch.futures.Future(devices=devices) if devices else torch.futures.Future()
 
     def run(self, stream):

@@ -12,6 +12,7 @@ from torch.distributed.distributed_c10d import default_pg_timeout
 from . import peers, watch
 from .barrier import MonitoredBarrier
 from .collectives import Collectives
+from .device import GPUS
 
 BACKEND = "mpi4py"
 
@@ -31,7 +32,7 @@ def register(comm):
             return MpiProcessGroup(comm.Dup(), options.group_id, range(comm.size), timeout)
         return MpiProcessGroup(_part(comm, ranks), options.group_id, ranks, timeout)
 
-    dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
+    dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", *GPUS])
 
 
 def _part(comm, ranks):

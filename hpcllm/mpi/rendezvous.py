@@ -28,7 +28,7 @@ def meet(world, backend, device):
         raise UsageError(f'backend: "nccl" needs a GPU for every rank, but {why}').known_to_all()
     if backend == "mpi":
         watch.start(world)
-        if device.type == "cuda":
+        if device.type != "cpu":
             hand_over(gpu_aware.find(world, device))
         overlap.start(world, device)
         process_group.register(world.comm)

@@ -110,7 +110,7 @@ class Done(dist.Work):
 
     def get_future(self):
         self.wait()
-        devices = sorted({t.device for t in self._tensors if t.device.type == "cuda"}, key=str)
+        devices = sorted({t.device for t in self._tensors if not t.is_cpu}, key=str)
         future = torch.futures.Future(devices=devices) if devices else torch.futures.Future()
         future.set_result(self._tensors)
         return future

@@ -121,9 +121,10 @@ def join():
 def init(device="auto", backend="mpi", timeout=None):
     """Join MPI and make it PyTorch's default process group; returns the `World`, its `device` set.
 
-    device: "auto" (a GPU if every rank has one, else the CPU), "cpu" or "cuda". backend: who moves tensors: "mpi",
-    or torch's own "gloo" or "nccl", which find each other through MPI. timeout: a timedelta that an operation may take,
-    as that of `torch.distributed.init_process_group`; None leaves it to HPCLLM_TIMEOUT_S.
+    device: "auto" (a GPU if every rank has one, else the CPU), "cpu", "cuda" (AMD's GPUs too) or "xpu" (Intel's).
+    backend: who moves tensors: "mpi", or torch's own "gloo" or "nccl", which find each other through MPI. timeout: a
+    timedelta that an operation may take, as that of `torch.distributed.init_process_group`; None leaves it to
+    HPCLLM_TIMEOUT_S.
     Afterwards torch.distributed, DDP, FSDP2, DTensor and pipelining work on all ranks of the job. The torch
     variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, and those by which Accelerate finds this process
     group (`_environment`), are set where they are not set already. A collective that does not end in

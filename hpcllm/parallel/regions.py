@@ -8,6 +8,8 @@ of the parts; `leave` adds up the parts and lets the gradient in as it is.
 import torch
 import torch.distributed as dist
 
+from ..mpi.device import gpus_in_use
+
 
 class _Enter(torch.autograd.Function):
     @staticmethod
@@ -57,14 +59,13 @@ class OwnRandomness:
 
     def enter(self):
         seed = int(torch.randint(1 << 62, (), dtype=torch.int64))
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        self._common = torch.get_rng_state(), [(device, torch.cuda.get_rng_state(device)) for device in devices]
+        self._common = torch.get_rng_state(), [(gpu, gpu.get_rng_state()) for gpu in gpus_in_use()]
         torch.manual_seed(seed + self._rank)
 
     def leave(self):
         if self._common is not None:
             cpu, devices = self._common
             torch.set_rng_state(cpu)
-            for device, state in devices:
-                torch.cuda.set_rng_state(state, device)
+            for gpu, state in devices:
+                gpu.set_rng_state(state)
             self._common = None

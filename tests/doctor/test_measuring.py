@@ -265,7 +265,15 @@ def test_the_gpu_of_a_rank_is_the_one_that_training_would_use(world, tmp_path, m
     monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
     found = [cores.look(replace(world, local_rank=rank), sys=tmp_path)["gpu"] for rank in range(4)]
     assert [gpu["uuid"] for gpu in found] == ["a", "b", "c", "a"]
-    assert found[1] == {"index": 1, "of": 3, "name": "H100", "uuid": "b", "pci": "0000:c1:00.0", "numa_node": 1}
+    assert found[1] == {
+        "device": "cuda:1",
+        "index": 1,
+        "of": 3,
+        "name": "H100",
+        "uuid": "b",
+        "pci": "0000:c1:00.0",
+        "numa_node": 1,
+    }
     assert (found[0]["numa_node"], found[2]["pci"], found[2]["numa_node"]) == (None, None, None)
 
 
