@@ -74,9 +74,10 @@ class Parallel(Section):
     """Stages that each rank of a pipeline has: 1, except for interleaved, which needs 2 or more."""
     context: int = Field(1, ge=1)
     """Ranks that share each sequence; twice as many divide train.sequence_length."""
-    sharding: Literal["none", "optimizer", "gradients", "full", "hybrid"] = "none"
+    sharding: Literal["auto", "none", "optimizer", "gradients", "full", "hybrid", "host"] = "auto"
     """What data-parallel ranks divide between them (ZeRO 0 to 3): nothing, optimizer state, gradients too, weights too;
-    hybrid: as full within each host, whole models across hosts."""
+    hybrid: as full within each host, whole models across hosts; host: ranks of a host have one copy of the weights in
+    memory that they share, and all divide the rest; auto: host where that can be (CPUs, no other axis), else none."""
     backend: Literal["mpi", "gloo", "nccl"] = "mpi"
     """Who carries gradients and parameters: MPI, or PyTorch's own Gloo or NCCL; ranks always come from MPI."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -100,7 +101,7 @@ class Parallel(Section):
             )
         if self.pipeline == 1 and (several or self.pipeline_schedule != "1f1b"):
             raise ValueError(f'pipeline_schedule = "{self.pipeline_schedule}" needs a pipeline of 2 ranks or more')
-        if self.pipeline_schedule == "zero_bubble" and self.sharding != "none":
+        if self.pipeline_schedule == "zero_bubble" and self.sharding not in ("none", "auto"):
             raise ValueError(
                 f'pipeline_schedule = "zero_bubble" goes with sharding = "none", not "{self.sharding}": FSDP2 takes '
                 "gradients away before those that are put off are there"

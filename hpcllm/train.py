@@ -13,6 +13,7 @@ from .config import load
 from .data import batches
 from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
 from .mpi import choose, on_root, together
+from .parallel import host
 from .parallel import mesh as meshes
 from .parallel.apply import apply, check
 from .tasks import TASKS
@@ -26,10 +27,11 @@ def train(config, world, *, resume=False, overwrite=False):
     Everything that can be refused is refused before anything is written.
     """
     plan, hosts = config.train, world.comm.allgather(world.host)
+    parallel = host.resolve(config.parallel, world)
     with together(world.comm):
-        layout = meshes.layout(config.parallel, hosts)
+        layout = meshes.layout(parallel, hosts)
         plan.accumulation(layout.data)
-        if layout.pipeline > 1 and config.parallel.backend == "gloo" and world.device.type == "cuda":
+        if layout.pipeline > 1 and parallel.backend == "gloo" and world.device.type == "cuda":
             raise UsageError('parallel: backend = "gloo" sends no GPU memory between stages; take "mpi" or "nccl"')
     words = on_root(world.comm, read_tokenizer, config.data.tokenizer_dir)
     source = open_source(config, world, config.data.train, words)
@@ -42,10 +44,19 @@ def train(config, world, *, resume=False, overwrite=False):
         return results
     with together(world.comm):
         net, weights = load_or_build(config, last, source.vocabulary)
-        check(net.config, layout, config.parallel.stages_per_rank)
+        check(net.config, layout, parallel.stages_per_rank)
     mesh = meshes.build(layout, world)
     targets = TASKS[config.model.task].target_fraction(config.data)
-    placed = apply(net, mesh, config.parallel, plan.activation_checkpointing, world.device, targets, weights)
+    placed = apply(
+        net,
+        mesh,
+        parallel,
+        plan.activation_checkpointing,
+        world.device,
+        targets,
+        weights,
+        plan.precision == "bf16",
+    )
     del net, weights  # what other ranks hold of them
     adjust = optimizer.build(placed, plan)
     with together(world.comm):
@@ -238,7 +249,7 @@ def describe(config, world, placed, source, validation, state):
     layout = placed.mesh.layout
     how = f"layout: {layout.describe()}"
     if layout.shard > 1:
-        how += f", sharding {config.parallel.sharding} over {layout.shard} ranks"
+        how += f", sharding {placed.parallel.sharding} over {layout.shard} ranks"
     plan = config.train
     epochs = plan.max_steps * plan.global_batch_size / len(source)
     evaluated = f", {len(validation)} validation samples" if validation else ""

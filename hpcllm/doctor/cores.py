@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+from ..mpi import numa
 from ..mpi.gpu_aware import CALLS
 from .finding import failure, named, odd_ones, ok, on, warning
 
@@ -26,7 +27,7 @@ def look(world, sys="/sys"):
     from ..mpi.device import handed_over
 
     cores = sorted(os.sched_getaffinity(0))
-    places = numa_nodes(sys)
+    places = numa.nodes(sys)
     return {
         "rank": world.rank,
         "host": node_name(world.host),
@@ -45,29 +46,10 @@ def node_name(host, environ=os.environ):
     return environ.get("SLURMD_NODENAME") or host
 
 
-def parse_list(text):
-    """The kernel's "0-3,8" as [0, 1, 2, 3, 8]."""
-    result = []
-    for part in text.strip().split(","):
-        if part:
-            first, _, last = part.partition("-")
-            result += range(int(first), int(last or first) + 1)
-    return result
-
-
-def numa_nodes(sys="/sys"):
-    """{core: NUMA node} of this host; empty where the kernel does not say."""
-    found = {}
-    for path in glob.glob(f"{sys}/devices/system/node/node[0-9]*/cpulist"):
-        node = int(Path(path).parent.name.removeprefix("node"))
-        found.update(dict.fromkeys(parse_list(Path(path).read_text()), node))
-    return found
-
-
 def _first_sibling(sys, core):
     """The lowest hardware thread of a core's physical core."""
     try:
-        return parse_list(Path(f"{sys}/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text())[0]
+        return numa.parse_list(Path(f"{sys}/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text())[0]
     except (OSError, ValueError, IndexError):
         return core
 

@@ -158,6 +158,35 @@ class Peers:
             opened.append(_attach(self._pids[local], descriptor)[offset : offset + tensor.nbytes].view(tensor.dtype))
         return opened
 
+    def first(self, count, dtype):
+        """A 1-d tensor of `count` elements, not initialised, that is one and the same on all ranks of the host.
+
+        None on all of them where there is not so much memory. Collective over the ranks of the host.
+        """
+        mine, place = None, None
+        with contextlib.suppress(OSError, RuntimeError, AttributeError):
+            if self._me == 0:
+                mine = pool.allocate(count, dtype)
+                place = pool.find(mine)
+        place = self._memory.comm.bcast(place)
+        if self._me == 0 or place is None:
+            return mine
+        descriptor, offset = place
+        memory = _attach(self._pids[0], descriptor)[offset : offset + count * dtype.itemsize]
+        return memory.view(dtype)
+
+    def each(self, count, dtype):
+        """A list of such tensors, one of each rank of the host, which made it; None where any has not so much memory.
+
+        Collective over the ranks of the host.
+        """
+        mine = None
+        with contextlib.suppress(OSError, RuntimeError, AttributeError):
+            mine = pool.allocate(count, dtype)
+        if not all(self._memory.comm.allgather(mine is not None)):
+            return None
+        return self.open(mine)
+
 
 def reach(memory):
     """`Peers` of the ranks of `memory` (host.HostMemory), or None on all where the system forbids it. Collective."""

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import weights
 from ..config import Parallel
-from . import context, data, deferred, pipeline, sharding, tensor
+from . import context, data, deferred, host, pipeline, sharding, tensor
 from . import mesh as meshes
 from .pieces import Piece
 from .runner import Runner
@@ -21,13 +21,16 @@ _SUMMED_AT_ONCE = 1 << 16
 _TRAVELS_AS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def apply(model, mesh, parallel, activation_checkpointing=False, device=None, targets=1.0, source=None):
+def apply(
+    model, mesh, parallel, activation_checkpointing=False, device=None, targets=1.0, source=None, low_precision=False
+):
     """Turn `model`, whole and the same on all ranks, into this rank's part of it; returns a `Placed`.
 
-    mesh: mesh.Mesh; parallel: the run file's [parallel] section; device: where the parts go; targets: fraction of the
-    tokens that reach the output layer; source: where the weights come from (weights.Fresh, weights.Saved) of a model
-    that has none yet, so that no rank needs memory for more than its part. `model` is used up. Raises UsageError, the
-    same on every rank, for a model that cannot be divided like that. Collective.
+    mesh: mesh.Mesh; parallel: the run file's [parallel] section, "auto" decided; device: where the parts go; targets:
+    fraction of the tokens that reach the output layer; source: where the weights come from (weights.Fresh,
+    weights.Saved) of a model that has none yet, so that no rank needs memory for more than its part; low_precision:
+    forward will run under torch.autocast in bfloat16. `model` is used up. Raises UsageError, the same on every rank,
+    for a model that cannot be divided like that. Collective.
     """
     layout, pieces, device = mesh.layout, {}, device or torch.device("cpu")
     whole = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -45,12 +48,15 @@ def apply(model, mesh, parallel, activation_checkpointing=False, device=None, ta
     # Then layers are dealt out, as they are: a part is a model like the whole.
     stages = layout.pipeline * parallel.stages_per_rank
     parts, shared = pipeline.take(model, stages, mesh, whole, targets) if stages > 1 else ([pipeline.alone(model)], {})
-    reduce_dtype = _TRAVELS_AS[parallel.reduce_dtype]
-    if layout.shard > 1:
-        # Last: whoever carries gradients must see the weights that are there in the end.
+    reduce_dtype, one_copy = _TRAVELS_AS[parallel.reduce_dtype], None
+    if parallel.sharding == "host":
+        # Last, and so are the others: whoever carries gradients must see the weights that are there in the end.
+        one_copy = host.OneCopy(model, mesh.gradients, low_precision, reduce_dtype)
+        pieces |= one_copy.pieces
+    elif layout.shard > 1:
         for part in parts:
             sharding.shard(part.model, mesh.shards, parallel.sharding, reduce_dtype)
-    placed = Placed(parts, parts[0].model, mesh, parallel, model.config, pieces, shared, device)
+    placed = Placed(parts, parts[0].model, mesh, parallel, model.config, pieces, shared, device, one_copy)
     if source is not None:
         # On the device are only parts, and nowhere was there ever more.
         weights.fill(placed, source, device)
@@ -90,7 +96,8 @@ class Placed:
     parts: the pipeline.Part of each stage that this rank has; replica: what forward is called on where there is but one
     stage; parallel, config: the run file's section, transformers' configuration of the whole; pieces: parameter name ->
     pieces.Piece, what of the whole tensor is cut to this rank by the tensor axis, for all parameters of the model;
-    shared: name -> (pipeline ranks, their process group) of parameters that several stages hold.
+    shared: name -> (pipeline ranks, their process group) of parameters that several stages hold; one_copy:
+    host.OneCopy where ranks of a host share the weights.
     """
 
     parts: list
@@ -101,6 +108,7 @@ class Placed:
     pieces: dict
     shared: dict
     device: Any
+    one_copy: Any = None
 
     @functools.cached_property
     def runner(self):
@@ -117,7 +125,9 @@ class Placed:
         return self.mesh.layout.size > self.mesh.layout.replicate
 
     def named_parameters(self):
-        """(name in the whole model, parameter) of all that this rank has."""
+        """(name in the whole model, parameter) of all that this rank has, or that it updates."""
+        if self.one_copy:
+            return self.one_copy.slices.items()
         return {name: p for part in self.parts for name, p in part.named_parameters_of_whole()}.items()
 
     def parameters(self):
@@ -130,7 +140,7 @@ class Placed:
     @contextlib.contextmanager
     def micro_batch(self, part, last):
         """Around forward and around backward of a micro-batch in `part`; the `last` of a step completes gradients."""
-        if self.mesh.layout.shard > 1:
+        if self.mesh.layout.shard > 1 and not self.one_copy:
             sharding.last_micro_batch(part.model, last, self.parallel.sharding)
         carries = isinstance(self.replica, DistributedDataParallel)
         with self.replica.no_sync() if carries and not last else contextlib.nullcontext():
@@ -142,6 +152,8 @@ class Placed:
         Returns the losses, on ranks of the last stage. Collective.
         """
         losses = self.runner.run(batches, work, divisor)
+        if self.one_copy:
+            self.one_copy.add_up()
         if len(self.parts) * self.mesh.layout.pipeline > 1 and self.mesh.layout.shard == 1:
             data.add_up(self.parameters(), self.mesh.gradients, _TRAVELS_AS[self.parallel.reduce_dtype])
         held = dict(self.named_parameters()) if self.shared else {}
@@ -150,6 +162,11 @@ class Placed:
                 held[name].grad = torch.zeros_like(held[name])
             dist.all_reduce(sharding.local(held[name].grad), group=self.shared[name][1])
         return losses
+
+    def ready(self):
+        """Before weights are used: those that other ranks have updated are there."""
+        if self.one_copy:
+            self.one_copy.ready()
 
     def reshard(self):
         """Every rank holds its shards alone again, as optimizer and checkpoints know them."""

@@ -68,7 +68,7 @@ def layout(parallel, hosts):
             f"{model} does not divide the {size} ranks of this job"
         )
     data = size // model
-    shard = {"none": 1}.get(parallel.sharding, data)
+    shard = 1 if parallel.sharding in ("none", "auto") else data
     if parallel.sharding == "hybrid":
         shard = _within_host(hosts, model)
     return Layout(data // shard, shard, parallel.pipeline, parallel.context, parallel.tensor)

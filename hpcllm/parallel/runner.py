@@ -63,6 +63,7 @@ class Runner:
         divisor: gradients of the losses, divided by it, are added to those of the weights; None: evaluation.
         Collective over the pipeline.
         """
+        self.placed.ready()
         schedule = "forward" if divisor is None else self._schedule
         orders = actions(schedule, self.size, self._chunks, len(batches))
         turn = _Turn(self, orders, batches, work, divisor)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hpcllm.doctor import cores, job, speed, storage
+from hpcllm.mpi import numa
 
 
 @pytest.fixture
@@ -245,7 +246,7 @@ def test_cores_and_gpus_are_placed_as_sysfs_says(world, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 6})
     found = cores.look(world, sys=tmp_path)
     assert (found["cores"], found["physical_cores"], found["numa_nodes"]) == ([2, 3, 6], [2, 3], [1])
-    assert cores.numa_nodes(tmp_path) == {0: 0, 1: 0, 4: 0, 2: 1, 3: 1}
+    assert numa.nodes(tmp_path) == {0: 0, 1: 0, 4: 0, 2: 1, 3: 1}
     assert [cores._numa_of_device(tmp_path, f"0000:c{n}:00.0") for n in (1, 2, 3)] == [1, None, None]
     assert cores.node_name("n1.site.org", {"SLURMD_NODENAME": "n1"}) == "n1"
     assert cores.node_name("n1.site.org", {}) == "n1.site.org"

@@ -1,7 +1,6 @@
 """One loss curve, whatever the layout: against one process, for four families of models."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import models
 import pytest
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaForCausalLM, MixtralConfig, XLNetConfig
 
+from hpcllm.config import Parallel
 from hpcllm.errors import UsageError
 from hpcllm.mpi import launcher
 from hpcllm.parallel import mesh as meshes
@@ -28,9 +28,9 @@ HOSTS = [f"host{rank // (SIZE // 2)}" for rank in range(SIZE)] if SIZE % 2 == 0 
 
 
 def parallel(**changes):
-    given = {"tensor": 1, "pipeline": 1, "context": 1, "sharding": "none", "reduce_dtype": "fp32"}
+    given = {"tensor": 1, "pipeline": 1, "context": 1, "sharding": "none", "backend": "mpi", "reduce_dtype": "fp32"}
     given |= {"pipeline_schedule": "1f1b", "stages_per_rank": 1} | changes
-    return SimpleNamespace(**given)
+    return Parallel.model_construct(**given)
 
 
 _built = {}
@@ -43,11 +43,11 @@ def built(layout, world):
     return _built[layout]
 
 
-def place(world, model, activation_checkpointing=False, source=None, **changes):
+def place(world, model, activation_checkpointing=False, source=None, low_precision=False, **changes):
     section = parallel(**changes)
     mesh = built(meshes.layout(section, HOSTS), world)
     check(model.config, mesh.layout, section.stages_per_rank)
-    return apply(model, mesh, section, activation_checkpointing, source=source)
+    return apply(model, mesh, section, activation_checkpointing, source=source, low_precision=low_precision)
 
 
 def whole(placed, name, tensor):
