@@ -1,0 +1,80 @@
+"""What does a data-parallel step cost on the CPU? hpcllm beside DistributedDataParallel over Gloo, and one rank alone.
+
+    python -m benchmarks.train_step [--rows 1 4] [--rounds 5] [--precision bf16] [--ranks 2]
+
+A GPT-2 of 27 M parameters, `rows` sequences of 256 tokens a rank, AdamW, no dropout but the model's own, one thread a
+rank. Every round starts each way anew, one after the other, and takes 12 steps after 3; a way's figure of a round is
+its best step, a ratio that of two figures of one round; medians of rounds (smallest to largest). "as documented" is
+DDP and AdamW with what they do by themselves, "tuned" with gradient_as_bucket_view, static_graph and fused; "keep" has
+the C library keep freed memory, as hpcllm does by itself. One rank alone is hpcllm with no other beside it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+from . import jobs
+
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
+# name: (ranks or None for all, arguments of step_of, environment)
+WAYS = {
+    "hpcllm": (None, ["hpcllm"], {}),
+    "hpcllm, sharding none": (None, ["hpcllm", "--sharding", "none"], {}),
+    "DDP + Gloo, tuned, keep": (None, ["ddp", "--tuned"], KEEP),
+    "DDP + Gloo, tuned": (None, ["ddp", "--tuned"], {}),
+    "DDP + Gloo, as documented, keep": (None, ["ddp"], KEEP),
+    "DDP + Gloo, as documented": (None, ["ddp"], {}),
+    "one rank alone": (1, ["hpcllm"], {}),
+}
+
+
+def measure(name, ranks, rows, precision):
+    few, arguments, environment = WAYS[name]
+    arguments = [*arguments, "--rows", str(rows), "--precision", precision]
+    if arguments[0] == "hpcllm":
+        text = jobs.run(few or ranks, "-m", "benchmarks.step_of", *arguments).stdout
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        command += ["-m", "benchmarks.step_of", *arguments]
+        text = subprocess.run(
+            command, env=environment, cwd=jobs.ROOT, capture_output=True, text=True, check=True
+        ).stdout
+    return json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+
+
+def spread(values, form):
+    return f"{form(statistics.median(values))} ({form(min(values))} to {form(max(values))})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    arguments = parser.parse_args()
+    print(f"{arguments.ranks} ranks, {arguments.precision}, {jobs.versions()}; {arguments.rounds} rounds", flush=True)
+    for rows in arguments.rows:
+        found = {name: [] for name in WAYS}
+        for _ in range(arguments.rounds):
+            for name in WAYS:
+                found[name].append(measure(name, arguments.ranks, rows, arguments.precision))
+        best = {name: [1e3 * min(one["seconds"]) for one in rounds] for name, rounds in found.items()}
+        print(f"\n{256 * rows} tokens a rank\n")
+        print("| way | best step, ms | median step, ms | to hpcllm's | bytes a parameter | loss at the end |")
+        print("|---|---:|---:|---:|---:|---:|")
+        for name, rounds in found.items():
+            ratios = [theirs / ours for theirs, ours in zip(best[name], best["hpcllm"], strict=True)]
+            median = statistics.median(1e3 * statistics.median(one["seconds"]) for one in rounds)
+            held = statistics.median(one["bytes"] for one in rounds) / 27.4e6
+            ratio = spread(ratios, "{:.2f}".format)
+            print(f"| {name} | {spread(best[name], '{:.0f}'.format)} | {median:.0f} | {ratio} "
+                  f"| {held:.0f} | {rounds[0]['losses'][-1]:.4f} |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
