@@ -3,7 +3,7 @@
     mpirun -np 4 python -m benchmarks.layouts [--family bert gpt2 llama t5] [--steps 10] [--time]
 
 Tiny models, SGD, fp32, no dropout. For every product of data, pipeline (with every schedule), context (1, 2) and
-tensor axes and every sharding that the ranks allow:
+tensor axes (with sequences whole and in slices) and every sharding that the ranks allow:
 the largest relative difference of the loss and gradient norm of any step, and of the weights after the last step
 (2-norm of the difference), to training in one process. --time: seconds a step of a larger BERT under each layout, over
 this backend and over Gloo, in the same run, one after the other; median (smallest to largest) of the steps.
@@ -143,14 +143,16 @@ def distance(placed, weights):
 
 def layouts(world, config):
     """(section, Layout) of all that these ranks and this model allow, no two alike."""
-    axes = itertools.product(range(1, world.size + 1), (1, 2), range(1, world.size + 1), SHARDINGS, SCHEDULES)
+    sizes = range(1, world.size + 1)
+    axes = itertools.product(sizes, (1, 2), sizes, (False, True), SHARDINGS, SCHEDULES)
     seen = set()
-    for pipeline, shared, tensor, sharding, (schedule, stages_per_rank) in axes:
+    for pipeline, shared, tensor, sequence, sharding, (schedule, stages_per_rank) in axes:
         try:
             section = Parallel(
                 tensor=tensor,
                 pipeline=pipeline,
                 context=shared,
+                sequence=sequence,
                 sharding=sharding,
                 pipeline_schedule=schedule,
                 stages_per_rank=stages_per_rank,
@@ -161,7 +163,7 @@ def layouts(world, config):
             continue
         if config.model_type == "t5" and made.shard > 1 and stages_per_rank > 1:
             continue  # refused: its stages share weights
-        alike = made, sharding if made.shard > 1 else "none", schedule
+        alike = made, sequence, sharding if made.shard > 1 else "none", schedule
         if alike not in seen and not (sharding == "hybrid" and made.replicate == 1):
             seen.add(alike)
             yield section, made
@@ -170,7 +172,8 @@ def layouts(world, config):
 def name(section, made):
     """Of a layout, for the table."""
     schedule = f" ({section.pipeline_schedule})" if made.pipeline > 1 else ""
-    return made.describe().replace(f"pipeline {made.pipeline}", f"pipeline {made.pipeline}{schedule}")
+    slices = " (sequence)" if section.sequence else ""
+    return made.describe().replace(f"pipeline {made.pipeline}", f"pipeline {made.pipeline}{schedule}") + slices
 
 
 def compare(world, families, steps):

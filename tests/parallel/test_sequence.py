@@ -163,9 +163,7 @@ def test_lengths_that_ranks_do_not_divide_are_refused_with_the_numbers():
         run_file(tensor=5)
     with pytest.raises(UsageError, match=r"context \(2\) x tensor \(8\) = 16 ranks, .*sequence_length \(24\)"):
         run_file(tensor=8, context=2)
-    with pytest.raises(
-        UsageError, match="sequence = true slices sequences between the ranks of tensor"
-    ):
+    with pytest.raises(UsageError, match="sequence = true slices sequences between the ranks of tensor"):
         run_file()
 
 
