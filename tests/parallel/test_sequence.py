@@ -65,13 +65,19 @@ def test_slices_compute_in_bf16_what_whole_sequences_do(world, family, again):
     assert told[1][1] == pytest.approx(told[0][1], rel=1e-2)
 
 
+def cut_modules(placed, *ways):
+    """Names of the modules that the tensor axis cuts in one of these ways."""
+    patterns = [pattern for pattern, how in tensor_axis.plan(placed.config).items() if how in ways]
+    names = [name for name, _ in placed.model.named_modules()]
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+
+
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_between_regions_are_slices_and_in_them_whole_sequences(world, family):
     placed, between, inside = place(world, models.build(family), tensor=2, sequence=True), set(), set()
-    cut = [pattern for pattern, how in tensor_axis.plan(placed.config).items() if how != "heads"]
-    for name, module in placed.model.named_modules():
-        if any(fnmatch.fnmatch(name, pattern) for pattern in cut):
-            module.register_forward_pre_hook(lambda _, given: inside.add(given[0].shape[1]))
+    for name in cut_modules(placed, "column", "packed", "row"):
+        module = placed.model.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, given: inside.add(given[0].shape[1]))
     for block in sharding.blocks(placed.model):
         for module in block.modules():
             if "Norm" in type(module).__name__:
@@ -112,6 +118,24 @@ def test_what_backward_keeps_of_a_region_is_a_slice(world, again):
         assert torch.allclose(weight.grad, expected.sum((0, 1)).expand(5, 4), atol=1e-5)
     sums = sum(world.comm.allgather(sum(weight.detach().sum(0) for weight in weights)))
     assert torch.allclose(part.grad, sums.expand(2, 3, 4), atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_what_models_gather_is_gone_after_forward(world, family, precision):
+    placed, seen = place(world, models.build(family), tensor=2, sequence=True), []
+
+    def see(module, given, named):
+        whole = (*given, *named.values())[0]
+        assert whole.shape[1] == models.LENGTH and whole.dtype == precision
+        seen.append(StorageWeakRef(whole.untyped_storage()))
+
+    for name in {name.rpartition(".")[0] for name in cut_modules(placed, "column", "packed")}:
+        placed.model.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        logits = placed.model(**models.inputs(family, 1)).logits
+    assert len(seen) == {"t5": 10}.get(family, 4) and all(one.expired() for one in seen)
+    logits.sum().backward()
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
