@@ -35,6 +35,7 @@ def apply(model, mesh, parallel, activation_checkpointing=False, device=None, ta
         # A name in the configuration, which all parts of the model take with them.
         context.share(model, mesh, device)
     if parallel.sequence:
+        # While it is whole: a small one is made of its class and configuration.
         tensor.try_slices(model, mesh["tensor"], device)
     if layout.tensor > 1:
         # Before the rest: it needs modules and weights as transformers made them, and others see only smaller layers.
@@ -154,7 +155,7 @@ class Placed:
         losses = self.runner.run(batches, work, divisor)
         if len(self.parts) * self.mesh.layout.pipeline > 1 and self.mesh.layout.shard == 1:
             data.add_up(self.parameters(), self.mesh.gradients, _TRAVELS_AS[self.parallel.reduce_dtype])
-        held = dict(self.named_parameters())
+        held = dict(self.named_parameters()) if self.shared or self.sliced else {}
         data.add_up([held[name] for name in self.sliced if name in held], self.mesh["tensor"])
         for name in sorted(self.shared):  # in one order everywhere
             if held[name].grad is None:

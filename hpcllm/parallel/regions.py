@@ -140,6 +140,8 @@ class _Kept:
 class OwnRandomness:
     """Inside a region every rank draws its own random numbers (dropout of its heads), outside all draw the same.
 
+    Where ranks have slices of the sequence, it is from the first block to the last that each draws its own.
+
     The seed of a region comes from the common numbers, so it is another one each time and the same after a restart.
     """
 
