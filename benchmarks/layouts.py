@@ -1,6 +1,6 @@
 """Does the loss depend on the layout, what does each cost? Every layout against one process, beside the same over Gloo.
 
-    mpirun -np 4 python -m benchmarks.layouts [--family bert gpt2 llama t5] [--steps 10] [--time]
+    mpirun -np 4 python -m benchmarks.layouts [--family bert gpt2 llama t5] [--only sequence] [--steps 10] [--time]
 
 Tiny models, SGD, fp32, no dropout. For every product of data, pipeline (with every schedule), context (1, 2) and
 tensor axes (with sequences whole and in slices) and every sharding that the ranks allow:
@@ -176,12 +176,14 @@ def name(section, made):
     return made.describe().replace(f"pipeline {made.pipeline}", f"pipeline {made.pipeline}{schedule}") + slices
 
 
-def compare(world, families, steps):
+def compare(world, families, steps, only):
     print_root(world, "| model | layout | sharding | loss, norm | weights |\n|---|---|---|---:|---:|")
     count, worst = 0, 0.0
     for family in families:
         expected, weights = train_alone(family, steps)
         for section, made in layouts(world, build(family).config):
+            if only not in name(section, made):
+                continue
             placed = apply(build(family), meshes.build(made, world), section)
             told, _ = train(placed, steps, torch.optim.SGD(placed.parameters(), lr=0.1))
             off = max(abs(a - b) / abs(b) for a, b in zip(told, expected, strict=True))
@@ -220,6 +222,7 @@ def print_root(world, text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--only", default="", help="layouts that have this in their name")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--time", action="store_true", help="seconds a step, beside Gloo")
     args = parser.parse_args()
@@ -230,7 +233,7 @@ def main():
     if args.time:
         measure(world, args.steps)
     else:
-        compare(hpcllm.mpi.init("cpu"), args.family, args.steps)
+        compare(hpcllm.mpi.init("cpu"), args.family, args.steps, args.only)
         dist.destroy_process_group()
 
 
