@@ -1,9 +1,9 @@
 """Does the loss depend on the layout, what does each cost? Every layout against one process, beside the same over Gloo.
 
-    mpirun -np 4 python -m benchmarks.layouts [--family bert gpt2 llama t5] [--steps 10] [--time]
+    mpirun -np 4 python -m benchmarks.layouts [--family bert gpt2 llama t5] [--only sequence] [--steps 10] [--time]
 
 Tiny models, SGD, fp32, no dropout. For every product of data, pipeline (with every schedule), context (1, 2) and
-tensor axes and every sharding that the ranks allow:
+tensor axes (with sequences whole and in slices) and every sharding that the ranks allow:
 the largest relative difference of the loss and gradient norm of any step, and of the weights after the last step
 (2-norm of the difference), to training in one process. --time: seconds a step of a larger BERT under each layout, over
 this backend and over Gloo, in the same run, one after the other; median (smallest to largest) of the steps.
@@ -143,14 +143,16 @@ def distance(placed, weights):
 
 def layouts(world, config):
     """(section, Layout) of all that these ranks and this model allow, no two alike."""
-    axes = itertools.product(range(1, world.size + 1), (1, 2), range(1, world.size + 1), SHARDINGS, SCHEDULES)
+    sizes = range(1, world.size + 1)
+    axes = itertools.product(sizes, (1, 2), sizes, (False, True), SHARDINGS, SCHEDULES)
     seen = set()
-    for pipeline, shared, tensor, sharding, (schedule, stages_per_rank) in axes:
+    for pipeline, shared, tensor, sequence, sharding, (schedule, stages_per_rank) in axes:
         try:
             section = Parallel(
                 tensor=tensor,
                 pipeline=pipeline,
                 context=shared,
+                sequence=sequence,
                 sharding=sharding,
                 pipeline_schedule=schedule,
                 stages_per_rank=stages_per_rank,
@@ -161,7 +163,7 @@ def layouts(world, config):
             continue
         if config.model_type == "t5" and made.shard > 1 and stages_per_rank > 1:
             continue  # refused: its stages share weights
-        alike = made, sharding if made.shard > 1 else "none", schedule
+        alike = made, sequence, sharding if made.shard > 1 else "none", schedule
         if alike not in seen and not (sharding == "hybrid" and made.replicate == 1):
             seen.add(alike)
             yield section, made
@@ -170,15 +172,18 @@ def layouts(world, config):
 def name(section, made):
     """Of a layout, for the table."""
     schedule = f" ({section.pipeline_schedule})" if made.pipeline > 1 else ""
-    return made.describe().replace(f"pipeline {made.pipeline}", f"pipeline {made.pipeline}{schedule}")
+    slices = " (sequence)" if section.sequence else ""
+    return made.describe().replace(f"pipeline {made.pipeline}", f"pipeline {made.pipeline}{schedule}") + slices
 
 
-def compare(world, families, steps):
+def compare(world, families, steps, only):
     print_root(world, "| model | layout | sharding | loss, norm | weights |\n|---|---|---|---:|---:|")
     count, worst = 0, 0.0
     for family in families:
         expected, weights = train_alone(family, steps)
         for section, made in layouts(world, build(family).config):
+            if only not in name(section, made):
+                continue
             placed = apply(build(family), meshes.build(made, world), section)
             told, _ = train(placed, steps, torch.optim.SGD(placed.parameters(), lr=0.1))
             off = max(abs(a - b) / abs(b) for a, b in zip(told, expected, strict=True))
@@ -217,6 +222,7 @@ def print_root(world, text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--only", default="", help="layouts that have this in their name")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--time", action="store_true", help="seconds a step, beside Gloo")
     args = parser.parse_args()
@@ -227,7 +233,7 @@ def main():
     if args.time:
         measure(world, args.steps)
     else:
-        compare(hpcllm.mpi.init("cpu"), args.family, args.steps)
+        compare(hpcllm.mpi.init("cpu"), args.family, args.steps, args.only)
         dist.destroy_process_group()
 
 

@@ -33,6 +33,7 @@ LAYOUTS = {
     "gradients": {"sharding": "gradients"},
     "full": {"sharding": "full"},
     "tensor": {"tensor": 0},
+    "sequence": {"tensor": 0, "sequence": True},
     "pipeline": {"pipeline": 0},
     "zero_bubble": {"pipeline": 0, "pipeline_schedule": "zero_bubble"},
 }
@@ -132,7 +133,8 @@ def one(name, large):
     if world.is_root:
         shapes = count.count(lambda: AutoModelForCausalLM.from_config(made, dtype=torch.float32), tokens, gpu=False)
         planned = cost.Work(layout, world.size, width, train.accumulation(layout.data), section.sharding,
-                            schedule=section.pipeline_schedule, state=4 if large else 8, pooled=True)  # fmt: skip
+                            schedule=section.pipeline_schedule, state=4 if large else 8, pooled=True,
+                            sequence=section.sequence)  # fmt: skip
         said = [cost.memory(shapes, planned, rank).total for rank in range(layout.pipeline)]
         told = {"parameters": parameters, "planned": said * (world.size // len(said)), "ranks": everybody}
         if large:

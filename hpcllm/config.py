@@ -65,6 +65,8 @@ class Model(Section):
 class Parallel(Section):
     tensor: int = Field(1, ge=1)
     """Ranks that share each layer."""
+    sequence: bool = False
+    """Between what tensor cuts of a layer, each of its ranks holds a slice of every sequence instead of all of it."""
     pipeline: int = Field(1, ge=1)
     """Ranks that share the stack of layers."""
     pipeline_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
@@ -89,6 +91,12 @@ class Parallel(Section):
             raise ValueError(
                 'reduce_dtype = "bf16" goes with any sharding but "optimizer", where FSDP2 adds micro-batches up in it'
             )
+        return self
+
+    @model_validator(mode="after")
+    def slices_that_somebody_shares(self):
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence = true slices sequences between the ranks of tensor, of which there is 1")
         return self
 
     @model_validator(mode="after")
@@ -188,6 +196,12 @@ class Config(Section):
             raise ValueError(
                 f"parallel.context ({context}) shares a sequence out in {2 * context} chunks, which do not divide "
                 f"train.sequence_length ({length})"
+            )
+        slices = context * self.parallel.tensor
+        if self.parallel.sequence and length % slices:
+            raise ValueError(
+                f"parallel.sequence slices a sequence for context ({context}) x tensor ({self.parallel.tensor}) = "
+                f"{slices} ranks, which does not divide train.sequence_length ({length})"
             )
         return self
 

@@ -98,20 +98,22 @@ NO_DROPOUT = {
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize(
-    ("tensor", "context", "pipeline", "sharding", "schedule"),
+    ("tensor", "context", "pipeline", "sharding", "how"),
     [(tensor, 1, 1, sharding, "1f1b") for tensor in (1, 2) for sharding in ("none", "optimizer", "gradients", "full")]
     + [(1, 1, 2, "none", "1f1b"), (1, 1, 2, "none", "zero_bubble"), (2, 1, 2, "none", "1f1b")]
+    + [(2, 1, 1, "none", "sequence"), (2, 1, 1, "full", "sequence"), (2, 1, 2, "none", "sequence")]
     + [(1, 1, 2, "full", "1f1b"), (1, 2, 1, "none", "1f1b"), (1, 2, 1, "full", "1f1b"), (1, 2, 2, "none", "1f1b")],
 )
 def test_a_run_goes_on_under_another_layout_with_the_same_losses(
-    world, prepared, tmp_path, tensor, context, pipeline, sharding, schedule
+    world, prepared, tmp_path, tensor, context, pipeline, sharding, how
 ):
     if world.size % (tensor * context * pipeline):
         pytest.skip("ranks do not divide")
     base = shared(world, tmp_path)
     changes = {**NO_DROPOUT, "checkpoint.every_steps": 3, "train.eval_every_steps": 3}
     layout = {"parallel.tensor": tensor, "parallel.sharding": sharding, "parallel.pipeline": pipeline}
-    layout |= {"parallel.pipeline_schedule": schedule, "parallel.context": context}
+    layout |= {"parallel.sequence": "true"} if how == "sequence" else {"parallel.pipeline_schedule": how}
+    layout |= {"parallel.context": context}
     reference = settings(prepared, tmp_path / "alone", **changes)
     train.train(reference, hpcllm.mpi.alone(world))
     # Three steps under the one layout, three under another.

@@ -37,17 +37,26 @@ def apply(
     if layout.context > 1:
         # A name in the configuration, which all parts of the model take with them.
         context.share(model, mesh, device)
+    if parallel.sequence:
+        # While it is whole: a small one is made of its class and configuration.
+        tensor.try_slices(model, mesh["tensor"], device)
     if layout.tensor > 1:
         # Before the rest: it needs modules and weights as transformers made them, and others see only smaller layers.
-        pieces = tensor.split(model, mesh["tensor"])
+        pieces = tensor.split(model, mesh["tensor"], parallel.sequence, activation_checkpointing)
     if activation_checkpointing:
         # Then, so that the sums over the tensor axis are recomputed with what they belong to.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False, "context_fn": deferred.contexts})
     pieces = {name: pieces.get(name, Piece(shape)) for name, shape in whole.items()}
+    inside = {id(parameter) for block in sharding.blocks(model) for parameter in block.parameters()}
+    sliced = [name for name, parameter in model.named_parameters()
+              if parallel.sequence and id(parameter) in inside and pieces[name].dim is None]  # fmt: skip
     # Then layers are dealt out, as they are: a part is a model like the whole.
     stages = layout.pipeline * parallel.stages_per_rank
     parts, shared = pipeline.take(model, stages, mesh, whole, targets) if stages > 1 else ([pipeline.alone(model)], {})
+    for part in parts if parallel.sequence else ():
+        tensor.divide_blocks(part.model, mesh["tensor"])
+        part.slices = mesh["tensor"]
     reduce_dtype, one_copy = _TRAVELS_AS[parallel.reduce_dtype], None
     if parallel.sharding == "host":
         # Last, and so are the others: whoever carries gradients must see the weights that are there in the end.
@@ -56,7 +65,7 @@ def apply(
     elif layout.shard > 1:
         for part in parts:
             sharding.shard(part.model, mesh.shards, parallel.sharding, reduce_dtype)
-    placed = Placed(parts, parts[0].model, mesh, parallel, model.config, pieces, shared, device, one_copy)
+    placed = Placed(parts, parts[0].model, mesh, parallel, model.config, pieces, shared, device, sliced, one_copy)
     if source is not None:
         # On the device are only parts, and nowhere was there ever more.
         weights.fill(placed, source, device)
@@ -96,8 +105,9 @@ class Placed:
     parts: the pipeline.Part of each stage that this rank has; replica: what forward is called on where there is but one
     stage; parallel, config: the run file's section, transformers' configuration of the whole; pieces: parameter name ->
     pieces.Piece, what of the whole tensor is cut to this rank by the tensor axis, for all parameters of the model;
-    shared: name -> (pipeline ranks, their process group) of parameters that several stages hold; one_copy:
-    host.OneCopy where ranks of a host share the weights.
+    shared: name -> (pipeline ranks, their process group) of parameters that several stages hold; sliced: names of those
+    whose gradients are of this rank's slices of the sequences; one_copy: host.OneCopy where ranks of a host share the
+    weights.
     """
 
     parts: list
@@ -108,6 +118,7 @@ class Placed:
     pieces: dict
     shared: dict
     device: Any
+    sliced: tuple = ()
     one_copy: Any = None
 
     @functools.cached_property
@@ -156,7 +167,8 @@ class Placed:
             self.one_copy.add_up()
         if len(self.parts) * self.mesh.layout.pipeline > 1 and self.mesh.layout.shard == 1:
             data.add_up(self.parameters(), self.mesh.gradients, _TRAVELS_AS[self.parallel.reduce_dtype])
-        held = dict(self.named_parameters()) if self.shared else {}
+        held = dict(self.named_parameters()) if self.shared or self.sliced else {}
+        data.add_up([held[name] for name in self.sliced if name in held], self.mesh["tensor"])
         for name in sorted(self.shared):  # in one order everywhere
             if held[name].grad is None:
                 held[name].grad = torch.zeros_like(held[name])

@@ -23,10 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..errors import UsageError
 from . import small
-
-# Older versions of torch have them under other names alone.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from .regions import all_gather, reduce_scatter
 
 
 def check(config):
@@ -151,7 +148,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, mine, group):
         ctx.group, size = group, dist.get_world_size(group)
         parts = mine.new_empty((size * mine.shape[0], *mine.shape[1:]))
-        _all_gather(parts, mine.contiguous(), group=group)
+        all_gather(parts, mine.contiguous(), group=group)
         whole = mine.new_empty((*mine.shape[:2], size * mine.shape[2], mine.shape[3]))
         for there, here in _in_order(parts, whole, size):
             here.copy_(there)
@@ -165,7 +162,7 @@ class _Gather(torch.autograd.Function):
         parts = mine.new_empty((size * samples, *mine.shape[1:]))
         for there, here in _in_order(parts, gradient, size):
             there.copy_(here)
-        _reduce_scatter(mine, parts, group=ctx.group)
+        reduce_scatter(mine, parts, group=ctx.group)
         return mine, None
 
 

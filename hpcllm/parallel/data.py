@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ..mpi import hooks
+from . import sharding
 
 
 def replicate(model, group, reduce_dtype=None):
@@ -26,15 +27,17 @@ def replicate(model, group, reduce_dtype=None):
 def add_up(parameters, group, reduce_dtype=None, bytes_at_once=25 << 20):
     """Leave the sum over the ranks of `group` in the gradients of `parameters`, many in one message.
 
-    For what no wrapper carries: stages of a pipeline, whose last backward pass is nobody's cue.
+    For what no wrapper carries: stages of a pipeline, whose last backward pass is nobody's cue, and what ranks have of
+    their slices of the sequences.
     """
     if dist.get_world_size(group) == 1:
         return
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     gradients, count = [], 0
     for number, parameter in enumerate(parameters, 1):
-        gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-        parameter.grad = gradients[-1]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(sharding.local(parameter.grad))
         count += gradients[-1].nbytes
         if count >= bytes_at_once or number == len(parameters):
             _add_up(gradients, group, reduce_dtype)

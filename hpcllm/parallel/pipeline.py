@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from ..errors import UsageError
 from . import small
 from .balance import balance
+from .regions import divide, join
 
 # Families that have no plan of transformers' own: the list of layers, and what runs before and after it, by names below
 # the base model. What is outside of the base model comes after.
@@ -112,19 +113,24 @@ class Part(nn.Module):
     """One stage of a model.
 
     model: transformers' model with the layers of this stage; first, last: whether it takes tokens, gives logits;
-    names: {name of a parameter here: its name in the whole model} where they differ.
+    names: {name of a parameter here: its name in the whole model} where they differ; slices: group whose ranks each
+    take from and give to other stages a slice of the sequence; None: all of it.
     """
 
     def __init__(self, model, number, stages, run, names):
         super().__init__()
         self.model, self.number, self.first, self.last = model, number, number == 0, number == stages - 1
-        self.names = names
+        self.names, self.slices = names, None
         self._run = run
 
     def forward(self, carry, inputs):
         """From what the stage before gave (tuple of tensors, empty for the first) and the model's keyword arguments:
         what the stage behind takes, or the model's output."""
-        return self._run(self, carry, inputs)
+        if self.slices is None:
+            return self._run(self, carry, inputs)
+        # Whole for a moment: its model takes from it how long masks are and what the positions.
+        output = self._run(self, [join(tensor, self.slices) for tensor in carry], inputs)
+        return output if self.last else tuple(divide(tensor, self.slices) for tensor in output)
 
     @property
     def heads(self):

@@ -15,11 +15,17 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
-def blocks(model):
-    """The repeated layers of a transformers model: those that it does not want split, in its lists of modules."""
+def stacks(model):
+    """The repeated layers of a transformers model: those that it does not want split, of each list of modules."""
     whole = set(model._no_split_modules or ())
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return [block for found in lists for block in found if type(block).__name__ in whole]
+    found = [[block for block in listed if type(block).__name__ in whole] for listed in lists]
+    return [blocks for blocks in found if blocks]
+
+
+def blocks(model):
+    """All of `stacks`, in one list."""
+    return [block for stack in stacks(model) for block in stack]
 
 
 def shard(model, devices, sharding, reduce_dtype=None):

@@ -9,12 +9,12 @@ from ..errors import UsageError
 
 
 @torch.no_grad()
-def refuse_unless_same(model, axis, whole, divided, what, group=None, device=None):
+def refuse_unless_same(model, axis, whole, divided, what, group=None, device=None, off=1):
     """Raise UsageError, the same on every rank, unless a small model gives divided what it gives whole.
 
     It is of the class of `model`. axis: of the run file, for the sentence; whole(small), divided(small): its logits, in
     this order; what: models that do more of that are refused; group, device: of the ranks between which it is divided,
-    if it is.
+    if it is; off: what to set in the run file instead.
     """
     kind = model.config.model_type
     same = torch.zeros(1, device=device)
@@ -27,16 +27,16 @@ def refuse_unless_same(model, axis, whole, divided, what, group=None, device=Non
     if group is not None:
         dist.all_reduce(same, dist.ReduceOp.MIN, group=group)
     if not same:
-        raise UsageError(f"parallel: {axis}: {kind} does more {what}; set {axis} to 1").known_to_all()
+        raise UsageError(f"parallel: {axis}: {kind} does more {what}; set {axis} to {off}").known_to_all()
 
 
 def _in_small(model):
     """A small model of the class of `model`, the same on all ranks, with transformers' own attention.
 
-    Its vocabulary has 16 words, of which the first may be padding.
+    Its vocabulary has 64 words, of which the first may be padding.
     """
     config = copy.deepcopy(model.config)
-    small = {"hidden_size": 8 * config.num_attention_heads, "head_dim": 8, "intermediate_size": 16, "vocab_size": 16}
+    small = {"hidden_size": 8 * config.num_attention_heads, "head_dim": 8, "intermediate_size": 64, "vocab_size": 64}
     small |= {"num_hidden_layers": 2, "num_decoder_layers": 2, "use_cache": False, "_attn_implementation": None}
     small |= {"layer_types": (getattr(config, "layer_types", None) or [])[:2] or None}
     small |= {"pad_token_id": getattr(config, "pad_token_id", None) and 0}

@@ -5,6 +5,7 @@ on them as hooks (`regions`). Which are cut how: transformers' own plan where a 
 Weights stay plain tensors, so that DDP, FSDP2 and pipelining need not know.
 """
 
+import contextlib
 import fnmatch
 
 import torch
@@ -13,9 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import UsageError
-from . import vocabulary
+from . import sharding, small, vocabulary
 from .pieces import Piece, cut
-from .regions import OwnRandomness, enter, leave
+from .regions import OwnRandomness, divide, enter, gather, join, leave, scatter
 
 # Patterns of module names; the embeddings are found by transformers' accessors. "column": its outputs are shared out;
 # "row": its inputs are, and what it gives is a sum; "packed": a column of queries, keys and values side by side;
@@ -40,8 +41,9 @@ PLANS = {
     "t5": _T5,
 }
 _THEIRS = {"colwise": "column", "rowwise": "row"}
-# What enters a region: the first argument, or one of these names.
-_ENTERING = ("hidden_states", "key_value_states", "encoder_hidden_states", "x")
+# What enters a region: the first argument, or one of these names; and what another stack of layers has made.
+_ENTERING = ("hidden_states", "x")
+_ENTERING_WHOLE = ("key_value_states", "encoder_hidden_states")
 # Counts of heads and features that forward uses, in the modules that hold the cut layers.
 _COUNTS = ("split_size", "n_heads", "num_heads", "inner_dim")
 
@@ -68,8 +70,11 @@ def check(config, size):
             raise UsageError(f"parallel: tensor ({size}) does not divide the model's {name} ({heads})")
 
 
-def split(model, group):
+def split(model, group, sequence=False, checkpointing=False):
     """Cut `model`, which is whole and the same on all ranks of `group`, into this rank's part, in place.
+
+    sequence: outside of regions are slices of the sequence, see `divide_blocks`; checkpointing: backward computes
+    activations again.
 
     Returns {parameter name: pieces.Piece} of the parameters that were cut. Raises UsageError before it changes
     anything. Collective only when the model runs.
@@ -87,12 +92,12 @@ def split(model, group):
     regions = list(dict.fromkeys(name.rpartition(".")[0] for name, _, how in modules if how in ("column", "packed")))
     _refuse_what_would_be_wrong(model, modules, regions)
     cutter = _Cutter(model, size, index)
-    random = OwnRandomness(index) if _drops(model.config) else None
+    random = OwnRandomness(index) if _drops(model.config) and not sequence else None
     for _, module, how in modules:
         columns = int(isinstance(module, nn.Linear | nn.Embedding))  # transformers' Conv1D keeps its weight [in, out]
         if how == "row":
             cutter.cut(module, "weight", columns)
-            _sum_rows(module, group, random)
+            _sum_rows(module, group, scatter if sequence else leave, random)
             continue
         if how == "heads":
             cutter.cut(module, "weight", 1)
@@ -105,7 +110,8 @@ def split(model, group):
             module.nf = module.weight.shape[1]  # what Conv1D gives its outputs their shape by
     for name in regions:
         module = model.get_submodule(name)
-        module.register_forward_pre_hook(_entering(group, random), with_kwargs=True)
+        take = _gathering(module, checkpointing) if sequence else enter
+        module.register_forward_pre_hook(_entering(group, random, take), with_kwargs=True)
         for count in _COUNTS:
             if isinstance(getattr(module, count, None), int):
                 setattr(module, count, getattr(module, count) // size)
@@ -163,21 +169,76 @@ class _Cutter:
         return piece
 
 
-def _entering(group, random):
+def _entering(group, random, take):
     def hook(module, arguments, named):
         if random is not None and module.training:
             random.enter()
         if arguments:
-            arguments = (enter(arguments[0], group), *arguments[1:])
-        for name in _ENTERING:
+            arguments = (take(arguments[0], group), *arguments[1:])
+        for name in (*_ENTERING, *_ENTERING_WHOLE):
             if isinstance(named.get(name), torch.Tensor):
-                named[name] = enter(named[name], group)
+                named[name] = (take if name in _ENTERING else enter)(named[name], group)
         return arguments, named
 
     return hook
 
 
-def _sum_rows(module, group, random):
+def _gathering(module, checkpointing):
+    """As regions.gather, for what enters the region `module`, which keeps no more of it for backward than it must."""
+    inside = contextlib.ExitStack()
+
+    def take(part, group):
+        whole, kept = gather(part, group)
+        if not checkpointing:
+            inside.enter_context(kept)
+        return whole
+
+    module.register_forward_hook(lambda *_: inside.close(), always_call=True)
+    return take
+
+
+def divide_blocks(model, group):
+    """Between the blocks of `model`, cut for it by `split`, each rank of `group` has a slice of the sequence.
+
+    What is before the first and after the last block of a stack sees all of it, as masks and positions do.
+    """
+    random = OwnRandomness(dist.get_rank(group)) if _drops(model.config) else None
+
+    def begin(module, arguments):
+        if random is not None and module.training:
+            random.enter()
+        return (divide(arguments[0], group), *arguments[1:])
+
+    def end(module, arguments, left):
+        if random is not None:
+            random.leave()
+        return (join(left[0], group), *left[1:]) if isinstance(left, tuple) else join(left, group)
+
+    for blocks in sharding.stacks(model):
+        blocks[0].register_forward_pre_hook(begin)
+        blocks[-1].register_forward_hook(end)
+
+
+def try_slices(model, group, device):
+    """Raise UsageError, the same on every rank, for a model that does more between its regions than look at tokens one
+    by one. device: where the ranks can talk. Collective."""
+    size, index = dist.get_world_size(group), dist.get_rank(group)
+    tokens = torch.arange(4 * size, device=device).remainder(15).view(2, -1) + 1
+    inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
+
+    def whole(small):
+        return small(**inputs).logits.tensor_split(size, -1)[index]
+
+    def in_slices(small):
+        split(small, group, sequence=True)
+        divide_blocks(small, group)
+        return small(**inputs).logits
+
+    what = "between its regions than its plan says"
+    small.refuse_unless_same(model, "sequence", whole, in_slices, what, group, device, off="false")
+
+
+def _sum_rows(module, group, leave, random):
     """Make a linear layer (or transformers' Conv1D) whose inputs are shared out give the sum of all parts."""
     linear = isinstance(module, nn.Linear)
 

@@ -5,7 +5,8 @@ larger of the two, for kernels that compute and kernels that move take turns as 
 
     products     operations / (share x peak); forward, twice that backward, forward once more under checkpointing
     traffic      bytes that operations read and write / (MEMORY x bandwidth); weights once a micro-batch
-    tensor       all-reduces of activations, 2 (t-1)/t of their bytes (Shoeybi et al. 2019, arXiv 1909.08053)
+    tensor       all-reduces of activations, 2 (t-1)/t of their bytes (Shoeybi et al. 2019, arXiv 1909.08053); with
+                 slices of sequences gathers and scatters, (t-1)/t (Korthikanti et al. 2022, arXiv 2205.05198)
     pipeline     activations from stage to stage (Narayanan et al. 2021, arXiv 2104.04473)
     bubble       (p-1) micro-batches; interleaved (p-1)/v (same paper), zero bubble a third (arXiv 2401.10241)
     data         gradients and weights, as docs/layouts.md counts them (Rajbhandari et al. 2020, arXiv 1910.02054),
@@ -45,11 +46,11 @@ LOGITS_TRAFFIC = 16
 class Work:
     """How ranks share a step.
 
-    layout: mesh.Layout; node: ranks a node; sharding, schedule, stages_per_rank, checkpointing, precision: as in the
-    run file; micro_batch: sequences; micro_batches: a step and data-parallel rank; weight, gradient, state: bytes a
-    parameter of what is held (state: by the optimizer); travelling: bytes of a gradient on its way; balanced: stages
-    get blocks so that the heaviest is as light as can be, otherwise equally many; pooled: what shards travel in is kept
-    from one use to the next, beside all else, as hpcllm.mpi does with CPU memory that ranks of a host share.
+    layout: mesh.Layout; node: ranks a node; sharding, schedule, stages_per_rank, checkpointing, precision, sequence: as
+    in the run file; micro_batch: sequences; micro_batches: a step and data-parallel rank; weight, gradient, state:
+    bytes a parameter of what is held (state: by the optimizer); travelling: bytes of a gradient on its way; balanced:
+    stages get blocks so that the heaviest is as light as can be, otherwise equally many; pooled: what shards travel in
+    is kept from one use to the next, beside all else, as hpcllm.mpi does with CPU memory that ranks of a host share.
     """
 
     layout: object
@@ -67,6 +68,7 @@ class Work:
     travelling: int = 4
     balanced: bool = True
     pooled: bool = False
+    sequence: bool = False
 
 
 def work(config, layout, node, pooled=False):
@@ -86,6 +88,7 @@ def work(config, layout, node, pooled=False):
         state=state,
         travelling={"fp32": 4, "bf16": 2}[parallel.reduce_dtype],
         pooled=pooled,
+        sequence=parallel.sequence,
     )
 
 
@@ -217,9 +220,10 @@ def _activations(stage, work, rank):
     tensor, width, many = work.layout.tensor, work.micro_batch, under_way(work, rank)
     outside = width * stage.outside.kept(tensor) + stage.outside.weights(tensor)
     if work.checkpointing:
-        again = width * stage.block.kept(tensor) + stage.block.weights(tensor)
-        return many * (width * stage.blocks.entering + outside) + again
-    return many * (width * stage.blocks.kept(tensor) + stage.blocks.weights(tensor) + outside)
+        again = width * stage.block.kept(tensor, work.sequence, again=True) + stage.block.weights(tensor)
+        entering = stage.blocks.entering / (tensor if work.sequence else 1)
+        return many * (width * entering + outside) + again
+    return many * (width * stage.blocks.kept(tensor, work.sequence) + stage.blocks.weights(tensor) + outside)
 
 
 # --- time --------------------------------------------------------------------------------------------------------
@@ -284,21 +288,27 @@ def _micro_batch(shapes, stage, machine, work):
     operations = width * (passes * inner.flops + 3 * outer.flops) / tensor
     products = operations / (machine.products * machine.peak(work.precision))
     moved = sum(
-        many * (width * (part.traffic + part.traffic_cut / tensor) + _weights_traffic(part, work))
-        for many, part in ((passes, inner), (3, outer))
+        many * (width * part.moved(tensor, sliced) + _weights_traffic(part, work))
+        for many, part, sliced in ((passes, inner, work.sequence), (3, outer, False))
     )
     moved += 3 * LOGITS_TRAFFIC * width * stage.logits / tensor
     traffic = moved / (MEMORY * machine.memory_bandwidth)
     calls = max(0.0, CALL_S * (passes * inner.calls + 3 * outer.calls) - products - traffic)
     met = met_bytes = 0.0
     if tensor > 1:
-        summed = width * ((passes - 2) * inner.sums + inner.sums_back + outer.sums + outer.sums_back)
-        met_bytes = 2 * (tensor - 1) / tensor * summed
+        summed = (passes - 2) * inner.sums + inner.sums_back
         meetings = inner.meetings * (passes - 2 + 1) / 2 + outer.meetings
+        if work.sequence:
+            # A sum is a gather and a scatter; what is not computed again is gathered again. And the ends of the blocks.
+            gathers = passes - 1 + (not work.checkpointing)
+            ends = (2 if work.layout.pipeline == 1 else 4) * work.stages_per_rank
+            summed = ((passes - 1) * inner.sums + gathers * inner.gathered + ends * shapes.boundary) / 2
+            meetings = inner.meetings * (passes - 1 + gathers) / 2 + ends + outer.meetings
+        met_bytes = 2 * (tensor - 1) / tensor * width * (summed + outer.sums + outer.sums_back)
         met = met_bytes / bandwidth(machine, work, tensor, 1) + meetings * LATENCY_S * math.log2(tensor)
     passed = passed_bytes = 0.0
     if work.layout.pipeline > 1:
-        passed_bytes = 2 * width * shapes.boundary * work.stages_per_rank
+        passed_bytes = 2 * width * shapes.boundary * work.stages_per_rank / (tensor if work.sequence else 1)
         near = work.layout.pipeline * tensor <= work.node
         rate = machine.link if near else machine.network * max(1, work.node / tensor)
         passed = passed_bytes / (LINK * min(rate, machine.link)) + 2 * work.stages_per_rank * LATENCY_S

@@ -84,6 +84,7 @@ class _Watch(TorchDispatchMode):
         self._users = {id(parameter): [] for parameter in model.parameters()}  # parts that use it
         self._cut = set()  # ids of the parameters that the tensor axis divides
         self._copies, self._whole, self._seen = {}, set(), set()
+        self._entered, self._gathered = set(), False  # what entered the last region; whether it has been counted
         self._alive = []  # so that no storage gets the address of one that is gone
         self._follow_blocks(model)
         self._follow_regions(model)
@@ -152,6 +153,7 @@ class _Watch(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((given, named)) if isinstance(leaf, torch.Tensor)]
         self._whole.update(map(_storage, tensors))
         self._alive += tensors
+        self._entered, self._gathered = {_storage(tensors[0])}, False
         self._now["sums_back"] += _bytes(tensors[0])
         self._now["meetings"] += 1
         self._inside = True
@@ -182,6 +184,7 @@ class _Watch(TorchDispatchMode):
         storage = _storage(moved)
         if storage not in self._parameters and storage not in self._copies:
             self._now["traffic_cut" if self._inside and storage not in self._whole else "traffic"] += _bytes(moved)
+            self._now["traffic_entered"] += _bytes(moved) * (self._inside and storage in self._entered)
 
     def _follow_cast(self, given, made):
         """A cast of a weight is a copy of it; one of what entered a region is as whole as that."""
@@ -191,6 +194,8 @@ class _Watch(TorchDispatchMode):
             self._copies[new] = id(self._parameters[storage]) in self._cut
         elif storage in self._whole:
             self._whole.add(new)
+            if storage in self._entered:
+                self._entered.add(new)
 
     def keep(self, kept):
         """For saved_tensors_hooks: every storage counts once, as large as it is."""
@@ -203,6 +208,10 @@ class _Watch(TorchDispatchMode):
             else:
                 name = "saved_cut" if self._inside and storage not in self._whole else "saved"
             self._now[name] += kept.untyped_storage().nbytes()
+            if self._inside and storage in self._entered:
+                self._now["entered"] += kept.untyped_storage().nbytes()
+                self._now["gathered"] += kept.untyped_storage().nbytes() * (not self._gathered)
+                self._gathered = True
         return kept
 
     def shapes(self, tokens, logits):

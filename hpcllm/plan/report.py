@@ -57,16 +57,17 @@ def summary(option, config, shapes, machine, nodes):
 
 
 def _table(config, shapes, machine, nodes, options):
-    names = ("data", "tensor", "pipe", "sharding", "micro", "ckpt", "schedule", "GiB", "step s", "tokens/s", "MFU",
-             "idle", "GB/step data", "tensor", "pipe", "node-h", "kWh")  # fmt: skip
+    names = ("data", "tensor", "seq", "pipe", "sharding", "micro", "ckpt", "schedule", "GiB", "step s", "tokens/s",
+             "MFU", "idle", "GB/step data", "tensor", "pipe", "node-h", "kWh")  # fmt: skip
     rows = [names]
     for option in options:
         work, told = option.work, summary(option, config, shapes, machine, nodes)
         made = work.layout
         how = {"1f1b": "1f1b", "interleaved": f"interl. {work.stages_per_rank}", "zero_bubble": "zero bub."}
         rows.append((
-            str(made.data), str(made.tensor), str(made.pipeline), work.sharding, str(work.micro_batch),
-            "yes" if work.checkpointing else "no", how[work.schedule] if made.pipeline > 1 else "-",
+            str(made.data), str(made.tensor), "yes" if work.sequence else "no", str(made.pipeline), work.sharding,
+            str(work.micro_batch), "yes" if work.checkpointing else "no",
+            how[work.schedule] if made.pipeline > 1 else "-",
             _short(told["memory_bytes"] / GiB), _short(told["step_s"]), _short(told["tokens_per_s"]),
             f"{told['mfu']:.0%}", f"{told['bubble']:.0%}", _short(told["data_bytes"] / 1e9),
             _short(told["tensor_bytes"] / 1e9), _short(told["pipeline_bytes"] / 1e9), _short(told["node_hours"]),
@@ -141,7 +142,7 @@ def _explain(config, shapes, machine, nodes, found, shown):
 
 def _named(option):
     work = option.work
-    words = [work.layout.describe()]
+    words = [work.layout.describe() + (" with slices of the sequence" if work.sequence else "")]
     if work.layout.shard > 1:
         words.append(f"sharding {work.sharding}")
     if work.schedule != "1f1b":

@@ -30,7 +30,7 @@ class Option:
 
     @property
     def place(self):
-        """Options that differ in nothing but micro-batches, checkpointing and the schedule share this."""
+        """Options that differ in nothing but micro-batches, checkpointing, slices and the schedule share this."""
         made = self.work.layout
         return made.data, made.tensor, made.pipeline, self.work.sharding
 
@@ -40,10 +40,11 @@ class Option:
 
     @property
     def simplicity(self):
-        """Fewer axes, less sharding, no checkpointing, then larger micro-batches come first."""
+        """Fewer axes, less sharding, no checkpointing, no slices, then larger micro-batches come first."""
         made, kind = self.work.layout, self.work
         axes = sum(size > 1 for size in (made.tensor, made.pipeline))
-        return axes, SHARDINGS.index(kind.sharding), kind.checkpointing, kind.schedule != "1f1b", -kind.micro_batch
+        sharding, schedule = SHARDINGS.index(kind.sharding), kind.schedule != "1f1b"
+        return axes, sharding, kind.checkpointing, kind.sequence, schedule, -kind.micro_batch
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ def _sections(size, nodes, blocks):
                 continue
             data = size // tensor // pipeline
             kinds = [kind for kind in SHARDINGS if kind == "none" or data > 1]
-            for sharding, how in itertools.product(kinds if nodes > 1 else kinds[:4], _schedules(pipeline, blocks)):
-                yield {"tensor": tensor, "pipeline": pipeline, "sharding": sharding, **how}
+            kinds, slices = kinds if nodes > 1 else kinds[:4], (False, True) if tensor > 1 else (False,)
+            for sharding, sequence, how in itertools.product(kinds, slices, _schedules(pipeline, blocks)):
+                yield {"tensor": tensor, "sequence": sequence, "pipeline": pipeline, "sharding": sharding, **how}
 
 
 def _schedules(pipeline, blocks):

@@ -14,7 +14,9 @@ class Part:
     and divided; saved, saved_cut: bytes of them that are kept for backward, likewise; copies, copies_cut: bytes of
     weights in the precision of the products, likewise; entering: bytes that are handed in, all that is kept under
     activation checkpointing; sums, sums_back: bytes summed over the tensor axis in forward and backward; meetings: how
-    many such sums; calls: operations that a GPU is told one by one.
+    many such sums; calls: operations that a GPU is told one by one; entered, traffic_entered: what of saved and traffic
+    is of what enters regions, which is whole there even if ranks hold slices between them; gathered: bytes of it, those
+    of each region once, in the precision of the products.
     """
 
     parameters: float = 0
@@ -31,6 +33,9 @@ class Part:
     sums_back: float = 0
     meetings: int = 0
     calls: int = 0
+    entered: float = 0
+    traffic_entered: float = 0
+    gathered: float = 0
 
     def __add__(self, other):
         return Part(*map(add, dataclasses.astuple(self), dataclasses.astuple(other)))
@@ -39,9 +44,21 @@ class Part:
         """Parameters of one of `ranks` ranks of a tensor axis."""
         return self.parameters - self.cut + self.cut / ranks
 
-    def kept(self, ranks):
-        """Bytes of activations that one of `ranks` ranks of a tensor axis keeps, a sequence."""
-        return self.saved + self.saved_cut / ranks
+    def kept(self, ranks, sliced=False, again=False):
+        """Bytes of activations that one of `ranks` ranks of a tensor axis keeps, a sequence.
+
+        sliced: each has a slice of the sequence between regions; again: computed once more, so that it keeps what it
+        has gathered.
+        """
+        if not sliced:
+            return self.saved + self.saved_cut / ranks
+        gathered = self.gathered * (ranks if again else 1)
+        return (self.saved - self.entered + gathered + self.saved_cut) / ranks
+
+    def moved(self, ranks, sliced=False):
+        """Bytes of activations that the operations of one of `ranks` ranks of a tensor axis read and write."""
+        between = self.traffic - self.traffic_entered
+        return between / (ranks if sliced else 1) + self.traffic_entered + self.traffic_cut / ranks
 
     def weights(self, ranks):
         """Bytes of copies of weights that one of `ranks` ranks of a tensor axis keeps."""

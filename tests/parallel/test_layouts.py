@@ -28,8 +28,8 @@ HOSTS = [f"host{rank // (SIZE // 2)}" for rank in range(SIZE)] if SIZE % 2 == 0 
 
 
 def parallel(**changes):
-    given = {"tensor": 1, "pipeline": 1, "context": 1, "sharding": "none", "backend": "mpi", "reduce_dtype": "fp32"}
-    given |= {"pipeline_schedule": "1f1b", "stages_per_rank": 1} | changes
+    given = {"tensor": 1, "sequence": False, "pipeline": 1, "context": 1, "sharding": "none", "backend": "mpi"}
+    given |= {"reduce_dtype": "fp32", "pipeline_schedule": "1f1b", "stages_per_rank": 1} | changes
     return Parallel.model_construct(**given)
 
 

@@ -113,6 +113,19 @@ def test_what_autograd_keeps_is_the_formula_in_our_precisions():
     assert block.saved_cut / (tokens * hidden) == pytest.approx(24, rel=0.01)  # the paper's 24 / t
 
 
+def test_slices_divide_all_that_blocks_keep():
+    # The same sum / t (table 2 there), with norms in fp32 (+ 4); query, key and value share a copy.
+    tokens, hidden, ranks = 512, 1024, 8
+    block = shapes(MASKED, "bert", tokens, **BERT_LARGE).blocks[1]
+    each = tokens * hidden / ranks
+    assert block.kept(ranks, sliced=True) / each == pytest.approx(38, rel=0.01)
+    assert block.gathered == 2 * 2 * tokens * hidden and block.entered == (6 + 2) * tokens * hidden
+    # Computed again, what two regions have gathered is whole.
+    assert block.kept(ranks, sliced=True, again=True) == block.kept(ranks, sliced=True) + 7 / 8 * block.gathered
+    single = shapes(MASKED, "bert", tokens, precision="fp32", **BERT_LARGE).blocks[1]
+    assert single.kept(ranks, sliced=True) == (single.saved + single.saved_cut) / ranks
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("kind", "family"), [(CAUSAL, "gpt2"), (MASKED, "bert"), (CAUSAL, "llama")])
 def test_what_is_counted_is_what_autograd_keeps_here(kind, family, precision):
@@ -260,7 +273,7 @@ def test_the_bubble_is_that_of_the_schedule_played_through(schedule, stages):
 
 
 def test_bytes_on_the_axes_are_those_of_the_documentation():
-    one = Part(parameters=1000, cut=800, flops=1e9, entering=64, sums=100, sums_back=200, meetings=4)
+    one = Part(parameters=1000, cut=800, flops=1e9, entering=64, sums=100, sums_back=200, meetings=4, gathered=90)
     counted = Shapes(Part(parameters=10), (one,) * 4, Part(parameters=10), 0, 0, 64, 32)
     a100, whole = machines.find("a100"), 4 * 4020
 
@@ -274,6 +287,14 @@ def test_bytes_on_the_axes_are_those_of_the_documentation():
     assert sent(tensor=4).tensor == pytest.approx(3 * 4 * 2 * 3 / 4 * (100 + 200))
     assert sent(tensor=4, checkpointing=True).tensor == pytest.approx(3 * 4 * 2 * 3 / 4 * (2 * 100 + 200))
     assert sent(pipeline=2).pipeline == 3 * 2 * 64
+    # Gathered, scattered and gathered again; both ends of the blocks, and of each stage's messages, which are slices.
+    gathered = 3 * 4 * 3 / 4 * (2 * 100 + 3 * 90)
+    assert sent(tensor=4, sequence=True).tensor == pytest.approx(gathered + 3 * 3 / 4 * 2 * 64)
+    gathered = 3 * 4 * 3 / 4 * (3 * 100 + 3 * 90)
+    assert sent(tensor=4, sequence=True, checkpointing=True).tensor == pytest.approx(gathered + 3 * 3 / 4 * 2 * 64)
+    both = sent(tensor=4, sequence=True, pipeline=2)
+    assert both.tensor == pytest.approx(3 * 2 * 3 / 4 * (2 * 100 + 3 * 90) + 3 * 3 / 4 * 4 * 64)
+    assert both.pipeline == 3 * 2 * 64 / 4
 
 
 def test_a_ring_over_nodes_is_as_fast_as_its_share_of_the_network():
@@ -346,6 +367,19 @@ def test_a_model_that_is_too_large_for_one_gpu_is_divided():
         made = option.work.layout
         assert made.shard * made.tensor * made.pipeline > 1  # 16 bytes x 6.7 G are 108 GB
     assert found.refused["memory"] > 0
+
+
+def test_slices_are_offered_where_a_tensor_axis_divides_the_tokens():
+    found = searched(load("train.sequence_length=500"), "a100", 1, 8)
+    sliced = {option.work.layout.tensor for option in found.options if option.work.sequence}
+    assert sliced == {2, 4}
+    assert any("slices a sequence" in example and "(500)" in example for example in found.examples.values())
+    assert {option.config.parallel.sequence for option in found.options if option.work.sequence} == {True}
+    # With them fits what does not without.
+    llama = searched(load(*LLAMA_7B, "train.global_batch_size=1"), "a100-40", 1, 8)
+    least = {sequence: min(option.memory.activations for option in llama.options if option.work.sequence == sequence
+                           and option.work.layout.tensor == 8) for sequence in (False, True)}  # fmt: skip
+    assert least[True] < least[False]
 
 
 def test_times_that_are_alike_are_led_by_the_simplest():
