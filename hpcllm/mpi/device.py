@@ -82,8 +82,9 @@ def keep_memory():
     """Let the C library keep freed memory for the next step instead of returning it to the system at once.
 
     glibc maps every large tensor anew and unmaps it when it is freed, and the page faults of the first touch cost
-    a training step on the CPU 2 to 30 % of its time. HPCLLM_MALLOC=default leaves the allocator alone; another C
-    library has no such setting.
+    a training step on the CPU 2 to 30 % of its time. With it go large pages (`hpcllm.__init__` and slurm/site.sh
+    ask for them), which save most of the rest: 10 % of a step of a GPT-2 of 27 M parameters. HPCLLM_MALLOC=default
+    leaves the allocator alone; another C library has no such setting.
     """
     if os.environ.get("HPCLLM_MALLOC") == "default":
         return
