@@ -74,7 +74,7 @@ class Collectives(dist.ProcessGroup):
         self._under_way = []
         self._arranged, self._shared = False, None
 
-    def _neighbours(self):
+    def neighbours(self):
         """shared.Shared of this group, or None; found out by its first collective call, which is one of all ranks."""
         if not self._arranged:
             self._shared, self._arranged = shared.arrange(self.comm), True
@@ -82,7 +82,7 @@ class Collectives(dist.ProcessGroup):
 
     def _moves_inside(self, host):
         """True for a tensor on the CPU, in a group whose ranks share the memory of one host."""
-        neighbours = self._neighbours()
+        neighbours = self.neighbours()
         return neighbours is not None and neighbours.across is None and host.is_cpu
 
     def free(self):
@@ -134,7 +134,7 @@ class Collectives(dist.ProcessGroup):
         kind, factor = reduce.kind_of(op)
 
         def add_up(values, how):
-            if self._neighbours() is not None and values.is_cpu:
+            if self.neighbours() is not None and values.is_cpu:
                 self._shared.all_reduce(values, how, factor, root)
             else:
                 reduce.reduce(self.comm, values, how, values, factor, self.comm.size, root)
@@ -270,7 +270,7 @@ class Collectives(dist.ProcessGroup):
         kind, factor = reduce.kind_of(opts.reduceOp)
 
         def add_up(values, how, out):
-            if self._neighbours() is not None and values.is_cpu:
+            if self.neighbours() is not None and values.is_cpu:
                 self._shared.reduce_scatter(values, how, out, factor)
             else:
                 reduce.reduce_scatter(self.comm, values, how, out, factor, self.comm.size)

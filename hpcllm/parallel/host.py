@@ -38,7 +38,7 @@ def refusal(parallel, world):
         return f'needs backend = "mpi", not "{parallel.backend}"'
     if parallel.tensor * parallel.pipeline * parallel.context > 1:
         return "goes with the data axis alone, without tensor, pipeline and context"
-    neighbours = world.group._neighbours() if world.size > 1 else None
+    neighbours = world.group.neighbours() if world.size > 1 else None
     if neighbours is None or neighbours.reached is None:
         return "needs hosts with equal numbers of ranks, at least two, that may map each other's memory"
     return None
