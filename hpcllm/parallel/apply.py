@@ -69,7 +69,7 @@ def apply(
     if source is not None:
         # On the device are only parts, and nowhere was there ever more.
         weights.fill(placed, source, device)
-    if layout.shard == 1:
+    if layout.shard == 1 and not one_copy:
         for part in parts:
             part.to(device)
         if stages == 1:

@@ -38,9 +38,10 @@ def refusal(parallel, world):
         return f'needs backend = "mpi", not "{parallel.backend}"'
     if parallel.tensor * parallel.pipeline * parallel.context > 1:
         return "goes with the data axis alone, without tensor, pipeline and context"
-    neighbours = world.group.neighbours() if world.size > 1 else None
-    if neighbours is None or neighbours.reached is None:
-        return "needs hosts with equal numbers of ranks, at least two, that may map each other's memory"
+    counts = set(world.comm.allgather(world.local_size))
+    neighbours = None if counts == {1} else world.group.neighbours()
+    if counts != {1} and (neighbours is None or neighbours.reached is None):
+        return "needs hosts with equal numbers of ranks, which may map each other's memory"
     return None
 
 
@@ -60,6 +61,9 @@ def resolve(parallel, world):
 def _near(comm):
     """shared.Shared of the ranks of `comm` that keep one copy: of a host or, where it has several, a NUMA node."""
     local, node = comm.Split_type(MPI.COMM_TYPE_SHARED), numa.own_node()
+    if comm.allreduce(local.size, MPI.MAX) == 1:
+        local.Free()
+        return _Single(comm)
     near = local.Split(0 if node is None else 1 + node)
     places = comm.allgather((node, near.size))
     if all(node is not None and size == near.size > 1 for node, size in places):
@@ -67,6 +71,25 @@ def _near(comm):
         return shared.arrange(comm, near)
     near.Free()
     return shared.arrange(comm, local)
+
+
+class _Single:
+    """As shared.Shared, for ranks that have their host to themselves."""
+
+    def __init__(self, comm):
+        self.rank, self.size, self.me, self.local_size = comm.rank, comm.size, 0, 1
+        self.here, self.table = [comm.rank], [[rank] for rank in range(comm.size)]
+        self.across = comm.Dup() if comm.size > 1 else None
+        self.memory = self.reached = self
+
+    def meet(self):
+        pass
+
+    def first(self, count, dtype):
+        return torch.empty(count, dtype=dtype)
+
+    def each(self, count, dtype):
+        return [torch.empty(count, dtype=dtype)]
 
 
 class _Gradient:

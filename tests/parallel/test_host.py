@@ -17,15 +17,18 @@ from hpcllm.parallel import mesh as meshes
 from hpcllm.parallel.apply import apply
 from hpcllm.parallel.runner import Work
 
-pytestmark = pytest.mark.mpi(min_size=2)
-# All ranks on one host; pairs of them on NUMA nodes of their own, which are to each other as hosts are.
-DOMAINS = ["one host"] + ["two domains"] * (SIZE % 2 == 0 and SIZE > 2)
+pytestmark = pytest.mark.mpi
+# All ranks on one host; pairs of them on NUMA nodes of their own, which are to each other as hosts are; one a host.
+DOMAINS = {"one host": 1, "two domains": 2, "a rank each": SIZE}
+POSSIBLE = ["one host"] + ["two domains"] * (SIZE % 2 == 0 and SIZE > 2) + ["a rank each"] * (SIZE > 1)
 
 
-@pytest.fixture(params=DOMAINS)
+@pytest.fixture(params=POSSIBLE)
 def domains(request, world, monkeypatch):
     monkeypatch.setattr(numa, "own_node", lambda: world.rank * 2 // SIZE if request.param == "two domains" else None)
-    return 2 if request.param == "two domains" else 1
+    if request.param == "a rank each":
+        monkeypatch.setattr(host, "_near", host._Single)
+    return DOMAINS[request.param]
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -160,7 +163,7 @@ def test_weights_in_bfloat16_are_written_once_and_those_of_the_step(world, domai
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
-    [({"tensor": SIZE}, "the data axis alone"), ({"backend": "gloo"}, 'needs backend = "mpi"')],
+    [({"tensor": 2}, "the data axis alone"), ({"backend": "gloo"}, 'needs backend = "mpi"')],
 )
 def test_where_it_cannot_be_it_is_refused_and_auto_is_none(world, changes, sentence):
     with pytest.raises(UsageError, match=f'sharding = "host" .*{sentence}') as refusal:
