@@ -210,4 +210,4 @@ def _share_words(model, cutter, group):
 
 def _words(piece: Piece, group):
     ((start, stop),) = piece.ranges
-    return vocabulary.Words(start, stop, group)
+    return vocabulary.Words(start, stop, piece.shape[0], group)
