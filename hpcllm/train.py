@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import checkpoint, evaluate, files, model, monitor, optimizer
+from . import attention, checkpoint, evaluate, files, model, monitor, optimizer
 from .config import load
 from .data import batches
 from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
@@ -43,6 +43,8 @@ def train(config, world, *, resume=False, overwrite=False):
     with together(world.comm):
         net, weights = load_or_build(config, last, source.vocabulary)
         check(net.config, layout, config.parallel.stages_per_rank)
+        if config.data.attention == "document":
+            attention.keep_apart(net)
     mesh = meshes.build(layout, world)
     targets = TASKS[config.model.task].target_fraction(config.data)
     placed = apply(net, mesh, config.parallel, plan.activation_checkpointing, world.device, targets, weights)
@@ -131,9 +133,8 @@ def open_source(config, world, folder, words):
     with together(world.comm):
         tokenizer.check_same(stream, tokenizer_dir, tokenizer_hash)
         task.check(vocabulary)
-        source = batches.Source(
-            stream, task, vocabulary, config.train.sequence_length, config.data.mlm_probability, config.run.seed
-        )
+        how = config.train.sequence_length, config.data.mlm_probability, config.run.seed, config.data.attention
+        source = batches.Source(stream, task, vocabulary, *how)
         batches.require(source, 1, f"{folder}: a run needs at least")
     return source
 
