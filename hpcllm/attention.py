@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
+from .dropout import drop
 from .errors import UsageError
 from .parallel import small
 
@@ -207,7 +208,7 @@ def _on_cpu(documents, query, key, value, causal, window, dropout, scale):
             bias = documents.bias(number, causal, window, q.dtype)
             added = {"input": q.new_zeros(1), "beta": 0.0} if bias is None else {"input": bias}
             scores = torch.baddbmm(batch1=q, batch2=k.mT, alpha=scale, **added)
-            shares = functional.dropout(scores.softmax(-1), dropout)
+            shares = drop(scores.softmax(-1), dropout)
             found.append((shares @ v).transpose(0, 1))
         else:
             mask = None if whole else documents.bias(number, causal, window, q.dtype)

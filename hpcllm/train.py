@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import attention, checkpoint, evaluate, files, model, monitor, optimizer
+from . import attention, checkpoint, dropout, evaluate, files, model, monitor, optimizer
 from .config import load
 from .data import batches
 from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
@@ -45,6 +45,8 @@ def train(config, world, *, resume=False, overwrite=False):
         check(net.config, layout, config.parallel.stages_per_rank)
         if config.data.attention == "document":
             attention.keep_apart(net)
+        if world.device.type == "cpu":
+            dropout.quicken(net)
     mesh = meshes.build(layout, world)
     targets = TASKS[config.model.task].target_fraction(config.data)
     placed = apply(net, mesh, config.parallel, plan.activation_checkpointing, world.device, targets, weights)
