@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .regions import enter, leave
 
-LOGITS_AT_ONCE = 1 << 24  # that exist: enough rows for a matrix product to run at full speed
+LOGITS_AT_ONCE = 1 << 24  # that exist: enough rows for a matrix product to run at full speed on a CPU
 ROUNDED_AT_ONCE = 1 << 18  # that are fp32 on a CPU
 
 
@@ -113,7 +113,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses, right, of_states, of_weight, of_bias = [], targets.new_zeros(()), [], None, None
         # As many on each rank of a group, of which some have a word more.
         width = len(weight) if words is None else words.count // dist.get_world_size(words.group)
-        parts = min(-(-len(states) * width // LOGITS_AT_ONCE), len(states)) or 1
+        # A GPU, which multiplies faster, must have more to do for each sum of the weight's gradients.
+        most = LOGITS_AT_ONCE if device == "cpu" else 16 * LOGITS_AT_ONCE
+        parts = min(-(-len(states) * width // most), len(states)) or 1
         for some, wanted in zip(states.tensor_split(parts), targets.tensor_split(parts), strict=True):
             logits = functional.linear(some, used, added)
             if score:
