@@ -22,6 +22,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before 2.10
     varlen_attn = None
+# Since 2.11: how far each token sees back.
+_VARLEN = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
 
 _NAME = "hpcllm_documents"
 # Shorter documents share one product: up to here its masked half costs less than another call (measured on a CPU).
@@ -192,9 +194,11 @@ def _attention(
 
 
 def _varlen_serves(query, dropout):
-    """True where flash attention computes documents of any lengths (torch 2.11 and later): without dropout."""
-    known = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
-    return known and query.is_cuda and query.dtype in _DENSE_TYPES and not dropout
+    """True where flash attention computes documents of any lengths: without dropout, as torch gives it to us."""
+    if not _VARLEN or dropout or not query.is_cuda or query.dtype not in _DENSE_TYPES:
+        return False
+    width = query.shape[-1]
+    return width <= 256 and width % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _on_cpu(documents, query, key, value, causal, window, dropout, scale):
