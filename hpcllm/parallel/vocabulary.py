@@ -124,7 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not train:
                 continue
             of_states.append(logits @ used)
-            if weight.requires_grad:
+            if weight.requires_grad and parts > 1:
                 product = logits.t() @ some
                 of_weight = product if of_weight is None else of_weight.float().add_(product)
             if bias is not None and bias.requires_grad:
@@ -132,15 +132,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 of_bias = summed if of_bias is None else of_bias.add_(summed)
         if train:
             ctx.gradients = torch.cat(of_states), of_weight, of_bias
+            ctx.left = (logits, hidden.detach()) if weight.requires_grad and parts == 1 else None
             ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(right)
         return torch.stack(losses).sum(), right
 
     @staticmethod
     def backward(ctx, gradient, _):
-        found = zip(ctx.gradients, ctx.dtypes, strict=True)
-        ctx.gradients = None  # they become what is asked for, and can be asked for once
-        return *(part if part is None else part.to(dtype).mul_(gradient) for part, dtype in found), *[None] * 4
+        found = [part if part is None else part.to(dtype).mul_(gradient)
+                 for part, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)]  # fmt: skip
+        if ctx.left is not None:
+            # To scale the smaller factor spares a pass over what is as large as the weight.
+            logits, hidden = ctx.left
+            found[1] = (logits.t() @ (hidden * gradient).to(logits.dtype)).to(ctx.dtypes[1])
+        ctx.gradients = ctx.left = None  # they become what is asked for, and can be asked for once
+        return *found, *[None] * 4
 
 
 def _to_gradients(logits, targets, words):
