@@ -125,8 +125,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             of_states.append(logits @ used)
             if weight.requires_grad and parts > 1:
-                product = logits.t() @ some
-                of_weight = product if of_weight is None else of_weight.float().add_(product)
+                if of_weight is None:
+                    of_weight = logits.t() @ some
+                elif dtype.itemsize >= 4:
+                    of_weight.addmm_(logits.t(), some)
+                else:
+                    of_weight = of_weight.float().add_(logits.t() @ some)
             if bias is not None and bias.requires_grad:
                 summed = logits.sum(0, dtype=torch.float32)
                 of_bias = summed if of_bias is None else of_bias.add_(summed)
