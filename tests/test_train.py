@@ -73,7 +73,7 @@ def shared(world, path):
         ("gpt2", {"train.optimizer": "sgd", "train.learning_rate": 0.3}),
         ("llama", {}),
         ("bert", {"data.attention": "document"}),
-        ("gpt2", {"data.attention": "document", "train.precision": "bf16"}),
+        ("gpt2", {"data.attention": "document"}),
     ],
 )
 def test_losses_do_not_depend_on_the_number_of_ranks(world, prepared, tmp_path, kind, changes):
