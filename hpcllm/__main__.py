@@ -223,7 +223,7 @@ def evaluate(args):
     from . import mpi
 
     world = mpi.join()
-    from . import files, model
+    from . import attention, files, model
     from .evaluate import evaluate
     from .parallel.apply import whole
     from .train import open_source, read_tokenizer, run_config
@@ -237,6 +237,8 @@ def evaluate(args):
     source = open_source(settings, world, data, mpi.on_root(world.comm, read_tokenizer, folder))
     with mpi.together(world.comm):
         net = model.load(folder, settings.model.task).to(world.device)
+        if settings.data.attention == "document":
+            attention.keep_apart(net)
     scores = evaluate(whole(net, world), source, settings.train.micro_batch_size, settings.train.precision)
     scores = {"checkpoint": str(folder), "data": str(data), **scores}
     if world.is_root:

@@ -37,6 +37,9 @@ class Data(Section):
     """Tokenizer folder in Hugging Face's layout; by default `tokenizer` beside the training folder."""
     reader: Literal["mapped", "mpio"] = "mapped"
     """mapped: each rank maps the shards itself; mpio: collective reads through an h5py built with MPI."""
+    attention: Literal["row", "document"] = "row"
+    """What a token of a row attends to: the row, which runs across documents, or its own document alone, in which its
+    position counts from 0, too. Rows and their order are the same."""
     mlm_probability: float = Field(0.15, gt=0, lt=1)
     """masked_lm: fraction of the tokens that are targets."""
 
@@ -196,6 +199,11 @@ class Config(Section):
             raise ValueError(
                 f"parallel.context ({context}) shares a sequence out in {2 * context} chunks, which do not divide "
                 f"train.sequence_length ({length})"
+            )
+        if context > 1 and self.data.attention == "document":
+            raise ValueError(
+                f'parallel.context ({context}) shares out rows, in which data.attention = "document" keeps documents '
+                "apart; there is no way to do both: set context to 1 or attention to row"
             )
         slices = context * self.parallel.tensor
         if self.parallel.sequence and length % slices:

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.distributed as dist
 
+from . import attention
 from .parallel import context
 from .parallel.runner import Work
 
@@ -29,7 +30,8 @@ def of_task(task, placed, precision, score=False):
     device, mesh = placed.device, placed.mesh
 
     def inputs(batch):
-        return context.inputs(task.inputs(batch.input_ids.to(device)), mesh)
+        given = attention.inputs(task.inputs(batch.input_ids.to(device)), batch.positions, device)
+        return context.inputs(given, mesh)
 
     def loss(net, batch):
         found = task.loss_sum(net, inputs(batch), context.part(batch.labels.to(device), mesh), score)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import checkpoint, evaluate, files, model, monitor, optimizer
+from . import attention, checkpoint, dropout, evaluate, files, model, monitor, optimizer
 from .config import load
 from .data import batches
 from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
@@ -45,6 +45,10 @@ def train(config, world, *, resume=False, overwrite=False):
     with together(world.comm):
         net, weights = load_or_build(config, last, source.vocabulary)
         check(net.config, layout, parallel.stages_per_rank)
+        if config.data.attention == "document":
+            attention.keep_apart(net)
+        if world.device.type == "cpu":
+            dropout.quicken(net)
     mesh = meshes.build(layout, world)
     targets = TASKS[config.model.task].target_fraction(config.data)
     placed = apply(
@@ -142,9 +146,8 @@ def open_source(config, world, folder, words):
     with together(world.comm):
         tokenizer.check_same(stream, tokenizer_dir, tokenizer_hash)
         task.check(vocabulary)
-        source = batches.Source(
-            stream, task, vocabulary, config.train.sequence_length, config.data.mlm_probability, config.run.seed
-        )
+        how = config.train.sequence_length, config.data.mlm_probability, config.run.seed, config.data.attention
+        source = batches.Source(stream, task, vocabulary, *how)
         batches.require(source, 1, f"{folder}: a run needs at least")
     return source
 

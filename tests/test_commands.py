@@ -39,10 +39,11 @@ def run_file(tmp_path, prepared):
 
 def test_a_bert_is_trained_continued_evaluated_and_asked(mpirun, run_file, tmp_path):
     path = run_file()
-    trained = mpirun(2, ["-m", "hpcllm", "train", path, "train.max_steps=2"], check=True)
+    apart = "data.attention=document"
+    trained = mpirun(2, ["-m", "hpcllm", "train", path, apart, "train.max_steps=2"], check=True)
     assert "2 ranks on 1 host" in trained.stdout
     assert "step 2/2 loss=" in trained.stdout and "step 2 eval_loss=" in trained.stdout
-    continued = mpirun(2, ["-m", "hpcllm", "train", path, "--resume", "run.seed=1234"], check=True)
+    continued = mpirun(2, ["-m", "hpcllm", "train", path, apart, "--resume", "run.seed=1234"], check=True)
     assert "continuing from step 2" in continued.stdout
     output = tmp_path / "masked_lm"
     results = json.loads((output / "results.json").read_text())

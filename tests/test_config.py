@@ -46,6 +46,14 @@ def test_the_tokenizer_lies_beside_the_training_shards():
     assert load().data.tokenizer_dir == "corpus/tokenizer"
 
 
+def test_rows_that_ranks_share_out_hold_no_documents_kept_apart():
+    assert load("parallel.context=2").data.attention == "row"
+    with pytest.raises(
+        UsageError, match=r"parallel\.context \(2\) shares out rows, .* set context to 1 or attention to row"
+    ):
+        load("parallel.context=2", "data.attention=document")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -57,6 +65,7 @@ def test_the_tokenizer_lies_beside_the_training_shards():
         ("train.learning_rate=inf", ["train.learning_rate", "finite"]),
         ("train.warmup_steps=51", ["warmup_steps (51)", "max_steps (50)"]),
         ("train.micro_batch_size=5", ["global_batch_size (12)", "micro_batch_size (5)"]),
+        ("data.attention=all", ["data.attention", "'row' or 'document'"]),
         ("train.precision=fp8", ["train.precision", "'fp32' or 'bf16'"]),
         ("model.init_from=a", ["model:", "either config", "or init_from"]),
         ("model.config={hidden_size=8}", ["model_type"]),

@@ -72,6 +72,8 @@ def shared(world, path):
         ("gpt2", {"train.lr_scheduler_type": "cosine"}),
         ("gpt2", {"train.optimizer": "sgd", "train.learning_rate": 0.3}),
         ("llama", {}),
+        ("bert", {"data.attention": "document"}),
+        ("gpt2", {"data.attention": "document"}),
     ],
 )
 def test_losses_do_not_depend_on_the_number_of_ranks(world, prepared, tmp_path, kind, changes):
@@ -177,6 +179,28 @@ def test_a_run_stopped_by_an_error_continues_bit_for_bit(world, prepared, tmp_pa
     assert [(r["step"], r["restart"]) for r in records if "loss" in r] == [
         (1, 0), (2, 0), (3, 0), (4, 0), (4, 1), (5, 1), (6, 1),
     ]  # fmt: skip
+
+
+@pytest.mark.mpi()
+def test_documents_that_share_a_row_do_not_see_each_other(world, prepared, tmp_path):
+    run = settings(prepared, shared(world, tmp_path) / "run", **{"data.attention": "document", "train.max_steps": 2})
+    results = train.train(run, world)
+    validation = opened(run, world, run.data.validation)
+    batch = validation.micro_batch(torch.arange(len(validation)).numpy(), torch.zeros(len(validation)).long().numpy())
+    # By hand: a document ends with its separator, and the row's own one is alone behind a document's.
+    ends = (batch.input_ids == validation.stream.separator_id).nonzero()
+    begins = [(row, at + 1) for row, at in ends.tolist() if at + 1 < batch.input_ids.shape[1]]
+    assert begins and all(batch.positions[row, at] == 0 for row, at in begins)
+    assert int((batch.positions == 0).sum()) == len(begins) + len(validation)
+    net = train.model.load(results["checkpoint"], "masked_lm").eval()
+    by_row = evaluate.evaluate(
+        whole(net, world), opened(settings(prepared, tmp_path), world, run.data.validation), 4, "fp32"
+    )
+    train.attention.keep_apart(net)
+    scores = evaluate.evaluate(whole(net, world), validation, 4, "fp32")
+    assert scores["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-6)
+    assert scores["eval_targets"] == by_row["eval_targets"]
+    assert abs(scores["eval_loss"] - by_row["eval_loss"]) > 1e-5
 
 
 @pytest.mark.mpi()

@@ -21,13 +21,15 @@ _VALIDATION = -1  # the "epoch" of evaluation: its masking never changes
 class MicroBatch:
     """One forward's input. input_ids, labels: int64 tensors [B, sequence_length]; seed: for dropout.
 
-    samples: how many of the rows count; all that there are, or none.
+    samples: how many of the rows count; all that there are, or none; positions: int64 [B, sequence_length], of each
+    token in its document where attention stays within it; None where it does not.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     seed: int
     samples: int
+    positions: torch.Tensor | None = None
 
     @property
     def targets(self):
@@ -38,7 +40,8 @@ class MicroBatch:
 class Source:
     """The samples that a task sees in one set of shards.
 
-    stream: data.shards.TokenStream; task: module of hpcllm.tasks; vocabulary: model.Vocabulary.
+    stream: data.shards.TokenStream; task: module of hpcllm.tasks; vocabulary: model.Vocabulary; attention: as in the
+    run file.
     """
 
     stream: Any
@@ -47,6 +50,7 @@ class Source:
     sequence_length: int
     mlm_probability: float
     seed: int
+    attention: str = "row"
 
     def __len__(self):
         """Whole samples in the stream; the tokens after the last one are not used."""
@@ -60,12 +64,19 @@ class Source:
         tokens = self.stream.gather(samples * stride, taken)
         input_ids, labels = self.task.rows(tokens, keys, self.vocabulary, self.mlm_probability)
         seed = int(order.key(keys[0], 4)) >> 1 if len(keys) else 0
-        return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels), seed, len(samples))
+        return self._made(input_ids, labels, seed, len(samples))
 
     def nothing(self):
         """A row without targets, for ranks that have no sample left but must call what the others call."""
-        input_ids = torch.zeros((1, self.sequence_length), dtype=torch.int64)
-        return MicroBatch(input_ids, torch.full_like(input_ids, -100), 0, 0)
+        input_ids = np.zeros((1, self.sequence_length), dtype=np.int64)
+        return self._made(input_ids, np.full_like(input_ids, -100), 0, 0)
+
+    def _made(self, input_ids, labels, seed, samples):
+        parts = [input_ids, labels]
+        if self.attention == "document":
+            parts.append(positions(input_ids, self.stream.separator_id))
+        input_ids, labels, *places = map(torch.from_numpy, parts)
+        return MicroBatch(input_ids, labels, seed, samples, *places)
 
     def training_step(self, position, rank, size, train):
         """This rank's micro-batches of the global batch that starts after `position` consumed samples."""
@@ -83,6 +94,17 @@ class Source:
             first = start + rank * width
             samples = np.arange(min(first, len(self)), min(first + width, len(self)), dtype=np.int64)
             yield self.micro_batch(samples, np.full(len(samples), _VALIDATION, dtype=np.int64))
+
+
+def positions(input_ids, separator_id):
+    """Where each token of the rows `input_ids` (int64 [B, S]) stands in its document, int64 [B, S].
+
+    A document ends with its separator, which text never becomes; the first of a row may have begun before it.
+    """
+    places = np.arange(input_ids.shape[1])
+    begins = np.zeros_like(input_ids)
+    begins[:, 1:] = np.where(input_ids[:, :-1] == separator_id, places[1:], 0)
+    return places - np.maximum.accumulate(begins, axis=1)
 
 
 def require(source, wanted, what):

@@ -9,28 +9,28 @@ from ..errors import UsageError
 
 
 @torch.no_grad()
-def refuse_unless_same(model, axis, whole, divided, what, group=None, device=None, off=1):
+def refuse_unless_same(model, axis, whole, divided, what, group=None, device=None, section="parallel", plain=1):
     """Raise UsageError, the same on every rank, unless a small model gives divided what it gives whole.
 
-    It is of the class of `model`. axis: of the run file, for the sentence; whole(small), divided(small): its logits, in
-    this order; what: models that do more of that are refused; group, device: of the ranks between which it is divided,
-    if it is; off: what to set in the run file instead.
+    It is of the class of `model`. section, axis, plain: of the run file, for the sentence, which says to go back to
+    `plain`; whole(small), divided(small): its logits, in this order; what: models that do more of that are refused;
+    group, device: of the ranks between which it is divided, if it is.
     """
     kind = model.config.model_type
     same = torch.zeros(1, device=device)
     try:
-        small = _in_small(model).to(device)
+        small = of_class(model).to(device)
         expected = whole(small)
         same += torch.allclose(divided(small), expected, rtol=1e-3, atol=1e-5)
     except Exception as error:
-        raise UsageError(f"parallel: {axis}: {kind} cannot be tried in small: {error}").known_to_all() from None
+        raise UsageError(f"{section}: {axis}: {kind} cannot be tried in small: {error}").known_to_all() from None
     if group is not None:
         dist.all_reduce(same, dist.ReduceOp.MIN, group=group)
     if not same:
-        raise UsageError(f"parallel: {axis}: {kind} does more {what}; set {axis} to {off}").known_to_all()
+        raise UsageError(f"{section}: {axis}: {kind} does more {what}; set {axis} to {plain}").known_to_all()
 
 
-def _in_small(model):
+def of_class(model):
     """A small model of the class of `model`, the same on all ranks, with transformers' own attention.
 
     Its vocabulary has 64 words, of which the first may be padding.

@@ -235,7 +235,7 @@ def try_slices(model, group, device):
         return small(**inputs).logits
 
     what = "between its regions than its plan says"
-    small.refuse_unless_same(model, "sequence", whole, in_slices, what, group, device, off="false")
+    small.refuse_unless_same(model, "sequence", whole, in_slices, what, group, device, plain="false")
 
 
 def _sum_rows(module, group, leave, random):
@@ -271,4 +271,4 @@ def _share_words(model, cutter, group):
 
 def _words(piece: Piece, group):
     ((start, stop),) = piece.ranges
-    return vocabulary.Words(start, stop, group)
+    return vocabulary.Words(start, stop, piece.shape[0], group)

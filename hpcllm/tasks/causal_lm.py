@@ -4,7 +4,7 @@ A row is a slice of the token stream, which may run across documents (each ends 
 one token, so that every token of the stream but the first is a target once an epoch. No padding.
 """
 
-from . import masked_lm
+from ..parallel import head
 
 
 def model_class():
@@ -38,4 +38,4 @@ def inputs(input_ids):
     return {"input_ids": input_ids, "use_cache": False}
 
 
-loss_sum = masked_lm.loss_sum  # labels are shifted in `rows`, so the loss is that of any classifier of tokens
+loss_sum = head.loss_sum  # labels are shifted in `rows`, so the loss is that of any classifier of tokens
