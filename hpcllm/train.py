@@ -13,6 +13,7 @@ from .config import load
 from .data import batches
 from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
 from .mpi import choose, on_root, together
+from .parallel import compiled
 from .parallel import mesh as meshes
 from .parallel.apply import apply, check
 from .tasks import TASKS
@@ -43,9 +44,12 @@ def train(config, world, *, resume=False, overwrite=False):
     with together(world.comm):
         net, weights = load_or_build(config, last, source.vocabulary)
         check(net.config, layout, config.parallel.stages_per_rank)
+        if plan.compile:
+            compiled.require(world.device)
     mesh = meshes.build(layout, world)
     targets = TASKS[config.model.task].target_fraction(config.data)
-    placed = apply(net, mesh, config.parallel, plan.activation_checkpointing, world.device, targets, weights)
+    how = plan.activation_checkpointing, world.device, targets, weights, plan.compile
+    placed = apply(net, mesh, config.parallel, *how)
     del net, weights  # what other ranks hold of them
     adjust = optimizer.build(placed, plan)
     with together(world.comm):

@@ -1,6 +1,7 @@
 """Training: the same run at any number of ranks, continued exactly, refused before it starts when it cannot be."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,20 @@ def test_a_run_goes_on_under_another_layout_with_the_same_losses(
     assert max(abs(a / b - 1) for a, b in zip(run, whole, strict=True)) < 1e-5
     for key in ("eval_loss", "eval_accuracy", "eval_targets", "eval_samples"):  # under either layout
         assert losses(base / "run", key) == pytest.approx(losses(reference.run.output_dir, key), rel=1e-5), key
+
+
+@pytest.mark.mpi(max_size=2)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile has no C++ compiler here")
+def test_compiled_blocks_change_no_loss_and_no_score(world, prepared, tmp_path):
+    base, runs = shared(world, tmp_path), []
+    for compiled in ("false", "true"):
+        how = {"train.compile": compiled, "train.eval_every_steps": 3, "train.micro_batch_size": 3}
+        runs.append(settings(prepared, base / compiled, **{**NO_DROPOUT, **how}))
+        train.train(runs[-1], world)
+    for key in ("loss", "grad_norm", "eval_loss", "eval_accuracy", "eval_samples"):
+        eager, ours = (losses(run.run.output_dir, key) for run in runs)
+        assert ours == pytest.approx(eager, rel=1e-5), key
+    assert weights(base / "true", 6).keys() == weights(base / "false", 6).keys()
 
 
 @pytest.mark.mpi()

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import weights
 from ..config import Parallel
-from . import context, data, deferred, pipeline, sharding, tensor
+from . import compiled, context, data, deferred, pipeline, sharding, tensor
 from . import mesh as meshes
 from .pieces import Piece
 from .runner import Runner
@@ -21,13 +21,16 @@ _SUMMED_AT_ONCE = 1 << 16
 _TRAVELS_AS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def apply(model, mesh, parallel, activation_checkpointing=False, device=None, targets=1.0, source=None):
+def apply(
+    model, mesh, parallel, activation_checkpointing=False, device=None, targets=1.0, source=None, compile_blocks=False
+):
     """Turn `model`, whole and the same on all ranks, into this rank's part of it; returns a `Placed`.
 
     mesh: mesh.Mesh; parallel: the run file's [parallel] section; device: where the parts go; targets: fraction of the
     tokens that reach the output layer; source: where the weights come from (weights.Fresh, weights.Saved) of a model
-    that has none yet, so that no rank needs memory for more than its part. `model` is used up. Raises UsageError, the
-    same on every rank, for a model that cannot be divided like that. Collective.
+    that has none yet, so that no rank needs memory for more than its part; activation_checkpointing, compile_blocks: as
+    in the run file. `model` is used up. Raises UsageError, the same on every rank, for a model that cannot be divided
+    like that. Collective.
     """
     layout, pieces, device = mesh.layout, {}, device or torch.device("cpu")
     whole = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -40,7 +43,11 @@ def apply(model, mesh, parallel, activation_checkpointing=False, device=None, ta
     if activation_checkpointing:
         # Then, so that the sums over the tensor axis are recomputed with what they belong to.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "context_fn": deferred.contexts})
+        puts_off = {"context_fn": deferred.contexts} if parallel.pipeline_schedule == "zero_bubble" else {}
+        enable({"use_reentrant": False, **puts_off})
+    if compile_blocks:
+        # Then, so that what is computed again is compiled too, and FSDP2's hooks are outside of what is.
+        compiled.compile_blocks(model)
     pieces = {name: pieces.get(name, Piece(shape)) for name, shape in whole.items()}
     # Then layers are dealt out, as they are: a part is a model like the whole.
     stages = layout.pipeline * parallel.stages_per_rank
