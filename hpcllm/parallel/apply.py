@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import weights
 from ..config import Parallel
+from ..errors import UsageError
 from . import compiled, context, data, deferred, pipeline, sharding, tensor
 from . import mesh as meshes
 from .pieces import Piece
@@ -71,6 +72,13 @@ def apply(
 
 def check(config, layout, stages_per_rank=1):
     """Raise UsageError for a transformers configuration whose model cannot be divided as `layout` says."""
+    if getattr(config, "output_router_logits", False):
+        for axis, size in (("pipeline", layout.pipeline * stages_per_rank), ("context", layout.context)):
+            if size > 1:
+                raise UsageError(
+                    f"parallel: {axis} and model.config.output_router_logits: how evenly {config.model_type} uses its "
+                    f"experts is one number of all layers and tokens; set {axis} to 1 or output_router_logits to false"
+                )
     if layout.context > 1:
         context.check(config)
     if layout.tensor > 1:

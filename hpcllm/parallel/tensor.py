@@ -19,7 +19,7 @@ from .regions import OwnRandomness, enter, leave
 
 # Patterns of module names; the embeddings are found by transformers' accessors. "column": its outputs are shared out;
 # "row": its inputs are, and what it gives is a sum; "packed": a column of queries, keys and values side by side;
-# "heads": an embedding of a number a head.
+# "heads": an embedding of a number a head; "experts": a module of them, whose weights are stacks of matrices.
 _BERT = {
     "*.attention.self.query": "column",
     "*.attention.self.key": "column",
@@ -39,7 +39,7 @@ PLANS = {
     "gpt2": {"*.attn.c_attn": "packed", "*.mlp.c_fc": "column", "*.c_proj": "row"},
     "t5": _T5,
 }
-_THEIRS = {"colwise": "column", "rowwise": "row"}
+_THEIRS = {"colwise": "column", "rowwise": "row", "ep_dispatch_experts": "experts"}
 # What enters a region: the first argument, or one of these names.
 _ENTERING = ("hidden_states", "key_value_states", "encoder_hidden_states", "x")
 # Counts of heads and features that forward uses, in the modules that hold the cut layers.
@@ -54,6 +54,9 @@ def plan(config):
     theirs = getattr(config, "base_model_tp_plan", None)
     if not theirs:
         raise UsageError(f"parallel: tensor: neither hpcllm nor transformers has a plan for {kind}; set tensor to 1")
+    # Experts are dealt out whole, as in transformers' other plan: no expert is cut, as the matrices may be small.
+    dealt = {name: how for name, how in (getattr(config, "base_model_ep_plan", None) or {}).items() if how in _THEIRS}
+    theirs = {n: how for n, how in theirs.items() if not any(f"{n}.".startswith(f"{e}.") for e in dealt)} | dealt
     unknown = sorted(set(theirs.values()) - set(_THEIRS))
     if unknown:
         raise UsageError(f"parallel: tensor: the plan of {kind} needs {', '.join(unknown)}, which hpcllm has not")
@@ -62,10 +65,10 @@ def plan(config):
 
 def check(config, size):
     """Raise UsageError, with the numbers, for a model configuration whose heads `size` ranks cannot share."""
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, name, None)
-        if heads is not None and heads % size:
-            raise UsageError(f"parallel: tensor ({size}) does not divide the model's {name} ({heads})")
+    for name in ("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts"):
+        count = getattr(config, name, None)
+        if count is not None and count % size:
+            raise UsageError(f"parallel: tensor ({size}) does not divide the model's {name} ({count})")
 
 
 def split(model, group):
@@ -96,6 +99,9 @@ def split(model, group):
             continue
         if how == "heads":
             cutter.cut(module, "weight", 1)
+            continue
+        if how == "experts":
+            _deal_experts(module, cutter, group)
             continue
         packed = 3 if how == "packed" else 1
         cutter.cut(module, "weight", 1 - columns, packed)
@@ -188,6 +194,26 @@ def _sum_rows(module, group, random):
         total = leave(part, group)
         # Once, not once a rank, and in the precision that the layer computes in.
         return total if module.bias is None else total + module.bias.to(total.dtype)
+
+    module.forward = forward
+
+
+def _deal_experts(module, cutter, group):
+    """Make a module of experts compute those of this rank, and give the sum of what all have computed."""
+    for key, _ in list(module.named_parameters(recurse=False)):
+        ((start, stop),) = cutter.cut(module, key, 0).ranges
+    whole, module.num_experts = module.forward, stop - start
+    module._is_expert_parallel = True  # transformers': the number behind the last expert's is that of nobody here
+
+    def forward(hidden_states, top_k_index, top_k_weights):
+        entered, weights = enter(hidden_states, group), enter(top_k_weights, group)
+        mine = (top_k_index >= start) & (top_k_index < stop)
+        numbers = torch.where(mine, top_k_index - start, stop - start)
+        part = whole(entered, numbers, weights.masked_fill(~mine, 0.0))
+        # Nothing, but a rank whose experts no token has chosen has to meet the others in backward, and in their order:
+        # squares keep something, which makes all of them compute activations again first, where that is wanted.
+        part = part + (entered[:0].square().sum() + weights[:0].square().sum()).to(part.dtype)
+        return leave(part, group)
 
     module.forward = forward
 
