@@ -31,6 +31,10 @@ class Part:
     sums_back: float = 0
     meetings: int = 0
     calls: int = 0
+    attended: float = 0
+    masks: float = 0
+    keys: float = 0
+    attentions: int = 0
 
     def __add__(self, other):
         return Part(*map(add, dataclasses.astuple(self), dataclasses.astuple(other)))
@@ -39,9 +43,13 @@ class Part:
         """Parameters of one of `ranks` ranks of a tensor axis."""
         return self.parameters - self.cut + self.cut / ranks
 
-    def kept(self, ranks):
-        """Bytes of activations that one of `ranks` ranks of a tensor axis keeps, a sequence."""
-        return self.saved + self.saved_cut / ranks
+    def kept(self, ranks, parts=1):
+        """Bytes of activations that one of `ranks` ranks of a tensor axis keeps, a sequence in `parts` parts.
+
+        Where there are several, a rank keeps the keys and values of all of them, and a mask that says which is where.
+        """
+        whole = (parts > 1) * (self.attended * (1 - 1 / parts) / ranks + self.masks / parts)
+        return (self.saved + self.saved_cut / ranks) / parts + whole
 
     def weights(self, ranks):
         """Bytes of copies of weights that one of `ranks` ranks of a tensor axis keeps."""
