@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import hpcllm.mpi
-from hpcllm import config, evaluate, train
+from hpcllm import config, evaluate, model, train
 from hpcllm.data import batches
 from hpcllm.errors import CannotCreate, DataError, Diverged, Refusal, UsageError
 from hpcllm.parallel.apply import whole
@@ -24,8 +24,19 @@ SMALL = {
         "num_key_value_heads": 2,
         "intermediate_size": 64,
     },
+    "mixtral": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 32,
+        "num_local_experts": 4,
+        "initializer_range": 0.1,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 0.1,
+    },
 }
-TASK = {"bert": "masked_lm", "gpt2": "causal_lm", "llama": "causal_lm"}
+TASK = {"bert": "masked_lm", "gpt2": "causal_lm", "llama": "causal_lm", "mixtral": "causal_lm"}
 
 
 def settings(prepared, output, kind="bert", **changes):
@@ -130,6 +141,26 @@ def test_a_run_goes_on_under_another_layout_with_the_same_losses(
     assert max(abs(a / b - 1) for a, b in zip(run, whole, strict=True)) < 1e-5
     for key in ("eval_loss", "eval_accuracy", "eval_targets", "eval_samples"):  # under either layout
         assert losses(base / "run", key) == pytest.approx(losses(reference.run.output_dir, key), rel=1e-5), key
+
+
+@pytest.mark.mpi(min_size=2)
+def test_experts_that_ranks_have_shared_go_on_under_another_layout(world, prepared, tmp_path):
+    if world.size % 2:
+        pytest.skip("ranks do not divide")
+    base = shared(world, tmp_path)
+    changes = {key: value for key, value in NO_DROPOUT.items() if key.startswith("train.")}
+    reference = settings(prepared, tmp_path / "alone", "mixtral", **changes)
+    train.train(reference, hpcllm.mpi.alone(world))
+    first = {"parallel.tensor": 2, "train.max_steps": 3}
+    train.train(settings(prepared, base / "run", "mixtral", **{**changes, **first}), world)
+    results = train.train(
+        settings(prepared, base / "run", "mixtral", **{**changes, "parallel.sharding": "full"}), world, resume=True
+    )
+    assert losses(base / "run") == pytest.approx(losses(reference.run.output_dir), rel=1e-5)
+    # As a whole, from what ranks have written: the evaluation's loss is the cross entropy alone.
+    net, source = model.load(results["checkpoint"], "causal_lm"), opened(reference, world, f"{prepared}/validation")
+    scores = evaluate.evaluate(whole(net, world), source, 1, "fp32")
+    assert scores["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.mpi(max_size=2)

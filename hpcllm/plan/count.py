@@ -50,15 +50,15 @@ class _AsWithNumbers(TorchFunctionMode):
 
     def __init__(self, gpu, alone, attend):
         """gpu: attention without its matrix, dropout with a byte a number; alone: there is but one stack of layers;
-        attend(query, key, value): is told of each attention."""
+        attend(query, key, value, masked): is told of each attention."""
         super().__init__()
         self._gpu, self._alone, self._attend = gpu, alone, attend
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         named = dict(named or {})
         if function is nn.functional.scaled_dot_product_attention:
-            self._attend(*arguments[:3])
             mask = named.get("attn_mask")
+            self._attend(*arguments[:3], mask is not None or named.get("is_causal", False))
             if self._alone and mask is not None and not mask.requires_grad:
                 # transformers leaves out a mask that only says "causal", but not where it cannot look into it.
                 named |= {"attn_mask": None, "is_causal": True}
@@ -162,13 +162,13 @@ class _Watch(TorchDispatchMode):
         self._now["meetings"] += 1
         self._inside = True
 
-    def attend(self, query, key, value):
+    def attend(self, query, key, value, masked):
         numbers, both = key.numel() + value.numel(), max(key.element_size(), value.element_size())
         kind = key.device.type  # products take their arguments in another precision where that is on
         size = torch.get_autocast_dtype(kind).itemsize if torch.is_autocast_enabled(kind) else both
         self._now["attended"] += numbers * size
         self._now["keys"] += numbers * both / (self._copied if key.shape[1] == query.shape[1] else 1)
-        self._now["masks"] += _ROWS * query.shape[-2] * key.shape[-2] * size
+        self._now["masks"] += masked * _ROWS * query.shape[-2] * key.shape[-2] * size
         self._now["attentions"] += 1
 
     def _leave(self, module, given, left):
