@@ -18,6 +18,7 @@ import time
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import hpcllm.mpi
 from hpcllm.config import Parallel
 from hpcllm.evaluate import arithmetic
 from hpcllm.parallel import mesh as meshes
@@ -32,9 +33,10 @@ ROWS, BATCHES = 2, 4
 
 
 def build(compiled):
+    world = hpcllm.mpi.init("cpu")
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**SHAPE, bos_token_id=0, eos_token_id=0))
-    return apply(model, meshes.replicas(), Parallel(), compile_blocks=compiled)
+    return apply(model, meshes.replicas(world), Parallel(), compile_blocks=compiled)
 
 
 def train(placed, steps, precision):
