@@ -122,6 +122,12 @@ def split(model, group):
 def _refuse_what_would_be_wrong(model, modules, regions):
     """Raise UsageError, the same on every rank, for a model that does more than its plan says."""
     kind, known = model.config.model_type, {name for name, _, _ in modules}
+    one_by_one = getattr(model.config, "_experts_implementation", None) not in ("grouped_mm", "batched_mm")
+    if one_by_one and any(how == "experts" for _, _, how in modules):
+        # Weights that no token has chosen would get no gradients, and ranks of the data axis wait for each other's.
+        raise UsageError(
+            f"parallel: tensor: {kind} computes its experts one by one here, not all at once; set tensor to 1"
+        ).known_to_all()
     for region in regions:
         for name, module in model.get_submodule(region).named_modules(prefix=region):
             if name not in known and any(True for _ in module.parameters(recurse=False)):
@@ -210,9 +216,6 @@ def _deal_experts(module, cutter, group):
         mine = (top_k_index >= start) & (top_k_index < stop)
         numbers = torch.where(mine, top_k_index - start, stop - start)
         part = whole(entered, numbers, weights.masked_fill(~mine, 0.0))
-        # Nothing, but a rank whose experts no token has chosen has to meet the others in backward, and in their order:
-        # squares keep something, which makes all of them compute activations again first, where that is wanted.
-        part = part + (entered[:0].square().sum() + weights[:0].square().sum()).to(part.dtype)
         return leave(part, group)
 
     module.forward = forward
