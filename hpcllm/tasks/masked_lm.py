@@ -69,7 +69,8 @@ def inputs(input_ids):
 def loss_sum(model, given, labels, score=False):
     """(sum of the cross entropy over all targets in nats, targets predicted right), scalar tensors.
 
-    given: what `inputs` made; score: False spares the second, which is then None.
+    given: what `inputs` made; score: False spares the second, which is then None, and adds for each target what the
+    model says of how unevenly its experts are used, if its configuration has it say so (router_aux_loss_coef).
 
     Only the rows of targets reach the vocabulary: with 15 % of the tokens masked that saves 85 % of the logits.
     """
@@ -84,10 +85,13 @@ def loss_sum(model, given, labels, score=False):
     # First, so that only these rows reach a vocabulary that ranks share.
     hook = head.register_forward_pre_hook(only_targets, prepend=True)
     try:
-        logits = model(**given).logits.float()
+        output = model(**given)
     finally:
         hook.remove()
-    targets = targets.index_select(0, rows)
-    words = split.words_of(head)
-    right = (split.best(logits, words) == targets).sum() if score else None
-    return split.cross_entropy_sum(logits, targets, words), right
+    logits, targets, words = output.logits.float(), targets.index_select(0, rows), split.words_of(head)
+    loss, uneven = split.cross_entropy_sum(logits, targets, words), getattr(output, "aux_loss", None)
+    if score:
+        return loss, (split.best(logits, words) == targets).sum()
+    if uneven is not None:
+        loss = loss + getattr(model, "module", model).config.router_aux_loss_coef * uneven * len(targets)
+    return loss, None
