@@ -1,6 +1,6 @@
 """Does the loss depend on the layout, what does each cost? Every layout against one process, beside the same over Gloo.
 
-    mpirun -np 4 python -m benchmarks.layouts [--family bert gpt2 llama t5] [--only sequence] [--steps 10] [--time]
+    mpirun -np 4 python -m benchmarks.layouts [--family bert gpt2 llama t5] [--steps 10] [--time] [--layouts REGEX]
 
 Tiny models, SGD, fp32, no dropout. For every product of data, pipeline (with every schedule), context (1, 2) and
 tensor axes (with sequences whole and in slices) and every sharding that the ranks allow:
@@ -11,8 +11,10 @@ this backend and over Gloo, in the same run, one after the other; median (smalle
 
 import argparse
 import contextlib
+import functools
 import itertools
 import logging
+import re
 import statistics
 import time
 import warnings
@@ -141,8 +143,9 @@ def distance(placed, weights):
     return float((sums[0] / sums[1]).sqrt())
 
 
-def layouts(world, config):
-    """(section, Layout) of all that these ranks and this model allow, no two alike."""
+def layouts(world, config, pattern):
+    """(section, Layout) of all that these ranks and this model allow, no two alike, of which `pattern` is found in what
+    the table calls them, as "data 2 x tensor 2 (sequence) full"."""
     sizes = range(1, world.size + 1)
     axes = itertools.product(sizes, (1, 2), sizes, (False, True), SHARDINGS, SCHEDULES)
     seen = set()
@@ -158,7 +161,7 @@ def layouts(world, config):
                 stages_per_rank=stages_per_rank,
             )
             made = meshes.layout(section, [world.host] * world.size)
-            check(config, made, stages_per_rank)
+            check(config, made, stages_per_rank, sequence)
         except (UsageError, ValidationError):
             continue
         if config.model_type == "t5" and made.shard > 1 and stages_per_rank > 1:
@@ -166,7 +169,8 @@ def layouts(world, config):
         alike = made, sequence, sharding if made.shard > 1 else "none", schedule
         if alike not in seen and not (sharding == "hybrid" and made.replicate == 1):
             seen.add(alike)
-            yield section, made
+            if re.search(pattern, f"{name(section, made)} {sharding}"):
+                yield section, made
 
 
 def name(section, made):
@@ -176,14 +180,12 @@ def name(section, made):
     return made.describe().replace(f"pipeline {made.pipeline}", f"pipeline {made.pipeline}{schedule}") + slices
 
 
-def compare(world, families, steps, only):
+def compare(world, families, steps, pattern):
     print_root(world, "| model | layout | sharding | loss, norm | weights |\n|---|---|---|---:|---:|")
     count, worst = 0, 0.0
     for family in families:
         expected, weights = train_alone(family, steps)
-        for section, made in layouts(world, build(family).config):
-            if only not in name(section, made):
-                continue
+        for section, made in layouts(world, build(family).config, pattern):
             placed = apply(build(family), meshes.build(made, world), section)
             told, _ = train(placed, steps, torch.optim.SGD(placed.parameters(), lr=0.1))
             off = max(abs(a - b) / abs(b) for a, b in zip(told, expected, strict=True))
@@ -193,14 +195,15 @@ def compare(world, families, steps, only):
     print_root(world, f"\n{count} layouts, largest difference {worst:.1e}")
 
 
-def measure(world, steps):
+def measure(world, steps, pattern):
     """Seconds a step under each layout over this backend and over Gloo."""
     print_root(world, "| layout | sharding | hpcllm | Gloo | Gloo / hpcllm |\n|---|---|---:|---:|---:|")
     taken = {}
     for backend in ("mpi", "gloo", "mpi", "gloo"):
         group = hpcllm.mpi.init("cpu", backend)
-        for section, made in layouts(world, build("bert", **LARGER).config):
-            placed = apply(build("bert", **LARGER), meshes.build(made, group), section)
+        built = functools.cache(functools.partial(meshes.build, world=group))  # Gloo connects the same ranks once
+        for section, made in layouts(world, build("bert", **LARGER).config, pattern):
+            placed = apply(build("bert", **LARGER), built(made), section)
             _, seconds = train(placed, steps + 1, torch.optim.SGD(placed.parameters(), lr=0.01))
             slowest = torch.tensor(seconds[1:], dtype=torch.float64)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -222,18 +225,18 @@ def print_root(world, text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--only", default="", help="layouts that have this in their name")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--time", action="store_true", help="seconds a step, beside Gloo")
+    parser.add_argument("--layouts", metavar="REGEX", default="", help="those alone that it is found in the names of")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # tiny vocabularies have not its special words
     world = hpcllm.mpi.join()
     print_root(world, f"{world.size} ranks, {args.steps} steps, SGD, fp32, {world.library}, {jobs.versions()}\n")
     if args.time:
-        measure(world, args.steps)
+        measure(world, args.steps, args.layouts)
     else:
-        compare(hpcllm.mpi.init("cpu"), args.family, args.steps, args.only)
+        compare(hpcllm.mpi.init("cpu"), args.family, args.steps, args.layouts)
         dist.destroy_process_group()
 
 

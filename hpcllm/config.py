@@ -148,6 +148,8 @@ class Train(Section):
     """Arithmetic of forward and backward; weights, gradients' sum and optimizer state stay fp32."""
     activation_checkpointing: bool = False
     """Keep only what enters each block and compute the rest again in backward: less memory, a third more work."""
+    compile: bool = False
+    """torch.compile of each block, in the first step: a quicker step on GPUs, needs a C++ compiler on the nodes."""
     log_every_steps: int = Field(10, ge=1)
     """Steps between lines in a batch log; metrics.jsonl has every step."""
     eval_every_steps: int = Field(0, ge=0)
@@ -210,6 +212,21 @@ class Config(Section):
             raise ValueError(
                 f"parallel.sequence slices a sequence for context ({context}) x tensor ({self.parallel.tensor}) = "
                 f"{slices} ranks, which does not divide train.sequence_length ({length})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def blocks_that_can_be_compiled(self):
+        parallel = self.parallel
+        if self.train.compile and parallel.tensor > 1:
+            raise ValueError(
+                f"train.compile goes with parallel.tensor = 1, not {parallel.tensor}, whose ranks set states of random "
+                "numbers inside of blocks: torch.compile cannot, and leaves blocks that it should recompute as they are"
+            )
+        if self.train.compile and parallel.pipeline_schedule == "zero_bubble":
+            raise ValueError(
+                'train.compile goes with any parallel.pipeline_schedule but "zero_bubble", which takes the products '
+                "of blocks apart itself"
             )
         return self
 

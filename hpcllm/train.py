@@ -13,7 +13,7 @@ from .config import load
 from .data import batches
 from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
 from .mpi import choose, on_root, together
-from .parallel import host
+from .parallel import compiled, host
 from .parallel import mesh as meshes
 from .parallel.apply import apply, check
 from .tasks import TASKS
@@ -27,7 +27,7 @@ def train(config, world, *, resume=False, overwrite=False):
     Everything that can be refused is refused before anything is written.
     """
     plan, hosts = config.train, world.comm.allgather(world.host)
-    parallel = host.resolve(config.parallel, world)
+    parallel = host.resolve(config.parallel, world, plan.compile)
     with together(world.comm):
         layout = meshes.layout(parallel, hosts)
         plan.accumulation(layout.data)
@@ -44,7 +44,9 @@ def train(config, world, *, resume=False, overwrite=False):
         return results
     with together(world.comm):
         net, weights = load_or_build(config, last, source.vocabulary)
-        check(net.config, layout, parallel.stages_per_rank)
+        check(net.config, layout, parallel.stages_per_rank, parallel.sequence)
+        if plan.compile:
+            compiled.require(world.device)
         if config.data.attention == "document":
             attention.keep_apart(net)
         if world.device.type == "cpu":
@@ -59,7 +61,8 @@ def train(config, world, *, resume=False, overwrite=False):
         world.device,
         targets,
         weights,
-        plan.precision == "bf16",
+        low_precision=plan.precision == "bf16",
+        compile_blocks=plan.compile,
     )
     del net, weights  # what other ranks hold of them
     adjust = optimizer.build(placed, plan)

@@ -111,3 +111,10 @@ def test_accumulation_follows_from_batches_and_ranks():
 def test_what_fsdp2_takes_away_cannot_be_put_off():
     with pytest.raises(UsageError, match='zero_bubble" goes with sharding = "none", not "full"'):
         load("parallel.pipeline=2", "parallel.pipeline_schedule=zero_bubble", "parallel.sharding=full")
+
+
+def test_blocks_that_hold_more_than_arithmetic_are_not_compiled():
+    with pytest.raises(UsageError, match=r"train\.compile goes with parallel\.tensor = 1, not 2"):
+        load("train.compile=true", "parallel.tensor=2")
+    with pytest.raises(UsageError, match=r'train\.compile goes with any .* but "zero_bubble"'):
+        load("train.compile=true", "parallel.pipeline=2", "parallel.pipeline_schedule=zero_bubble")

@@ -1,6 +1,7 @@
 """Training: the same run at any number of ranks, continued exactly, refused before it starts when it cannot be."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import hpcllm.mpi
-from hpcllm import config, evaluate, train
+from hpcllm import config, evaluate, model, train
 from hpcllm.data import batches
 from hpcllm.errors import CannotCreate, DataError, Diverged, Refusal, UsageError
 from hpcllm.parallel.apply import whole
@@ -23,8 +24,19 @@ SMALL = {
         "num_key_value_heads": 2,
         "intermediate_size": 64,
     },
+    "mixtral": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 32,
+        "num_local_experts": 4,
+        "initializer_range": 0.1,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 0.1,
+    },
 }
-TASK = {"bert": "masked_lm", "gpt2": "causal_lm", "llama": "causal_lm"}
+TASK = {"bert": "masked_lm", "gpt2": "causal_lm", "llama": "causal_lm", "mixtral": "causal_lm"}
 
 
 def settings(prepared, output, kind="bert", **changes):
@@ -135,13 +147,47 @@ def test_a_run_goes_on_under_another_layout_with_the_same_losses(
         assert losses(base / "run", key) == pytest.approx(losses(reference.run.output_dir, key), rel=1e-5), key
 
 
+@pytest.mark.mpi(min_size=2)
+def test_experts_that_ranks_have_shared_go_on_under_another_layout(world, prepared, tmp_path):
+    if world.size % 2:
+        pytest.skip("ranks do not divide")
+    base = shared(world, tmp_path)
+    changes = {key: value for key, value in NO_DROPOUT.items() if key.startswith("train.")}
+    reference = settings(prepared, tmp_path / "alone", "mixtral", **changes)
+    train.train(reference, hpcllm.mpi.alone(world))
+    first = {"parallel.tensor": 2, "train.max_steps": 3}
+    train.train(settings(prepared, base / "run", "mixtral", **{**changes, **first}), world)
+    results = train.train(
+        settings(prepared, base / "run", "mixtral", **{**changes, "parallel.sharding": "full"}), world, resume=True
+    )
+    assert losses(base / "run") == pytest.approx(losses(reference.run.output_dir), rel=1e-5)
+    # As a whole, from what ranks have written: the evaluation's loss is the cross entropy alone.
+    net, source = model.load(results["checkpoint"], "causal_lm"), opened(reference, world, f"{prepared}/validation")
+    scores = evaluate.evaluate(whole(net, world), source, 1, "fp32")
+    assert scores["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.mpi(max_size=2)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile has no C++ compiler here")
+def test_compiled_blocks_change_no_loss_and_no_score(world, prepared, tmp_path):
+    base, runs = shared(world, tmp_path), []
+    for compiled in ("false", "true"):
+        how = {"train.compile": compiled, "train.eval_every_steps": 3, "train.micro_batch_size": 3}
+        runs.append(settings(prepared, base / compiled, **{**NO_DROPOUT, **how}))
+        train.train(runs[-1], world)
+    for key in ("loss", "grad_norm", "eval_loss", "eval_accuracy", "eval_samples"):
+        eager, ours = (losses(run.run.output_dir, key) for run in runs)
+        assert ours == pytest.approx(eager, rel=1e-5), key
+    assert weights(base / "true", 6).keys() == weights(base / "false", 6).keys()
+
+
 @pytest.mark.mpi()
 @pytest.mark.parametrize("key", ["train.precision", "parallel.reduce_dtype"])
 def test_bf16_follows_fp32(world, prepared, tmp_path, key):
     base = shared(world, tmp_path)
     curves = []
     for precision in ("fp32", "bf16"):
-        run = settings(prepared, base / precision, **{key: precision})
+        run = settings(prepared, base / precision, **{key: precision, "parallel.sharding": "none"})
         train.train(run, world)
         curves.append(losses(run.run.output_dir))
     assert curves[0] != curves[1]

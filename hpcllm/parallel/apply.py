@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import weights
 from ..config import Parallel
-from . import context, data, deferred, host, pipeline, sharding, tensor
+from ..errors import UsageError
+from . import compiled, context, data, deferred, host, pipeline, sharding, tensor
 from . import mesh as meshes
 from .pieces import Piece
 from .runner import Runner
@@ -22,15 +23,25 @@ _TRAVELS_AS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def apply(
-    model, mesh, parallel, activation_checkpointing=False, device=None, targets=1.0, source=None, low_precision=False
+    model,
+    mesh,
+    parallel,
+    activation_checkpointing=False,
+    device=None,
+    targets=1.0,
+    source=None,
+    *,
+    low_precision=False,
+    compile_blocks=False,
 ):
     """Turn `model`, whole and the same on all ranks, into this rank's part of it; returns a `Placed`.
 
     mesh: mesh.Mesh; parallel: the run file's [parallel] section, "auto" decided; device: where the parts go; targets:
     fraction of the tokens that reach the output layer; source: where the weights come from (weights.Fresh,
     weights.Saved) of a model that has none yet, so that no rank needs memory for more than its part; low_precision:
-    forward will run under torch.autocast in bfloat16. `model` is used up. Raises UsageError, the same on every rank,
-    for a model that cannot be divided like that. Collective.
+    forward will run under torch.autocast in bfloat16; activation_checkpointing, compile_blocks: as in the run file.
+    `model` is used up. Raises UsageError, the same on every rank, for a model that cannot be divided like that.
+    Collective.
     """
     layout, pieces, device = mesh.layout, {}, device or torch.device("cpu")
     whole = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -46,7 +57,11 @@ def apply(
     if activation_checkpointing:
         # Then, so that the sums over the tensor axis are recomputed with what they belong to.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "context_fn": deferred.contexts})
+        puts_off = {"context_fn": deferred.contexts} if parallel.pipeline_schedule == "zero_bubble" else {}
+        enable({"use_reentrant": False, **puts_off})
+    if compile_blocks:
+        # Then, so that what is computed again is compiled too, and FSDP2's hooks are outside of what is.
+        compiled.compile_blocks(model)
     pieces = {name: pieces.get(name, Piece(shape)) for name, shape in whole.items()}
     inside = {id(parameter) for block in sharding.blocks(model) for parameter in block.parameters()}
     sliced = [name for name, parameter in model.named_parameters()
@@ -77,13 +92,23 @@ def apply(
     return placed
 
 
-def check(config, layout, stages_per_rank=1):
-    """Raise UsageError for a transformers configuration whose model cannot be divided as `layout` says."""
+def check(config, layout, stages_per_rank=1, sequence=False):
+    """Raise UsageError for a transformers configuration whose model cannot be divided as `layout` says.
+
+    stages_per_rank, sequence: as in the run file.
+    """
+    if getattr(config, "output_router_logits", False):
+        for axis, size in (("pipeline", layout.pipeline * stages_per_rank), ("context", layout.context)):
+            if size > 1:
+                raise UsageError(
+                    f"parallel: {axis} and model.config.output_router_logits: how evenly {config.model_type} uses its "
+                    f"experts is one number of all layers and tokens; set {axis} to 1 or output_router_logits to false"
+                )
     if layout.context > 1:
         context.check(config)
     if layout.tensor > 1:
         tensor.plan(config)
-        tensor.check(config, layout.tensor)
+        tensor.check(config, layout.tensor, sequence)
     if layout.pipeline * stages_per_rank > 1:
         pipeline.check(config, layout.pipeline * stages_per_rank, stages_per_rank > 1 and layout.shard > 1)
 

@@ -13,6 +13,9 @@ def loss_sum(model, given, labels, score=False):
     model: of transformers, or a wrapper that calls it as `module` (DDP); given: its keyword arguments; labels: int64
     [B, S], -100 where there is no target; score: False spares the second, which is then None.
 
+    Without `score`, what the model says of how unevenly its experts are used is added for each target, if its
+    configuration has it say so (router_aux_loss_coef).
+
     What the model does behind its base, it does to the rows of targets alone: with 15 % of the tokens masked that saves
     85 % of the head. Models whose head cannot be entered like that give all their logits.
     """
@@ -23,9 +26,11 @@ def loss_sum(model, given, labels, score=False):
     head, right = inner.get_output_embeddings(), None
     words = vocabulary.words_of(head)
     if not _ends_with(inner, head):
-        logits = model(**given).logits.flatten(0, -2).index_select(0, rows).float()
+        output = model(**given)
+        logits = output.logits.flatten(0, -2).index_select(0, rows).float()
         right = (vocabulary.best(logits, words) == targets).sum() if score else None
-        return vocabulary.cross_entropy_sum(logits, targets, words), right
+        loss = vocabulary.cross_entropy_sum(logits, targets, words)
+        return (loss if score else _with_balance(loss, inner, output, len(targets))), right
 
     def of_targets(hidden):
         nonlocal right
@@ -35,8 +40,13 @@ def loss_sum(model, given, labels, score=False):
 
     # The loss is computed within forward, where weights are whole that FSDP2 takes apart behind it.
     with _Rows(inner, None if everything else rows), _Instead(head, of_targets):
-        loss = model(**given).logits
-    return loss, right
+        output = model(**given)
+    return (output.logits if score else _with_balance(output.logits, inner, output, len(targets))), right
+
+
+def _with_balance(loss, model, output, targets):
+    uneven = getattr(output, "aux_loss", None)
+    return loss if uneven is None else loss + model.config.router_aux_loss_coef * uneven * targets
 
 
 class _Rows:

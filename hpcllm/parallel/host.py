@@ -30,14 +30,20 @@ from .pieces import Piece
 _LOW_PRECISION = (nn.Linear, Conv1D)
 
 
-def refusal(parallel, world):
-    """Why `parallel` (the run file's section) cannot have sharding "host" in this job, None if it can. Collective."""
+def refusal(parallel, world, compile_blocks=False):
+    """Why `parallel` (the run file's section) cannot have sharding "host" in this job, None if it can. Collective.
+
+    compile_blocks: train.compile of the run file.
+    """
     if world.device.type != "cpu":
         return "is for ranks that compute on the CPU"
     if parallel.backend != "mpi":
         return f'needs backend = "mpi", not "{parallel.backend}"'
     if parallel.tensor * parallel.pipeline * parallel.context > 1:
         return "goes with the data axis alone, without tensor, pipeline and context"
+    if compile_blocks:
+        # `_Gradient` remembers what has arrived, which torch.compile cannot put into a graph.
+        return "goes with train.compile = false, for the graph of a block would break at each weight"
     counts = set(world.comm.allgather(world.local_size))
     neighbours = None if counts == {1} else world.group.neighbours()
     if counts != {1} and (neighbours is None or neighbours.reached is None):
@@ -45,14 +51,14 @@ def refusal(parallel, world):
     return None
 
 
-def resolve(parallel, world):
+def resolve(parallel, world, compile_blocks=False):
     """`parallel` with sharding "auto" decided: "host" where that can be, else "none". Collective.
 
     Raises UsageError, the same on every rank, for "host" where it cannot be.
     """
     if parallel.sharding not in ("auto", "host"):
         return parallel
-    why = refusal(parallel, world)
+    why = refusal(parallel, world, compile_blocks)
     if why and parallel.sharding == "host":
         raise UsageError(f'parallel: sharding = "host" {why}').known_to_all()
     return parallel.model_copy(update={"sharding": "none" if why else "host"})

@@ -20,7 +20,7 @@ from .regions import OwnRandomness, divide, enter, gather, join, leave, scatter
 
 # Patterns of module names; the embeddings are found by transformers' accessors. "column": its outputs are shared out;
 # "row": its inputs are, and what it gives is a sum; "packed": a column of queries, keys and values side by side;
-# "heads": an embedding of a number a head.
+# "heads": an embedding of a number a head; "experts": a module of them, whose weights are stacks of matrices.
 _BERT = {
     "*.attention.self.query": "column",
     "*.attention.self.key": "column",
@@ -40,7 +40,7 @@ PLANS = {
     "gpt2": {"*.attn.c_attn": "packed", "*.mlp.c_fc": "column", "*.c_proj": "row"},
     "t5": _T5,
 }
-_THEIRS = {"colwise": "column", "rowwise": "row"}
+_THEIRS = {"colwise": "column", "rowwise": "row", "ep_dispatch_experts": "experts"}
 # What enters a region: the first argument, or one of these names; and what another stack of layers has made.
 _ENTERING = ("hidden_states", "x")
 _ENTERING_WHOLE = ("key_value_states", "encoder_hidden_states")
@@ -56,18 +56,28 @@ def plan(config):
     theirs = getattr(config, "base_model_tp_plan", None)
     if not theirs:
         raise UsageError(f"parallel: tensor: neither hpcllm nor transformers has a plan for {kind}; set tensor to 1")
+    # Experts are dealt out whole, as in transformers' other plan: no expert is cut, as the matrices may be small.
+    dealt = {name: how for name, how in (getattr(config, "base_model_ep_plan", None) or {}).items() if how in _THEIRS}
+    theirs = {n: how for n, how in theirs.items() if not any(f"{n}.".startswith(f"{e}.") for e in dealt)} | dealt
     unknown = sorted(set(theirs.values()) - set(_THEIRS))
     if unknown:
         raise UsageError(f"parallel: tensor: the plan of {kind} needs {', '.join(unknown)}, which hpcllm has not")
     return {f"*{pattern}": _THEIRS[how] for pattern, how in theirs.items()}
 
 
-def check(config, size):
-    """Raise UsageError, with the numbers, for a model configuration whose heads `size` ranks cannot share."""
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, name, None)
-        if heads is not None and heads % size:
-            raise UsageError(f"parallel: tensor ({size}) does not divide the model's {name} ({heads})")
+def check(config, size, sequence=False):
+    """Raise UsageError, with the numbers, for a model configuration whose heads or experts `size` ranks cannot share.
+
+    sequence: with slices of the sequence between regions.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts"):
+        count = getattr(config, name, None)
+        if count is not None and count % size:
+            raise UsageError(f"parallel: tensor ({size}) does not divide the model's {name} ({count})")
+    if sequence and "experts" in plan(config).values():
+        raise UsageError(
+            f"parallel: sequence: experts of {config.model_type} take tokens of all slices; set sequence to false"
+        )
 
 
 def split(model, group, sequence=False, checkpointing=False):
@@ -80,7 +90,7 @@ def split(model, group, sequence=False, checkpointing=False):
     anything. Collective only when the model runs.
     """
     size, index = dist.get_world_size(group), dist.get_rank(group)
-    check(model.config, size)
+    check(model.config, size, sequence)
     patterns = plan(model.config)
     modules = [
         (name, module, how)
@@ -102,6 +112,9 @@ def split(model, group, sequence=False, checkpointing=False):
         if how == "heads":
             cutter.cut(module, "weight", 1)
             continue
+        if how == "experts":
+            _deal_experts(module, cutter, group)
+            continue
         packed = 3 if how == "packed" else 1
         cutter.cut(module, "weight", 1 - columns, packed)
         if module.bias is not None:
@@ -122,6 +135,12 @@ def split(model, group, sequence=False, checkpointing=False):
 def _refuse_what_would_be_wrong(model, modules, regions):
     """Raise UsageError, the same on every rank, for a model that does more than its plan says."""
     kind, known = model.config.model_type, {name for name, _, _ in modules}
+    one_by_one = getattr(model.config, "_experts_implementation", None) not in ("grouped_mm", "batched_mm")
+    if one_by_one and any(how == "experts" for _, _, how in modules):
+        # Weights that no token has chosen would get no gradients, and ranks of the data axis wait for each other's.
+        raise UsageError(
+            f"parallel: tensor: {kind} computes its experts one by one here, not all at once; set tensor to 1"
+        ).known_to_all()
     for region in regions:
         for name, module in model.get_submodule(region).named_modules(prefix=region):
             if name not in known and any(True for _ in module.parameters(recurse=False)):
@@ -249,6 +268,23 @@ def _sum_rows(module, group, leave, random):
         total = leave(part, group)
         # Once, not once a rank, and in the precision that the layer computes in.
         return total if module.bias is None else total + module.bias.to(total.dtype)
+
+    module.forward = forward
+
+
+def _deal_experts(module, cutter, group):
+    """Make a module of experts compute those of this rank, and give the sum of what all have computed."""
+    for key, _ in list(module.named_parameters(recurse=False)):
+        ((start, stop),) = cutter.cut(module, key, 0).ranges
+    whole, module.num_experts = module.forward, stop - start
+    module._is_expert_parallel = True  # transformers': the number behind the last expert's is that of nobody here
+
+    def forward(hidden_states, top_k_index, top_k_weights):
+        entered, weights = enter(hidden_states, group), enter(top_k_weights, group)
+        mine = (top_k_index >= start) & (top_k_index < stop)
+        numbers = torch.where(mine, top_k_index - start, stop - start)
+        part = whole(entered, numbers, weights.masked_fill(~mine, 0.0))
+        return leave(part, group)
 
     module.forward = forward
 

@@ -23,7 +23,7 @@ def show_mesh(config, hosts):
     """
     layout = mesh.layout(config.parallel, hosts)
     accumulated = config.train.accumulation(layout.data)
-    apply.check(model.configuration(config.model), layout, config.parallel.stages_per_rank)
+    apply.check(model.configuration(config.model), layout, config.parallel.stages_per_rank, config.parallel.sequence)
     return (
         f"{mesh.picture(layout, hosts)}\n"
         f"a step: {config.train.global_batch_size} sequences = {accumulated} micro-batches of "

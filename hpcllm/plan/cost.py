@@ -7,6 +7,7 @@ larger of the two, for kernels that compute and kernels that move take turns as 
     traffic      bytes that operations read and write / (MEMORY x bandwidth); weights once a micro-batch
     tensor       all-reduces of activations, 2 (t-1)/t of their bytes (Shoeybi et al. 2019, arXiv 1909.08053); with
                  slices of sequences gathers and scatters, (t-1)/t (Korthikanti et al. 2022, arXiv 2205.05198)
+    context      keys and values of all parts of a sequence, their gradients back (arXiv 2407.21783, 3.3.2)
     pipeline     activations from stage to stage (Narayanan et al. 2021, arXiv 2104.04473)
     bubble       (p-1) micro-batches; interleaved (p-1)/v (same paper), zero bubble a third (arXiv 2401.10241)
     data         gradients and weights, as docs/layouts.md counts them (Rajbhandari et al. 2020, arXiv 1910.02054),
@@ -189,7 +190,7 @@ def _memory(shapes, stage, work, rank):
     root, block = work.weight * stage.outside.held(tensor), work.weight * stage.block.held(tensor)
     weights, gradients, state = work.weight * held, work.gradient * held, work.state * held
     activations = _activations(stage, work, rank)
-    logits = LOGITS_BYTES * stage.logits * work.micro_batch / tensor
+    logits = LOGITS_BYTES * stage.logits * work.micro_batch / tensor / work.layout.context
     before = work.micro_batches > 1  # gradients of earlier micro-batches
     if shard == 1 and work.layout.pipeline == 1:
         # DDP's buckets stay from step to step. What micro-batches before the last one give lies beside them: gradients
@@ -218,12 +219,14 @@ def _memory(shapes, stage, work, rank):
 
 def _activations(stage, work, rank):
     tensor, width, many = work.layout.tensor, work.micro_batch, under_way(work, rank)
-    outside = width * stage.outside.kept(tensor) + stage.outside.weights(tensor)
+    parts = work.layout.context
+    outside = width * stage.outside.kept(tensor, parts) + stage.outside.weights(tensor)
     if work.checkpointing:
-        again = width * stage.block.kept(tensor, work.sequence, again=True) + stage.block.weights(tensor)
-        entering = stage.blocks.entering / (tensor if work.sequence else 1)
+        again = width * stage.block.kept(tensor, parts, work.sequence, again=True) + stage.block.weights(tensor)
+        entering = stage.blocks.entering / parts / (tensor if work.sequence else 1)
         return many * (width * entering + outside) + again
-    return many * (width * stage.blocks.kept(tensor, work.sequence) + stage.blocks.weights(tensor) + outside)
+    kept = width * stage.blocks.kept(tensor, parts, work.sequence)
+    return many * (kept + stage.blocks.weights(tensor) + outside)
 
 
 # --- time --------------------------------------------------------------------------------------------------------
@@ -237,6 +240,7 @@ class Time:
     traffic: float
     calls: float
     tensor: float
+    context: float
     pipeline: float
     bubble: float
     data: float
@@ -253,12 +257,17 @@ class Volume:
 
     data: float
     tensor: float
+    context: float
     pipeline: float
 
 
-def bandwidth(machine, work, size, stride):
-    """Bytes/s of each rank in a ring of `size` ranks, `stride` apart; a node's adapters are shared by its rings."""
-    near = max(1, min(size, work.node // stride))
+def bandwidth(machine, work, *axes):
+    """Bytes/s of each rank in a ring over a product of axes; a node's adapters are shared by its rings.
+
+    axes: (size, stride) of each: its ranks, and how far apart they are.
+    """
+    size = math.prod(size for size, _ in axes)
+    near = math.prod(max(1, min(size, work.node // stride)) for size, stride in axes)
     return LINK * (machine.link if size <= near else min(machine.link, machine.network * near))
 
 
@@ -270,19 +279,22 @@ def time(shapes, machine, work):
     # Other stages wait for the slowest; the data axis is that of the stage with most parameters.
     count, ranks = work.micro_batches, work.layout.pipeline
     idle = (ranks - 1) / {"1f1b": 1, "interleaved": work.stages_per_rank, "zero_bubble": 3}[work.schedule]
-    products, traffic, calls, tensor, pipeline = (count * seconds for seconds in forward_backward)
+    products, traffic, calls, tensor, context, pipeline = (count * seconds for seconds in forward_backward)
     bubble = idle * sum(forward_backward)
     parameters = max(one.blocks.held(work.layout.tensor) + one.outside.held(work.layout.tensor) for one in held)
     data, data_bytes = _data(machine, work, parameters, sum(forward_backward[:3]))
     divided = work.layout.shard
     adjust = parameters / divided * (3 * work.weight + 2 * work.state + 4 * work.gradient)
-    spent = Time(products, traffic, calls, tensor, pipeline, bubble, data, adjust / (MEMORY * machine.memory_bandwidth))
-    return spent, Volume(data_bytes, count * sent[0], count * sent[1])
+    adjust /= MEMORY * machine.memory_bandwidth
+    spent = Time(products, traffic, calls, tensor, context, pipeline, bubble, data, adjust)
+    return spent, Volume(data_bytes, *(count * each for each in sent))
 
 
 def _micro_batch(shapes, stage, machine, work):
-    """Of one micro-batch, forward and backward: ((products, traffic, calls, tensor, pipeline) seconds, bytes sent)."""
-    tensor, width = work.layout.tensor, work.micro_batch
+    """Of one micro-batch, forward and backward: ((products, traffic, calls, tensor, context, pipeline) seconds, bytes
+    sent along the last three)."""
+    tensor, parts = work.layout.tensor, work.layout.context
+    width = work.micro_batch / parts  # sequences that a rank has tokens for
     passes = 4 if work.checkpointing else 3
     inner, outer = stage.blocks, stage.outside
     operations = width * (passes * inner.flops + 3 * outer.flops) / tensor
@@ -305,14 +317,20 @@ def _micro_batch(shapes, stage, machine, work):
             summed = ((passes - 1) * inner.sums + gathers * inner.gathered + ends * shapes.boundary) / 2
             meetings = inner.meetings * (passes - 1 + gathers) / 2 + ends + outer.meetings
         met_bytes = 2 * (tensor - 1) / tensor * width * (summed + outer.sums + outer.sums_back)
-        met = met_bytes / bandwidth(machine, work, tensor, 1) + meetings * LATENCY_S * math.log2(tensor)
+        met = met_bytes / bandwidth(machine, work, (tensor, 1)) + meetings * LATENCY_S * math.log2(tensor)
+    shared = shared_bytes = 0.0
+    if parts > 1:
+        times = passes - 2 + 1  # each forward pass, and the gradients
+        shared_bytes = times * (parts - 1) * width * inner.keys / tensor
+        shared = shared_bytes / bandwidth(machine, work, (parts, tensor))
+        shared += times * inner.attentions * LATENCY_S * math.log2(parts)
     passed = passed_bytes = 0.0
     if work.layout.pipeline > 1:
         passed_bytes = 2 * width * shapes.boundary * work.stages_per_rank / (tensor if work.sequence else 1)
-        near = work.layout.pipeline * tensor <= work.node
+        near = work.layout.pipeline * parts * tensor <= work.node
         rate = machine.link if near else machine.network * max(1, work.node / tensor)
         passed = passed_bytes / (LINK * min(rate, machine.link)) + 2 * work.stages_per_rank * LATENCY_S
-    return (products, traffic, calls, met, passed), (met_bytes, passed_bytes)
+    return (products, traffic, calls, met, shared, passed), (met_bytes, shared_bytes, passed_bytes)
 
 
 def _weights_traffic(part, work):
@@ -325,7 +343,7 @@ def _weights_traffic(part, work):
 def _data(machine, work, parameters, computing):
     """(seconds that are not hidden, bytes sent) along the data axis in a step. computing: of one micro-batch."""
     made, many = work.layout, work.micro_batches
-    stride = made.pipeline * made.tensor
+    stride = made.pipeline * made.context * made.tensor
     weights, gradients = work.weight * parameters, work.travelling * parameters
     gathers, scatters, beside = {
         "none": (0, 0, 2 / 3),
@@ -340,12 +358,14 @@ def _data(machine, work, parameters, computing):
     if made.shard > 1:
         part = (made.shard - 1) / made.shard
         sent += part * (gathers * weights + scatters * gradients)
-        seconds += sent / bandwidth(machine, work, made.shard, stride)
+        seconds += sent / bandwidth(machine, work, (made.shard, stride))
         seconds += (gathers + scatters) * LATENCY_S * math.log2(made.shard)
-    if made.replicate > 1:
+    copies = made.replicate * made.context
+    if copies > 1:
         times = 1 if made.shard == 1 else scatters
-        summed = times * 2 * (made.replicate - 1) / made.replicate * gradients / made.shard
+        summed = times * 2 * (copies - 1) / copies * gradients / made.shard
         sent += summed
-        seconds += summed / bandwidth(machine, work, made.replicate, stride * made.shard)
-        seconds += times * LATENCY_S * math.log2(made.replicate)
+        axes = (made.replicate, stride * made.shard), (made.context, made.tensor)
+        seconds += summed / bandwidth(machine, work, *axes)
+        seconds += times * LATENCY_S * math.log2(copies)
     return max(0.0, seconds - OVERLAP * beside * computing), sent

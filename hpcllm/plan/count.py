@@ -39,7 +39,7 @@ def count(make, tokens, targets=None, precision="fp32", gpu=True):
         more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
         more |= {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
         half = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-        real = _AsWithNumbers(gpu, not model.config.is_encoder_decoder)
+        real = _AsWithNumbers(gpu, not model.config.is_encoder_decoder, watch.attend)
         with watch, torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda kept: kept), half, real:
             logits = model(input_ids=ids, **more).logits
     return watch.shapes(tokens, logits.numel() / _ROWS)
@@ -48,15 +48,17 @@ def count(make, tokens, targets=None, precision="fp32", gpu=True):
 class _AsWithNumbers(TorchFunctionMode):
     """Makes operations keep what they would keep if there were numbers, and as a GPU does where that is meant."""
 
-    def __init__(self, gpu, alone):
-        """gpu: attention without its matrix, dropout with a byte a number; alone: there is but one stack of layers."""
+    def __init__(self, gpu, alone, attend):
+        """gpu: attention without its matrix, dropout with a byte a number; alone: there is but one stack of layers;
+        attend(query, key, value, masked): is told of each attention."""
         super().__init__()
-        self._gpu, self._alone = gpu, alone
+        self._gpu, self._alone, self._attend = gpu, alone, attend
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         named = dict(named or {})
         if function is nn.functional.scaled_dot_product_attention:
             mask = named.get("attn_mask")
+            self._attend(*arguments[:3], mask is not None or named.get("is_causal", False))
             if self._alone and mask is not None and not mask.requires_grad:
                 # transformers leaves out a mask that only says "causal", but not where it cannot look into it.
                 named |= {"attn_mask": None, "is_causal": True}
@@ -89,6 +91,8 @@ class _Watch(TorchDispatchMode):
         self._follow_blocks(model)
         self._follow_regions(model)
         self._follow_words(model, targets)
+        heads = getattr(model.config, "num_attention_heads", 1)
+        self._copied = heads // (getattr(model.config, "num_key_value_heads", None) or heads)  # keys that queries share
         for module in model.modules():
             module.register_forward_pre_hook(self._use)
 
@@ -124,8 +128,10 @@ class _Watch(TorchDispatchMode):
         for _, module, how in found:
             divided = [module.weight] if how in ("row", "heads") else module.parameters(recurse=False)
             self._cut.update(id(parameter) for parameter in divided)
-            if how == "row":
+            if how in ("row", "experts"):
                 module.register_forward_hook(self._leave)
+            if how == "experts":
+                module.register_forward_pre_hook(self._enter, with_kwargs=True)
         for name in dict.fromkeys(name.rpartition(".")[0] for name, _, how in found if how in ("column", "packed")):
             model.get_submodule(name).register_forward_pre_hook(self._enter, with_kwargs=True)
 
@@ -157,6 +163,15 @@ class _Watch(TorchDispatchMode):
         self._now["sums_back"] += _bytes(tensors[0])
         self._now["meetings"] += 1
         self._inside = True
+
+    def attend(self, query, key, value, masked):
+        numbers, both = key.numel() + value.numel(), max(key.element_size(), value.element_size())
+        kind = key.device.type  # products take their arguments in another precision where that is on
+        size = torch.get_autocast_dtype(kind).itemsize if torch.is_autocast_enabled(kind) else both
+        self._now["attended"] += numbers * size
+        self._now["keys"] += numbers * both / (self._copied if key.shape[1] == query.shape[1] else 1)
+        self._now["masks"] += masked * _ROWS * query.shape[-2] * key.shape[-2] * size
+        self._now["attentions"] += 1
 
     def _leave(self, module, given, left):
         self._now["sums"] += _bytes(left)
@@ -228,7 +243,7 @@ class _Watch(TorchDispatchMode):
 
 def _of_one(part):
     """The Part of one sequence."""
-    whole = ("parameters", "cut", "copies", "copies_cut", "meetings", "calls")
+    whole = ("parameters", "cut", "copies", "copies_cut", "meetings", "calls", "attentions")
     return Part(**{name: value if name in whole else value / _ROWS for name, value in part.items()})
 
 

@@ -9,6 +9,7 @@ _PARTS = {
     "traffic": "memory traffic of activations and weights",
     "calls": "telling the GPU one small operation after another",
     "tensor": "sums over the tensor axis",
+    "context": "keys and values of other parts of sequences",
     "pipeline": "messages between stages",
     "bubble": "idle time of the pipeline",
     "data": "gradients and weights on the data axis",
@@ -49,6 +50,7 @@ def summary(option, config, shapes, machine, nodes):
         "memory_bytes": option.memory.total,
         "data_bytes": option.volume.data,
         "tensor_bytes": option.volume.tensor,
+        "context_bytes": option.volume.context,
         "pipeline_bytes": option.volume.pipeline,
         "bubble": option.time.bubble / option.time.step,
         "node_hours": hours * nodes,
@@ -57,21 +59,21 @@ def summary(option, config, shapes, machine, nodes):
 
 
 def _table(config, shapes, machine, nodes, options):
-    names = ("data", "tensor", "seq", "pipe", "sharding", "micro", "ckpt", "schedule", "GiB", "step s", "tokens/s",
-             "MFU", "idle", "GB/step data", "tensor", "pipe", "node-h", "kWh")  # fmt: skip
+    names = ("data", "tensor", "seq", "ctx", "pipe", "sharding", "micro", "ckpt", "schedule", "GiB", "step s",
+             "tokens/s", "MFU", "idle", "GB/step data", "tensor", "ctx", "pipe", "node-h", "kWh")  # fmt: skip
     rows = [names]
     for option in options:
         work, told = option.work, summary(option, config, shapes, machine, nodes)
         made = work.layout
         how = {"1f1b": "1f1b", "interleaved": f"interl. {work.stages_per_rank}", "zero_bubble": "zero bub."}
         rows.append((
-            str(made.data), str(made.tensor), "yes" if work.sequence else "no", str(made.pipeline), work.sharding,
-            str(work.micro_batch), "yes" if work.checkpointing else "no",
+            str(made.data), str(made.tensor), "yes" if work.sequence else "no", str(made.context), str(made.pipeline),
+            work.sharding, str(work.micro_batch), "yes" if work.checkpointing else "no",
             how[work.schedule] if made.pipeline > 1 else "-",
             _short(told["memory_bytes"] / GiB), _short(told["step_s"]), _short(told["tokens_per_s"]),
             f"{told['mfu']:.0%}", f"{told['bubble']:.0%}", _short(told["data_bytes"] / 1e9),
-            _short(told["tensor_bytes"] / 1e9), _short(told["pipeline_bytes"] / 1e9), _short(told["node_hours"]),
-            _short(told["energy_kwh"]),
+            _short(told["tensor_bytes"] / 1e9), _short(told["context_bytes"] / 1e9),
+            _short(told["pipeline_bytes"] / 1e9), _short(told["node_hours"]), _short(told["energy_kwh"]),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from .. import config as run_file
 from ..errors import UsageError
-from ..parallel import apply, mesh
+from ..parallel import apply, context, mesh
 from . import cost
 
 USABLE = 0.9
 """Part of a GPU's memory that a run may fill: drivers, libraries' buffers and a fragmented heap need the rest."""
 SAME = 1.05
 """Times within this ratio of the fastest count as equal, for the model is no surer: the simplest comes first."""
+
+PART = 1024
+"""Tokens of a sequence that a rank has at least: where there are fewer, other axes divide as much and talk less."""
 
 SHARDINGS = ("none", "optimizer", "gradients", "full", "hybrid")
 
@@ -32,7 +35,7 @@ class Option:
     def place(self):
         """Options that differ in nothing but micro-batches, checkpointing, slices and the schedule share this."""
         made = self.work.layout
-        return made.data, made.tensor, made.pipeline, self.work.sharding
+        return made.data, made.tensor, made.context, made.pipeline, self.work.sharding
 
     @property
     def tokens_per_s(self):
@@ -42,7 +45,7 @@ class Option:
     def simplicity(self):
         """Fewer axes, less sharding, no checkpointing, no slices, then larger micro-batches come first."""
         made, kind = self.work.layout, self.work
-        axes = sum(size > 1 for size in (made.tensor, made.pipeline))
+        axes = sum(size > 1 for size in (made.tensor, made.context, made.pipeline))
         sharding, schedule = SHARDINGS.index(kind.sharding), kind.schedule != "1f1b"
         return axes, sharding, kind.checkpointing, kind.sequence, schedule, -kind.micro_batch
 
@@ -72,11 +75,12 @@ def search(config, model_config, shapes, machine, nodes, per_node):
         refused[kind] += 1
         examples.setdefault(kind, str(reason))
 
-    for parallel in _sections(len(hosts), nodes, len(shapes.blocks)):
+    parts = _parts(model_config, shapes.tokens)
+    for parallel in _sections(len(hosts), nodes, len(shapes.blocks), parts):
         try:
             first = _with(config, parallel, {})
             layout = mesh.layout(first.parallel, hosts)
-            apply.check(model_config, layout, first.parallel.stages_per_rank)
+            apply.check(model_config, layout, first.parallel.stages_per_rank, first.parallel.sequence)
         except UsageError as error:
             refuse(error)
             continue
@@ -120,17 +124,27 @@ def best_of_each_place(options):
     return list(kept.values())
 
 
-def _sections(size, nodes, blocks):
+def _parts(model_config, tokens):
+    """Ranks that may share a sequence: powers of two, 1 alone where sequences are short or the model is refused."""
+    try:
+        context.check(model_config)
+    except UsageError:
+        return [1]
+    return [1 << power for power in range(max(1, tokens // PART).bit_length()) if tokens % (2 << power) == 0] or [1]
+
+
+def _sections(size, nodes, blocks, parts):
     """Values for [parallel], defaults left out where they may be."""
-    for tensor in _divisors(size):
+    for tensor, shared in itertools.product(_divisors(size), parts):
         for pipeline in _divisors(size // tensor):
-            if pipeline > blocks:
+            data, rest = divmod(size // tensor // pipeline, shared)
+            if pipeline > blocks or rest:
                 continue
-            data = size // tensor // pipeline
             kinds = [kind for kind in SHARDINGS if kind == "none" or data > 1]
             kinds, slices = kinds if nodes > 1 else kinds[:4], (False, True) if tensor > 1 else (False,)
+            axes = {"tensor": tensor, "pipeline": pipeline, "context": shared}
             for sharding, sequence, how in itertools.product(kinds, slices, _schedules(pipeline, blocks)):
-                yield {"tensor": tensor, "sequence": sequence, "pipeline": pipeline, "sharding": sharding, **how}
+                yield {**axes, "sequence": sequence, "sharding": sharding, **how}
 
 
 def _schedules(pipeline, blocks):

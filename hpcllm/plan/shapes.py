@@ -16,7 +16,9 @@ class Part:
     activation checkpointing; sums, sums_back: bytes summed over the tensor axis in forward and backward; meetings: how
     many such sums; calls: operations that a GPU is told one by one; entered, traffic_entered: what of saved and traffic
     is of what enters regions, which is whole there even if ranks hold slices between them; gathered: bytes of it, those
-    of each region once, in the precision of the products.
+    of each region once, in the precision of the products; attended: bytes of keys and values as attention takes them;
+    masks: of a mask that says which token sees which; keys: of keys and values before they are copied for the queries
+    that share them, as they travel over the context axis; attentions: how many there are.
     """
 
     parameters: float = 0
@@ -36,6 +38,10 @@ class Part:
     entered: float = 0
     traffic_entered: float = 0
     gathered: float = 0
+    attended: float = 0
+    masks: float = 0
+    keys: float = 0
+    attentions: int = 0
 
     def __add__(self, other):
         return Part(*map(add, dataclasses.astuple(self), dataclasses.astuple(other)))
@@ -44,16 +50,18 @@ class Part:
         """Parameters of one of `ranks` ranks of a tensor axis."""
         return self.parameters - self.cut + self.cut / ranks
 
-    def kept(self, ranks, sliced=False, again=False):
-        """Bytes of activations that one of `ranks` ranks of a tensor axis keeps, a sequence.
+    def kept(self, ranks, parts=1, sliced=False, again=False):
+        """Bytes of activations that one of `ranks` ranks of a tensor axis keeps, a sequence in `parts` parts.
 
-        sliced: each has a slice of the sequence between regions; again: computed once more, so that it keeps what it
-        has gathered.
+        Where there are several, a rank keeps the keys and values of all of them, and a mask that says which is where.
+        sliced: each has a slice of its part between regions; again: computed once more, so that it keeps what it has
+        gathered.
         """
+        whole = (parts > 1) * (self.attended * (1 - 1 / parts) / ranks + self.masks / parts)
         if not sliced:
-            return self.saved + self.saved_cut / ranks
+            return (self.saved + self.saved_cut / ranks) / parts + whole
         gathered = self.gathered * (ranks if again else 1)
-        return (self.saved - self.entered + gathered + self.saved_cut) / ranks
+        return (self.saved - self.entered + gathered + self.saved_cut) / ranks / parts + whole
 
     def moved(self, ranks, sliced=False):
         """Bytes of activations that the operations of one of `ranks` ranks of a tensor axis read and write."""

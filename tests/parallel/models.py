@@ -28,6 +28,13 @@ def config(family, dropout=0.0, layers=2, **changes):
     elif family == "t5":
         given = {"d_model": 24, "d_kv": 2, "d_ff": 50, "num_layers": layers, "num_heads": 12, "dropout_rate": dropout}
         given |= {"decoder_start_token_id": 0, "pad_token_id": 0}
+    elif family in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        given = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 4}
+        given |= {"intermediate_size": 24, "max_position_embeddings": 32, "attention_dropout": dropout}
+        # Large weights, or what experts give would be lost in the tolerance.
+        given |= {"num_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.2}
+        given |= {} if family == "mixtral" else {"moe_intermediate_size": 24}
+        given |= {"shared_expert_intermediate_size": 24} if family == "qwen2_moe" else {}
     else:
         given = {"hidden_size": 48, "num_hidden_layers": layers, "num_attention_heads": 24, "num_key_value_heads": 12}
         given |= {"intermediate_size": 50, "max_position_embeddings": 32, "attention_dropout": dropout}

@@ -11,6 +11,7 @@ from hpcllm.errors import UsageError
 from hpcllm.parallel import context
 from hpcllm.parallel import mesh as meshes
 from hpcllm.parallel.apply import check
+from hpcllm.plan import count
 
 pytestmark = pytest.mark.mpi
 in_pairs = pytest.mark.skipif(SIZE % 2 > 0, reason="needs ranks in pairs")
@@ -85,6 +86,27 @@ def test_parts_of_a_sequence_drop_other_activations_and_the_same_when_computed_a
     without, _ = models.train_alone(family)
     assert 1e-3 < largest_difference(told[0], without) < 0.5
     assert len(set(drawn[0])) == SIZE // tensor
+
+
+@in_pairs
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_ranks_keep_what_the_planner_counts(world, family):
+    length, size, kept = 64, SIZE, {}
+    longer = {"n_positions": length} if family == "gpt2" else {"max_position_embeddings": length}
+    placed = place(world, models.build(family, **longer), context=size)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in placed.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    given = {**models.inputs(family, 1), "input_ids": torch.ones(models.ROWS, length, dtype=torch.int64)}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        placed.model(**context.inputs(given, placed.mesh))
+    bytes_kept = sum(storage.nbytes() for at, storage in kept.items() if at not in weights) / models.ROWS
+    counted = count.count(lambda: models.outline(family, **longer).train(), length, gpu=False)
+    predicted = sum(part.kept(1, size) for part in (counted.first, *counted.blocks, counted.last))
+    assert predicted == pytest.approx(bytes_kept, rel=0.1)
 
 
 @in_pairs

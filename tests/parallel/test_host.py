@@ -41,6 +41,20 @@ def test_losses_norms_and_weights_are_those_of_one_process(world, domains, famil
     check_weights(placed, weights)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_experts_are_divided_as_other_weights_are(world, domains, family, checkpointing):
+    """Their stacks of matrices by rows of stacks: by experts."""
+    expected, weights = models.train_alone(family)
+    placed = place(world, models.build(family), checkpointing, sharding="host")
+    assert largest_difference(train(placed), expected) < 1e-5
+    check_weights(placed, weights)
+    stacks = [len(part) for name, part in placed.named_parameters() if name.endswith("experts.down_proj")]
+    held = torch.tensor(sum(stacks))
+    dist.all_reduce(held)
+    assert len(stacks) == 2 and held == 2 * 4
+
+
 def test_there_is_one_copy_and_every_row_is_updated_by_one_rank(world, domains):
     placed = place(world, models.build("bert"), sharding="host")
     near = placed.one_copy._near
@@ -172,6 +186,13 @@ def test_where_it_cannot_be_it_is_refused_and_auto_is_none(world, changes, sente
     assert host.resolve(parallel(sharding="auto", **changes), world).sharding == "none"
     assert host.resolve(parallel(sharding="auto"), world).sharding == "host"
     assert host.resolve(parallel(sharding="full"), world).sharding == "full"
+
+
+def test_blocks_that_are_compiled_have_weights_of_their_own(world):
+    with pytest.raises(UsageError, match=r'sharding = "host" goes with train\.compile = false') as refusal:
+        host.resolve(parallel(sharding="host"), world, compile_blocks=True)
+    assert refusal.value.agreed
+    assert host.resolve(parallel(sharding="auto"), world, compile_blocks=True).sharding == "none"
 
 
 def test_a_parameter_that_is_one_number_is_refused(world):

@@ -6,7 +6,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import LlamaForCausalLM, MixtralConfig, XLNetConfig
+from transformers import LlamaForCausalLM, XLNetConfig
 
 from hpcllm.config import Parallel
 from hpcllm.errors import UsageError
@@ -18,6 +18,7 @@ from hpcllm.parallel.apply import apply, check
 from hpcllm.parallel.apply import whole as apply_whole
 from hpcllm.parallel.balance import balance
 from hpcllm.parallel.regions import OwnRandomness
+from hpcllm.tasks import causal_lm
 
 pytestmark = pytest.mark.mpi
 SIZE = launcher.find()[1]
@@ -46,7 +47,7 @@ def built(layout, world):
 def place(world, model, activation_checkpointing=False, source=None, low_precision=False, **changes):
     section = parallel(**changes)
     mesh = built(meshes.layout(section, HOSTS), world)
-    check(model.config, mesh.layout, section.stages_per_rank)
+    check(model.config, mesh.layout, section.stages_per_rank, section.sequence)
     return apply(model, mesh, section, activation_checkpointing, source=source, low_precision=low_precision)
 
 
@@ -327,5 +328,95 @@ def test_a_model_that_does_more_than_its_plan_says_is_refused(world):
 
 
 def test_a_plan_with_ways_to_cut_that_are_not_ours_is_refused():
-    with pytest.raises(UsageError, match="the plan of mixtral needs moe_tp_experts, packed_colwise"):
-        check(MixtralConfig(), meshes.Layout(1, 1, 1, 1, 2))
+    with pytest.raises(UsageError, match="the plan of qwen3_moe needs replicated_with_grad_allreduce"):
+        check(models.config("qwen3_moe"), meshes.Layout(1, 1, 1, 1, 2))
+
+
+EXPERTS = [
+    how
+    for how in (
+        {},
+        {"sharding": "full"},
+        {"tensor": 2},
+        {"tensor": 4},
+        {"tensor": 2, "sharding": "optimizer"},
+        {"tensor": 2, "sharding": "full"},
+        {"pipeline": 2},
+        {"pipeline": 2, "pipeline_schedule": "zero_bubble"},
+        {"pipeline": 2, "tensor": 2},
+        {"context": 2},
+        {"context": 2, "tensor": 2},
+    )
+    if SIZE % (how.get("tensor", 1) * how.get("pipeline", 1) * how.get("context", 1)) == 0
+]
+
+
+@pytest.mark.parametrize("how", EXPERTS, ids=str)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_experts_that_ranks_share_out_give_the_same(world, family, how):
+    expected, weights = models.train_alone(family)
+    placed = place(world, models.build(family), **how)
+    assert largest_difference(train(placed), expected) < 1e-5
+    check_weights(placed, weights)
+    stacks = [p for name, p in placed.named_parameters() if name.endswith("experts.down_proj")]
+    assert {len(stack) for stack in stacks} == {4 // how.get("tensor", 1)}
+
+
+@pytest.mark.skipif(len(TENSOR) < 2, reason="needs ranks that share layers")
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("kind", ["grouped_mm", "batched_mm"])
+def test_experts_whom_no_token_has_chosen_hold_nobody_up(world, kind, again):
+    def build():
+        model = models.build("mixtral", num_experts_per_tok=1, experts_implementation=kind)
+        for layer in model.model.layers:
+            with torch.no_grad():  # the first or the second is always the best
+                layer.mlp.gate.weight[1], layer.mlp.gate.weight[2:] = -layer.mlp.gate.weight[0], 0.0
+            layer.mlp.gate.weight.requires_grad_(False)
+        return model
+
+    alone, placed = apply_whole(build()), place(world, build(), again, tensor=2)
+    for one in (alone, placed):  # the same samples on all ranks, so the sum of their gradients is divided
+        one.step(range(3), models.work("mixtral"), 10 * one.mesh.layout.data)
+    assert placed.clip_gradients(0) == pytest.approx(alone.clip_gradients(0), rel=1e-5)
+
+
+@pytest.mark.skipif(len(TENSOR) < 2, reason="needs ranks that share layers")
+def test_experts_that_are_computed_one_by_one_are_refused(world):
+    with pytest.raises(UsageError, match="mixtral computes its experts one by one here"):
+        place(world, models.build("mixtral", experts_implementation="eager"), tensor=2)
+
+
+@pytest.mark.parametrize("tensor", TENSOR)
+def test_how_unevenly_experts_are_used_is_part_of_the_loss(world, tensor):
+    """As transformers counts it for each micro-batch."""
+    how = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
+    model, given = models.build("mixtral", **how), models.inputs("mixtral", 1)
+    labels = given["input_ids"].roll(-1, 1)
+    plain = torch.nn.functional.cross_entropy(model(**given).logits.flatten(0, 1), labels.flatten())
+    expected = plain + 0.3 * model(**given).aux_loss
+    expected.backward()
+    work = dataclasses.replace(
+        models.work("mixtral"), loss=lambda net, number: causal_lm.loss_sum(net, given, labels)[0]
+    )
+    for again in (False, True):
+        placed = place(world, models.build("mixtral", **how), again, tensor=tensor)
+        # The same samples on all ranks, so their sum is divided.
+        (loss,) = placed.step([1], work, labels.numel() * placed.mesh.layout.data)
+        assert loss / labels.numel() == pytest.approx(float(expected), rel=1e-6)
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+        assert placed.clip_gradients(0) == pytest.approx(norm, rel=1e-5)
+    scored, _ = causal_lm.loss_sum(models.build("mixtral", **how), given, labels, score=True)
+    assert float(scored) / labels.numel() == pytest.approx(float(plain), rel=1e-6)
+
+
+def test_what_is_counted_over_all_layers_and_tokens_is_refused_in_parts():
+    config = models.config("mixtral", output_router_logits=True)
+    check(config, meshes.Layout(2, 1, 1, 1, 2))
+    for layout, axis in ((meshes.Layout(1, 1, 2, 1, 1), "pipeline"), (meshes.Layout(1, 1, 1, 2, 1), "context")):
+        with pytest.raises(UsageError, match=f"parallel: {axis} and model.config.output_router_logits: how evenly"):
+            check(config, layout)
+    with pytest.raises(UsageError, match=r"tensor \(8\) does not divide the model's num_key_value_heads \(4\)"):
+        check(config, meshes.Layout(1, 1, 1, 1, 8))
+    config.num_key_value_heads = 8
+    with pytest.raises(UsageError, match=r"tensor \(8\) does not divide the model's num_local_experts \(4\)"):
+        check(config, meshes.Layout(1, 1, 1, 1, 8))

@@ -191,6 +191,13 @@ def test_lengths_that_ranks_do_not_divide_are_refused_with_the_numbers():
         run_file()
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_experts_which_take_tokens_of_all_slices_are_refused(world, family):
+    with pytest.raises(UsageError, match=f"sequence: experts of {family} take tokens of all slices; set sequence to f"):
+        place(world, models.build(family), tensor=2, sequence=True)
+    assert place(world, models.build(family), tensor=2).mesh.layout.tensor == 2
+
+
 @pytest.mark.parametrize("name", ["input_ids", "decoder_input_ids"])
 def test_a_sequence_that_ranks_do_not_divide_is_refused_with_the_numbers(world, name):
     placed, given = place(world, models.build("t5"), tensor=2, sequence=True), models.inputs("t5", 1)

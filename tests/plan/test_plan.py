@@ -1,6 +1,7 @@
 """The planner's numbers against published ones and closed formulas, and its choices. No ranks, no GPU."""
 
 import copy
+import dataclasses
 import functools
 import json
 import tomllib
@@ -49,8 +50,8 @@ def shapes(kind, family, tokens, precision="bf16", gpu=True, **given):
                        None, precision, gpu)  # fmt: skip
 
 
-def work(data=1, shard=1, pipeline=1, tensor=1, **more):
-    return cost.Work(mesh.Layout(data // shard, shard, pipeline, 1, tensor), 8, **{"micro_batch": 1, **more})
+def work(data=1, shard=1, pipeline=1, context=1, tensor=1, **more):
+    return cost.Work(mesh.Layout(data // shard, shard, pipeline, context, tensor), 8, **{"micro_batch": 1, **more})
 
 
 # --- what a model holds and does -----------------------------------------------------------------------------------
@@ -273,7 +274,8 @@ def test_the_bubble_is_that_of_the_schedule_played_through(schedule, stages):
 
 
 def test_bytes_on_the_axes_are_those_of_the_documentation():
-    one = Part(parameters=1000, cut=800, flops=1e9, entering=64, sums=100, sums_back=200, meetings=4, gathered=90)
+    one = Part(parameters=1000, cut=800, flops=1e9, entering=64, meetings=4)
+    one = dataclasses.replace(one, sums=100, sums_back=200, gathered=90, keys=80)
     counted = Shapes(Part(parameters=10), (one,) * 4, Part(parameters=10), 0, 0, 64, 32)
     a100, whole = machines.find("a100"), 4 * 4020
 
@@ -295,14 +297,52 @@ def test_bytes_on_the_axes_are_those_of_the_documentation():
     both = sent(tensor=4, sequence=True, pipeline=2)
     assert both.tensor == pytest.approx(3 * 2 * 3 / 4 * (2 * 100 + 3 * 90) + 3 * 3 / 4 * 4 * 64)
     assert both.pipeline == 3 * 2 * 64 / 4
+    # A part is a fourth, which goes to three others: keys and values in forward, their gradients in backward.
+    assert sent(context=4).context == 3 * 4 * 2 * 3 * 80 / 4
+    assert sent(context=4, checkpointing=True).context == 3 * 4 * 3 * 3 * 80 / 4
+    assert sent(context=4, tensor=2).context == 3 * 4 * 2 * 3 * 80 / 4 / 2
+    assert sent(context=4, tensor=2).tensor == sent(tensor=2).tensor / 4
+    assert sent(context=4, pipeline=2).pipeline == 3 * 2 * 64 / 4
+    # Of a part there are slices.
+    both, slices = (sent(**size, tensor=4, pipeline=2, sequence=True) for size in ({"context": 2}, {}))
+    assert both.tensor == slices.tensor / 2 and both.pipeline == slices.pipeline / 2
+    assert both.context == sent(context=2, tensor=4, pipeline=2).context == 3 * 2 * 2 * 80 / 2 / 4
+    assert sent(context=4).data == sent(data=4).data  # of the same weights
+    assert sent(context=2, data=4, shard=2, sharding="full").data == pytest.approx(3 * (3 / 2 + 2 * 3 / 4 / 2) * whole)
+
+
+def test_a_part_of_a_sequence_takes_as_much_less_but_keys_and_masks():
+    one = Part(saved=1000, saved_cut=4000, entering=64, attended=400, masks=96)
+    assert one.kept(2, 1) == 1000 + 2000
+    assert one.kept(2, 4) == (1000 + 2000) / 4 + 400 * 3 / 4 / 2 + 96 / 4
+    one = dataclasses.replace(one, entered=200, gathered=100)
+    assert one.kept(2, 4, True) == one.kept(2, 1, True) / 4 + 400 * 3 / 4 / 2 + 96 / 4
+    assert one.kept(2, 4, True, again=True) == one.kept(2, 4, True) + 100 / 2 / 4
+    counted = shapes(CAUSAL, "llama", 4096, num_hidden_layers=2)
+    whole, parts = (cost.memory(counted, work(context=context)) for context in (1, 4))
+    assert (parts.weights, parts.gradients, parts.optimizer) == (whole.weights, whole.gradients, whole.optimizer)
+    assert parts.logits == whole.logits / 4
+    whole, parts = (cost.time(counted, machines.find("a100"), work(context=context))[0] for context in (1, 4))
+    assert parts.products == whole.products / 4 and parts.context > 0 == whole.context
+
+
+def test_keys_that_queries_share_travel_once():
+    # Llama 3 8B: 8 heads of 128 numbers, keys and values; rotated keys are fp32, and both travel so; 32 heads attend in
+    # bf16. GPT-2 shares none and rotates none.
+    block = shapes(CAUSAL, "llama", 2048, **LLAMA_3_8B).blocks[1]
+    assert (block.keys, block.attended, block.attentions) == (2048 * 2 * 8 * 128 * 4, 2048 * 2 * 32 * 128 * 2, 1)
+    assert block.masks == 2048**2 * 2
+    block = shapes(CAUSAL, "gpt2", 512, **SMALL).blocks[1]
+    assert block.keys == block.attended == 512 * 2 * 256 * 2
 
 
 def test_a_ring_over_nodes_is_as_fast_as_its_share_of_the_network():
     a100 = machines.find("a100")
 
     def share(size, stride):
-        return cost.bandwidth(a100, work(), size, stride) / cost.LINK
+        return cost.bandwidth(a100, work(), (size, stride)) / cost.LINK
 
+    assert cost.bandwidth(a100, work(), (4, 4), (2, 2)) == share(8, 2) * cost.LINK  # of a node 2 x 2 ranks
     assert share(8, 1) == a100.link
     assert share(16, 1) == 8 * a100.network  # all adapters of a node carry one ring
     assert share(16, 8) == a100.network
@@ -354,6 +394,28 @@ def test_every_layout_that_is_offered_would_run():
         assert option.config.train.accumulation(layout.data) == option.work.micro_batches >= layout.pipeline
         assert option.memory.total <= search.USABLE * machines.find("a100").memory
         assert option.volume.data >= 0 and option.time.step > 0
+
+
+def test_sequences_are_shared_out_where_they_are_long_and_the_model_allows():
+    def shared(tokens, made=None):
+        return search._parts(made or AutoConfig.for_model("llama"), tokens)
+
+    assert shared(1024) == shared(2047) == [1] and shared(4096) == [1, 2, 4] and shared(3 * 4096) == [1, 2, 4, 8]
+    assert shared(2050) == [1]  # four chunks do not divide it
+    assert shared(4096, AutoConfig.for_model("t5")) == [1]
+
+
+def test_a_sequence_that_is_too_long_for_a_gpu_is_shared_out():
+    model = "model.config={model_type='llama', max_position_embeddings=131072, num_hidden_layers=8, "
+    model += "num_attention_heads=2, num_key_value_heads=2, hidden_size=2048, intermediate_size=8192}"
+    long = [model, "train.sequence_length=65536", "train.global_batch_size=1"]
+    found = searched(load(*long), "a100", 1, 8)
+    best = found.options[0].work.layout
+    assert best.context > 1 and best.data * best.pipeline == 1
+    assert {True, False} == {option.work.sequence for option in found.options if option.work.layout.context == 4}
+    assert all(option.work.layout.size == 8 for option in found.options)
+    for option in found.options:
+        assert option.config.parallel.context == option.work.layout.context
 
 
 def test_a_model_that_fits_is_left_whole():

@@ -1,0 +1,29 @@
+"""torch.compile of a model's repeated layers, each by itself: alike ones share code, and what is between them stays.
+
+Weights keep their names, and hooks of FSDP2 run between compiled parts as they do between modules.
+"""
+
+import os
+
+import torch
+
+from ..errors import UsageError
+from .sharding import blocks
+
+
+def require(device):
+    """Raise UsageError where torch.compile has not what it needs on `device`: a C++ compiler, Triton, a folder."""
+    unlike = int.from_bytes(os.urandom(6))  # any before, so that no cache answers for the compiler
+    try:
+        torch.compile(lambda numbers: numbers.sin() + unlike)(torch.ones(8, device=device))
+    except Exception as error:
+        why = str(error).strip().splitlines()[0]
+        raise UsageError(f"train: compile: torch.compile does not work on this host ({why}); set it to false") from None
+
+
+def compile_blocks(model):
+    """Have each block of `model` compiled when it first runs, in place."""
+    # Blocks are the pieces that gradients come in; DDP need not have them cut further, and it cannot cut recomputation.
+    torch._dynamo.config.optimize_ddp = False
+    for block in blocks(model):
+        block.compile()
