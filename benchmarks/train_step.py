@@ -18,7 +18,7 @@ import sys
 
 from . import jobs
 
-KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 # name: (ranks or None for all, arguments of step_of, environment)
 WAYS = {
     "hpcllm": (None, ["hpcllm"], {}),
@@ -40,9 +40,10 @@ def measure(name, ranks, rows, precision):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         command += ["-m", "benchmarks.step_of", *arguments]
-        text = subprocess.run(
-            command, env=environment, cwd=jobs.ROOT, capture_output=True, text=True, check=True
-        ).stdout
+        done = subprocess.run(command, env=environment, cwd=jobs.ROOT, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-9000:]}")
+        text = done.stdout
     return json.loads(next(line for line in text.splitlines() if line.startswith("{")))
 
 
