@@ -6,7 +6,8 @@ A GPT-2 of 27 M parameters, `rows` sequences of 256 tokens a rank, AdamW, no dro
 rank. Every round starts each way anew, one after the other, and takes 12 steps after 3; a way's figure of a round is
 its best step, a ratio that of two figures of one round; medians of rounds (smallest to largest). "as documented" is
 DDP and AdamW with what they do by themselves, "tuned" with gradient_as_bucket_view, static_graph and fused; "keep" has
-the C library keep freed memory, as hpcllm does by itself. One rank alone is hpcllm with no other beside it.
+the C library keep freed memory, as hpcllm does by itself, "large pages" has it and torch ask for them, as hpcllm and
+slurm/site.sh do. One rank alone is hpcllm with no other beside it.
 """
 
 import argparse
@@ -19,11 +20,13 @@ import sys
 from . import jobs
 
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
+LARGE = {"THP_MEM_ALLOC_ENABLE": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # name: (ranks or None for all, arguments of step_of, environment)
 WAYS = {
     "hpcllm": (None, ["hpcllm"], {}),
     "hpcllm, sharding none": (None, ["hpcllm", "--sharding", "none"], {}),
     "DDP + Gloo, tuned, keep": (None, ["ddp", "--tuned"], KEEP),
+    "DDP + Gloo, tuned, keep, large pages": (None, ["ddp", "--tuned"], KEEP | LARGE),
     "DDP + Gloo, tuned": (None, ["ddp", "--tuned"], {}),
     "DDP + Gloo, as documented, keep": (None, ["ddp"], KEEP),
     "DDP + Gloo, as documented": (None, ["ddp"], {}),
@@ -57,12 +60,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     arguments = parser.parse_args()
     print(f"{arguments.ranks} ranks, {arguments.precision}, {jobs.versions()}; {arguments.rounds} rounds", flush=True)
     for rows in arguments.rows:
-        found = {name: [] for name in WAYS}
+        found = {name: [] for name in dict.fromkeys(["hpcllm", *arguments.ways])}
         for _ in range(arguments.rounds):
-            for name in WAYS:
+            for name in found:
                 found[name].append(measure(name, arguments.ranks, rows, arguments.precision))
         best = {name: [1e3 * min(one["seconds"]) for one in rounds] for name, rounds in found.items()}
         print(f"\n{256 * rows} tokens a rank\n")
