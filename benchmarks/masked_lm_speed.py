@@ -42,7 +42,7 @@ MODEL = {
     "vocab_size": 30522,
 }
 RATE = 1e-4
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "THP_MEM_ALLOC_ENABLE": "1"}
 WAYS = ["hpcllm", "padded", "padded, kept", "grouped", "grouped, kept", "concatenated, kept"]
 
 
