@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-from .device import memory
+from .device import UNIT, memory
 
 SUM, AVG, PRODUCT, MIN, MAX = "SUM", "AVG", "PRODUCT", "MIN", "MAX"
 BAND, BOR, BXOR, PREMUL_SUM = "BAND", "BOR", "BXOR", "PREMUL_SUM"
@@ -199,6 +199,16 @@ def exchange(comm, send, send_counts, receive, receive_counts):
         [memory(send), [n * size for n in send_counts], MPI.BYTE],
         [memory(receive), [n * size for n in receive_counts], MPI.BYTE],
     )
+
+
+def gather_in_place(comm, whole, counts):
+    """Each rank's part of the contiguous tensor `whole`, `counts` elements one after the other, goes to all ranks."""
+    step, unit = CHUNK_BYTES // whole.element_size(), UNIT[whole.element_size()]
+    starts = [sum(counts[:rank]) for rank in range(comm.size)]
+    for offset in range(0, max(counts), step):  # MPI-3's counts are C ints
+        now = [max(0, min(count - offset, step)) for count in counts]
+        places = [start + offset if length else 0 for start, length in zip(starts, now, strict=True)]
+        comm.Allgatherv(MPI.IN_PLACE, [memory(whole), now, places, unit])
 
 
 def shares(length, size):

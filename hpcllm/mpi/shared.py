@@ -13,7 +13,7 @@ within a host.
 import torch
 from mpi4py import MPI
 
-from . import choose, host, peers, reduce
+from . import choose, host, numa, peers, reduce
 from .reduce import AVG, PREMUL_SUM, SUM
 
 # Of fewer bytes from all ranks of a host together, each rank sums everything itself, which saves a meeting; from so
@@ -49,6 +49,43 @@ def arrange(comm, local=None):
     return Shared(
         comm, memory, across, [list(row) for row in zip(*table, strict=True)], reached if everywhere else None
     )
+
+
+def near(comm):
+    """Shared of the ranks of `comm` that are near each other: on one host or, where it has several, one NUMA node.
+
+    Collective.
+    """
+    local, node = comm.Split_type(MPI.COMM_TYPE_SHARED), numa.own_node()
+    if comm.allreduce(local.size, MPI.MAX) == 1:
+        local.Free()
+        return Single(comm)
+    sharing = local.Split(0 if node is None else 1 + node)
+    places = comm.allgather((node, sharing.size))
+    if all(node is not None and size == sharing.size > 1 for node, size in places):
+        local.Free()
+        return arrange(comm, sharing)
+    sharing.Free()
+    return arrange(comm, local)
+
+
+class Single:
+    """As Shared, for ranks that have their host to themselves."""
+
+    def __init__(self, comm):
+        self.rank, self.size, self.me, self.local_size = comm.rank, comm.size, 0, 1
+        self.here, self.table = [comm.rank], [[rank] for rank in range(comm.size)]
+        self.across = comm.Dup() if comm.size > 1 else None
+        self.memory = self.reached = self
+
+    def meet(self):
+        pass
+
+    def first(self, count, dtype):
+        return torch.empty(count, dtype=dtype)
+
+    def each(self, count, dtype):
+        return [torch.empty(count, dtype=dtype)]
 
 
 def _onward(kind):

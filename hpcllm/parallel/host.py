@@ -16,14 +16,12 @@ an embedding touches the rows that were looked up and no others.
 import itertools
 
 import torch
-from mpi4py import MPI
 from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from ..mpi import numa, reduce, shared, work
-from ..mpi.device import memory
+from ..mpi import reduce, shared, work
 from .pieces import Piece
 
 # Modules whose weights torch.autocast would turn into bfloat16 at every use.
@@ -62,40 +60,6 @@ def resolve(parallel, world, compile_blocks=False):
     if why and parallel.sharding == "host":
         raise UsageError(f'parallel: sharding = "host" {why}').known_to_all()
     return parallel.model_copy(update={"sharding": "none" if why else "host"})
-
-
-def _near(comm):
-    """shared.Shared of the ranks of `comm` that keep one copy: of a host or, where it has several, a NUMA node."""
-    local, node = comm.Split_type(MPI.COMM_TYPE_SHARED), numa.own_node()
-    if comm.allreduce(local.size, MPI.MAX) == 1:
-        local.Free()
-        return _Single(comm)
-    near = local.Split(0 if node is None else 1 + node)
-    places = comm.allgather((node, near.size))
-    if all(node is not None and size == near.size > 1 for node, size in places):
-        local.Free()
-        return shared.arrange(comm, near)
-    near.Free()
-    return shared.arrange(comm, local)
-
-
-class _Single:
-    """As shared.Shared, for ranks that have their host to themselves."""
-
-    def __init__(self, comm):
-        self.rank, self.size, self.me, self.local_size = comm.rank, comm.size, 0, 1
-        self.here, self.table = [comm.rank], [[rank] for rank in range(comm.size)]
-        self.across = comm.Dup() if comm.size > 1 else None
-        self.memory = self.reached = self
-
-    def meet(self):
-        pass
-
-    def first(self, count, dtype):
-        return torch.empty(count, dtype=dtype)
-
-    def each(self, count, dtype):
-        return [torch.empty(count, dtype=dtype)]
 
 
 class _Gradient:
@@ -169,7 +133,12 @@ class OneCopy:
         times at least; reduce_dtype: what gradients travel as between hosts, None for their own. Raises UsageError,
         the same on every rank, where there is not enough memory, and for parameters that are one number.
         """
-        self.place, self.comm, self._near, self._reduce_dtype = group.place, group.comm, _near(group.comm), reduce_dtype
+        self.place, self.comm, self._near, self._reduce_dtype = (
+            group.place,
+            group.comm,
+            shared.near(group.comm),
+            reduce_dtype,
+        )
         self._hosts, self._dirty = len(self._near.table), True
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
@@ -302,9 +271,8 @@ class OneCopy:
     def _publish(self):
         begin, end = self._of(0)[0], self._of(self._hosts - 1)[1]
         if self._near.across is not None:
-            sizes = [(stop - start) * self._weights.element_size() for start, stop in map(self._of, range(self._hosts))]
-            whole = memory(self._weights[begin:end])
-            self._near.across.Allgatherv(MPI.IN_PLACE, [whole, sizes, MPI.BYTE])
+            sizes = [stop - start for start, stop in map(self._of, range(self._hosts))]
+            reduce.gather_in_place(self._near.across, self._weights[begin:end], sizes)
         end = min(end, len(self._low))
         if begin < end:
             self._low[begin:end].copy_(self._weights[begin:end])

@@ -11,7 +11,7 @@ from test_layouts import SIZE, built, check_weights, largest_difference, paralle
 from torch import nn
 
 from hpcllm.errors import UsageError
-from hpcllm.mpi import numa
+from hpcllm.mpi import numa, reduce, shared
 from hpcllm.parallel import host
 from hpcllm.parallel import mesh as meshes
 from hpcllm.parallel.apply import apply
@@ -27,7 +27,8 @@ POSSIBLE = ["one host"] + ["two domains"] * (SIZE % 2 == 0 and SIZE > 2) + ["a r
 def domains(request, world, monkeypatch):
     monkeypatch.setattr(numa, "own_node", lambda: world.rank * 2 // SIZE if request.param == "two domains" else None)
     if request.param == "a rank each":
-        monkeypatch.setattr(host, "_near", host._Single)
+        monkeypatch.setattr(shared, "near", shared.Single)
+        monkeypatch.setattr(reduce, "CHUNK_BYTES", 1 << 10)  # as if there were more weights than MPI can count
     return DOMAINS[request.param]
 
 
