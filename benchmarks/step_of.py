@@ -11,7 +11,7 @@ import torch
 WARM_UP, TIMED = 3, 12
 
 
-def build(precision):
+def build():
     """The model of this benchmark, the same for all ways: a GPT-2 of 27 M parameters."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -52,7 +52,7 @@ def hpcllm(arguments):
     config = Config(**run, parallel=Parallel(sharding=arguments.sharding), train=plan)
     parallel = host.resolve(config.parallel, world)
     mesh = meshes.build(meshes.layout(parallel, world.comm.allgather(world.host)), world)
-    placed = apply(build(arguments.precision), mesh, parallel, low_precision=plan.precision == "bf16")
+    placed = apply(build(), mesh, parallel, low_precision=plan.precision == "bf16")
     adjust = optimizer.build(placed, plan)
 
     def step(number):
@@ -73,7 +73,7 @@ def ddp(arguments):
     before = memory()
     rank, size = dist.get_rank(), dist.get_world_size()
     tuned = {"gradient_as_bucket_view": True, "static_graph": True} if arguments.tuned else {}
-    model = DistributedDataParallel(build(arguments.precision), **tuned)
+    model = DistributedDataParallel(build(), **tuned)
     adjust = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, **({"fused": True} if tuned else {}))
     low = arguments.precision == "bf16"
 

@@ -109,11 +109,10 @@ class Collectives(dist.ProcessGroup):
                 row = _bytes(whole).view(1, -1)
                 sent, received = (row, None) if mine else (None, row)
                 staging.through_host(sent, received, lambda out, to: self._broadcast(to if out is None else out, root))
-                from_mpi(whole, tensor)
             else:
-                host = to_mpi(tensor, "Bcast", copy_in=root == self.comm.rank)
-                self._broadcast(host, root)
-                from_mpi(host, tensor)
+                whole = to_mpi(tensor, "Bcast", copy_in=root == self.comm.rank)
+                self._broadcast(whole, root)
+            from_mpi(whole, tensor)
         return Done(tensors)
 
     def _broadcast(self, host, root):

@@ -63,9 +63,7 @@ def apply(
         # Then, so that what is computed again is compiled too, and FSDP2's hooks are outside of what is.
         compiled.compile_blocks(model)
     pieces = {name: pieces.get(name, Piece(shape)) for name, shape in whole.items()}
-    inside = {id(parameter) for block in sharding.blocks(model) for parameter in block.parameters()}
-    sliced = [name for name, parameter in model.named_parameters()
-              if parallel.sequence and id(parameter) in inside and pieces[name].dim is None]  # fmt: skip
+    sliced = _of_slices(model, pieces) if parallel.sequence else ()
     # Then layers are dealt out, as they are: a part is a model like the whole.
     stages = layout.pipeline * parallel.stages_per_rank
     parts, shared = pipeline.take(model, stages, mesh, whole, targets) if stages > 1 else ([pipeline.alone(model)], {})
@@ -90,6 +88,14 @@ def apply(
         if stages == 1:
             return dataclasses.replace(placed, replica=data.replicate(model, mesh.gradients, reduce_dtype))
     return placed
+
+
+def _of_slices(model, pieces):
+    """Names of the parameters that are used on slices of sequences alone: those of blocks that are not cut."""
+    inside = {id(parameter) for block in sharding.blocks(model) for parameter in block.parameters()}
+    uncut = [name for name, piece in pieces.items() if piece.dim is None]
+    parameters = dict(model.named_parameters())
+    return [name for name in uncut if id(parameters[name]) in inside]
 
 
 def check(config, layout, stages_per_rank=1, sequence=False):

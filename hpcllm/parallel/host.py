@@ -133,12 +133,8 @@ class OneCopy:
         times at least; reduce_dtype: what gradients travel as between hosts, None for their own. Raises UsageError,
         the same on every rank, where there is not enough memory, and for parameters that are one number.
         """
-        self.place, self.comm, self._near, self._reduce_dtype = (
-            group.place,
-            group.comm,
-            shared.near(group.comm),
-            reduce_dtype,
-        )
+        self.place, self.comm, self._near = group.place, group.comm, shared.near(group.comm)
+        self._reduce_dtype = reduce_dtype
         self._hosts, self._dirty = len(self._near.table), True
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
@@ -156,7 +152,8 @@ class OneCopy:
         reached = self._near.reached
         self._weights, self._gradients = reached.first(length, torch.float32), reached.each(length, torch.float32)
         self._low = reached.first(max(1, low_length), torch.bfloat16)
-        if not all(self.comm.allgather(None not in (self._weights, self._gradients, self._low))):
+        there = all(memory is not None for memory in (self._weights, self._gradients, self._low))
+        if not all(self.comm.allgather(there)):
             raise UsageError(
                 f'parallel: sharding = "host": {length} weights once, and their gradients on each of '
                 f"{self._near.local_size} ranks, do not fit into the memory of a host"
@@ -178,6 +175,10 @@ class OneCopy:
         """Where the part begins and ends, among all weights, that this rank (or its counterpart on `host`) updates."""
         number = self._near.me * self._hosts + host
         return self._cuts[number], self._cuts[number + 1]
+
+    def _slice(self):
+        """Where what this rank and its counterparts on all hosts update begins and ends."""
+        return self._of(0)[0], self._of(self._hosts - 1)[1]
 
     def _divide(self, name, shape, old):
         row, length = shape[1:].numel(), shape.numel()
@@ -232,8 +233,7 @@ class OneCopy:
         for gradient in self._collected.values():
             gradient.finish()
         self._near.memory.meet()
-        mine = self._gradients[self._near.me]
-        begin, end = self._of(0)[0], self._of(self._hosts - 1)[1]
+        mine, (begin, end) = self._gradients[self._near.me], self._slice()
         if self._near.across is None:
             reduce.fold([given[begin:end] for given in self._gradients], reduce.SUM, mine[begin:end])
         else:
@@ -269,7 +269,7 @@ class OneCopy:
 
     @work.timed
     def _publish(self):
-        begin, end = self._of(0)[0], self._of(self._hosts - 1)[1]
+        begin, end = self._slice()
         if self._near.across is not None:
             sizes = [stop - start for start, stop in map(self._of, range(self._hosts))]
             reduce.gather_in_place(self._near.across, self._weights[begin:end], sizes)

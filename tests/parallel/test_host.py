@@ -86,7 +86,7 @@ class Odd(nn.Module):
         self.scale = nn.Parameter(torch.randn(6))  # of no leaf
         self.unused, self.frozen = nn.Linear(3, 3), nn.Linear(6, 6).requires_grad_(False)
         self.sometimes, self.turn = nn.Linear(6, 6), 0
-        self.config, self._no_split_modules = SimpleNamespace(model_type="odd"), ()
+        self.config = SimpleNamespace(model_type="odd")
 
     def get_output_embeddings(self):
         return self.head
