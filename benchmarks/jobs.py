@@ -49,6 +49,14 @@ def metrics(output):
     return list(records.values())
 
 
+def held():
+    """Bytes of this process, those of pages that several share in equal parts (PSS)."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("/proc/self/smaps_rollup has no Pss")
+
+
 def versions():
     """One line: what this was measured with."""
     from importlib.metadata import version

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 
 from . import jobs
 
@@ -43,7 +42,7 @@ class Watch:
     """The largest memory of this process while it is open, in bytes."""
 
     def __enter__(self):
-        self.most, self._open = self._now(), True
+        self.most, self._open = jobs.held(), True
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
         return self
@@ -55,15 +54,8 @@ class Watch:
     def _look(self):
         while self._open:
             began = time.perf_counter()
-            self.most = max(self.most, self._now())
+            self.most = max(self.most, jobs.held())
             time.sleep(max(0.005, 4 * (time.perf_counter() - began)))  # looking takes time from those who work
-
-    @staticmethod
-    def _now():
-        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) << 10
-        raise RuntimeError("/proc/self/smaps_rollup has no Pss")
 
 
 def one(name, large):
@@ -110,7 +102,7 @@ def one(name, large):
     work = Work(inputs, loss, lambda number: None, contextlib.nullcontext)
     devices = mesh.build(layout, world)
     dist.barrier()
-    began, seconds = Watch._now(), time.perf_counter()
+    began, seconds = jobs.held(), time.perf_counter()
     with Watch() as watch:
         net = outline(made, "causal_lm")
         placed = apply(net, devices, section, source=weights.Fresh(net, 1))

@@ -8,6 +8,8 @@ import time
 
 import torch
 
+from . import jobs
+
 WARM_UP, TIMED = 3, 12
 
 
@@ -26,14 +28,6 @@ def batch(number, rank, size, rows):
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def memory():
-    """Bytes of this process, shared pages divided by those who share them."""
-    for line in open("/proc/self/smaps_rollup"):  # noqa: SIM115
-        if line.startswith("Pss:"):
-            return 1024 * int(line.split()[1])
-    return 0
-
-
 def hpcllm(arguments):
     from hpcllm import mpi, optimizer, train
     from hpcllm.config import Config, Parallel, Train
@@ -43,7 +37,7 @@ def hpcllm(arguments):
     from hpcllm.parallel.apply import apply
 
     world = mpi.init("cpu")
-    before = memory()
+    before = jobs.held()
     settings = {"max_steps": WARM_UP + TIMED, "sequence_length": 256, "precision": arguments.precision}
     settings |= {"global_batch_size": arguments.rows * world.size, "micro_batch_size": arguments.rows}
     plan = Train(**settings, learning_rate=1e-4, weight_decay=0.01, max_grad_norm=0.0)
@@ -70,7 +64,7 @@ def ddp(arguments):
     from torch.nn.parallel import DistributedDataParallel
 
     dist.init_process_group("gloo")
-    before = memory()
+    before = jobs.held()
     rank, size = dist.get_rank(), dist.get_world_size()
     tuned = {"gradient_as_bucket_view": True, "static_graph": True} if arguments.tuned else {}
     model = DistributedDataParallel(build(), **tuned)
@@ -107,7 +101,7 @@ def main():
         losses.append(step(number))
         meet()  # a step takes as long as its slowest rank
         seconds.append(time.perf_counter() - began)
-    held = torch.tensor([float(memory() - before)])
+    held = torch.tensor([float(jobs.held() - before)])
     if size > 1:
         torch.distributed.all_reduce(held)
     if rank == 0:
