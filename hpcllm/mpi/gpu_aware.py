@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from ..errors import UsageError
+from ..imports import cache_folder
 
 CALLS = ("Isend", "Bcast", "Allgather", "Allgatherv", "Alltoallv", "Gather", "Gatherv", "Scatter")
 # Elements of 4 bytes: libraries take other ways for large messages.
@@ -55,7 +56,7 @@ def _known(world, device):
     """What the cache says of this host's library and GPU, or else a trial, which is then written there."""
     key, file, answers = _key(world, device), None, {}
     with contextlib.suppress(OSError, ValueError, RuntimeError):
-        file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpcllm" / "gpu_aware.json"
+        file = cache_folder() / "gpu_aware.json"
         answers = json.loads(file.read_text())
     if key in answers:
         return answers[key]
