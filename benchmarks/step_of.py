@@ -49,10 +49,11 @@ def hpcllm(arguments):
     placed = apply(build(), mesh, parallel, low_precision=plan.precision == "bf16")
     adjust = optimizer.build(placed, plan)
 
-    def step(number):
-        ids, labels = batch(number, world.rank, world.size, arguments.rows)
-        micro_batch = MicroBatch(ids, labels, 1, len(ids))
-        loss, targets, _ = train.one_step(placed, adjust, [micro_batch], plan.learning_rate, config)
+    def step(number, micro_batches=None):
+        if micro_batches is None:
+            ids, labels = batch(number, world.rank, world.size, arguments.rows)
+            micro_batches = [MicroBatch(ids, labels, 1, len(ids))]
+        loss, targets, *_ = train.one_step(placed, adjust, micro_batches, plan.learning_rate, config)
         return loss.item() * world.size / targets
 
     return world.rank, world.size, world.comm.Barrier, step, before
@@ -84,16 +85,45 @@ def ddp(arguments):
     return rank, size, dist.barrier, step, before
 
 
+def deepspeed(arguments):
+    import deepspeed
+    import torch.distributed as dist
+    from torch.nn.functional import cross_entropy
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    before = jobs.held()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    # torch's own AdamW: DeepSpeed's for CPUs would be compiled at first use.
+    adjust = {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01, "torch_adam": True}}
+    settings = {
+        "train_micro_batch_size_per_gpu": arguments.rows,
+        "optimizer": adjust,
+        "zero_allow_untested_optimizer": True,
+    }
+    settings |= {"zero_optimization": {"stage": 1}, "bf16": {"enabled": arguments.precision == "bf16"}}
+    engine, *_ = deepspeed.initialize(model=build(), config=settings)
+
+    def step(number):
+        ids, labels = batch(number, rank, size, arguments.rows)
+        logits = engine(input_ids=ids, use_cache=False).logits
+        loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        engine.backward(loss)
+        engine.step()
+        return loss.item()
+
+    return rank, size, dist.barrier, step, before
+
+
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("way", choices=("hpcllm", "ddp"))
+    parser.add_argument("way", choices=("hpcllm", "ddp", "deepspeed"))
     parser.add_argument("--sharding", default="auto")
     parser.add_argument("--tuned", action="store_true")
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--precision", required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    rank, size, meet, step, before = {"hpcllm": hpcllm, "ddp": ddp}[arguments.way](arguments)
+    rank, size, meet, step, before = {"hpcllm": hpcllm, "ddp": ddp, "deepspeed": deepspeed}[arguments.way](arguments)
     seconds, losses = [], []
     for number in range(WARM_UP + TIMED):
         meet()
@@ -106,7 +136,7 @@ def main():
         torch.distributed.all_reduce(held)
     if rank == 0:
         print(json.dumps({"seconds": seconds[WARM_UP:], "losses": losses, "bytes": held.item()}), flush=True)
-    if arguments.way == "ddp":
+    if arguments.way != "hpcllm":
         meet()
         os._exit(0)  # Gloo's threads end the process by an abort at times, whether or not the group is destroyed
 

@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 
-from . import __version__
+from . import __version__, imports
 from .errors import CannotCreate, MissingInput, Refusal, UsageError
 from .mpi import launcher, leave_together
 
@@ -147,14 +147,20 @@ def prepare(args):
 
 
 def train(args):
+    from . import startup
+
+    parts = startup.Parts()
     from . import config, mpi
 
     world = mpi.join()
+    parts.end("mpi")
     settings = mpi.on_root(world.comm, config.load, args.run_file, args.overrides)
     from .train import train
 
+    parts.end("imports")
     world = mpi.init(settings.train.device, settings.parallel.backend)
-    results = train(settings, world, resume=args.resume, overwrite=args.overwrite)
+    parts.end("backend")
+    results = train(settings, world, resume=args.resume, overwrite=args.overwrite, parts=parts)
     if world.is_root:
         print(f"done: {json.dumps(results)}")
 
@@ -324,6 +330,7 @@ def main(arguments=None):
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    imports.remember()
     commands = {
         "prepare": prepare,
         "train": train,

@@ -40,7 +40,10 @@ class Clock:
         self.data_s += time.perf_counter() - began
 
     def collect(self, loss_sum):
-        """(loss summed over ranks, dict of times and memory: the largest over ranks). Collective; ends the step."""
+        """(loss summed over ranks, dict of times and memory: the largest over ranks). Collective; ends the step.
+
+        imbalance: the largest compute_s over the mean of all ranks', 1 where all compute equally long.
+        """
         step_s = time.perf_counter() - self._began
         communication_s = work.communication_s() - self._communicated
         slowest = torch.tensor(
@@ -48,11 +51,14 @@ class Clock:
             dtype=torch.float64,
         )
         total = torch.tensor([float(loss_sum)], dtype=torch.float64)
+        computed = slowest[2:3].clone()
         dist.all_reduce(total, group=self._losses)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(computed, group=self._group)
         names = ("step_s", "data_s", "compute_s", "communication_s", "memory_bytes")
         values = dict(zip(names, slowest.tolist(), strict=True))
         values["memory_bytes"] = int(values["memory_bytes"])
+        values["imbalance"] = values["compute_s"] * self._group.size() / computed.item()
         return total.item(), values
 
 

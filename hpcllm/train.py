@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import attention, checkpoint, dropout, evaluate, files, model, monitor, optimizer
+from . import attention, checkpoint, dropout, evaluate, files, model, monitor, optimizer, startup, utilisation
 from .config import load
 from .data import batches
 from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
@@ -19,11 +19,12 @@ from .parallel.apply import apply, check
 from .tasks import TASKS
 
 
-def train(config, world, *, resume=False, overwrite=False):
+def train(config, world, *, resume=False, overwrite=False, parts=None):
     """Train as `config` (config.Config) says on all ranks of `world` (mpi.World); returns the results dict.
 
     resume: continue from the newest complete checkpoint in run.output_dir, from the start if there is none.
     overwrite: replace a run that is there. Without either, an output folder that holds a run is refused (exit 73).
+    parts: the startup.Parts of this process, told at the first step.
     Everything that can be refused is refused before anything is written.
     """
     plan, hosts = config.train, world.comm.allgather(world.host)
@@ -42,6 +43,8 @@ def train(config, world, *, resume=False, overwrite=False):
         check_same_run(config, source, state)
     if results is not None:
         return results
+    parts = parts or startup.Parts()
+    parts.end("data")
     with together(world.comm):
         net, weights = load_or_build(config, last, source.vocabulary)
         check(net.config, layout, parallel.stages_per_rank, parallel.sequence)
@@ -51,6 +54,8 @@ def train(config, world, *, resume=False, overwrite=False):
             attention.keep_apart(net)
         if world.device.type == "cpu":
             dropout.quicken(net)
+        operations = utilisation.count(net)
+    peak, how = utilisation.peak(world, plan.precision)
     mesh = meshes.build(layout, world)
     targets = TASKS[config.model.task].target_fraction(config.data)
     placed = apply(
@@ -75,6 +80,8 @@ def train(config, world, *, resume=False, overwrite=False):
     journal.event("start", step=state["step"], **start)
     progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)
     progress.say(describe(config, world, placed, source, validation, state))
+    progress.say(f"peak of matrix products, {plan.precision}, all ranks: {peak / 1e12:.3g} TFLOP/s ({how})")
+    parts.end("model")
 
     def save():
         kept = {
@@ -109,11 +116,17 @@ def train(config, world, *, resume=False, overwrite=False):
         with clock.waiting_for_data():
             micro_batches = next(steps)
         rate = optimizer.learning_rate(state["step"], plan)
-        loss_sum, targets, grad_norm = one_step(placed, adjust, micro_batches, rate, config)
+        loss_sum, targets, pairs, grad_norm = one_step(placed, adjust, micro_batches, rate, config)
         loss_sum, times = clock.collect(loss_sum)
         state["step"] += 1
         state["samples"] += plan.global_batch_size
+        flops = operations.step(plan.global_batch_size * plan.sequence_length, targets, pairs)
+        times["mfu"] = flops / times["step_s"] / peak
         report(journal, progress, plan, state, loss_sum / targets, rate, grad_norm, times, path)
+        if parts:
+            parts.end("first step")
+            tell_start(parts, journal, progress, world)
+            parts = None
         done = state["step"] == plan.max_steps
         if done or due(state["step"], plan.eval_every_steps):
             scores = measure()
@@ -273,13 +286,16 @@ def describe(config, world, placed, source, validation, state):
 def one_step(placed, adjust, micro_batches, rate, config):
     """Forward and backward of this rank's micro-batches and one optimizer step.
 
-    Returns (loss summed over this rank's targets, targets of all ranks, gradient norm before clipping). Each rank's
-    loss is a sum, divided by the global number of targets; gradients are summed over ranks.
+    Returns (loss summed over this rank's targets, targets and pairs of tokens that attend of all ranks, gradient norm
+    before clipping). Each rank's loss is a sum, divided by the global number of targets; gradients are summed over
+    ranks.
     """
     placed.train()
-    count = torch.tensor(sum(batch.targets for batch in micro_batches), dtype=torch.int64)
+    counts = [[batch.targets, batch.pairs] for batch in micro_batches]
+    count = torch.tensor(counts, dtype=torch.int64).sum(0)
     dist.all_reduce(count, group=placed.mesh["data"])
-    targets = max(1, int(count))
+    targets, pairs = count.tolist()
+    targets = max(1, targets)
     optimizer.set_learning_rate(adjust, rate)
     adjust.zero_grad()
     work = evaluate.of_task(TASKS[config.model.task], placed, config.train.precision)
@@ -287,7 +303,16 @@ def one_step(placed, adjust, micro_batches, rate, config):
     loss_sum = torch.stack(losses).double().sum() if losses else 0.0
     grad_norm = placed.clip_gradients(config.train.max_grad_norm)
     adjust.step()
-    return loss_sum, targets, grad_norm
+    return loss_sum, targets, pairs, grad_norm
+
+
+def tell_start(parts, journal, progress, world):
+    """Log, and keep as an event, the parts of the start on the rank where it took longest. Collective."""
+    everybody = world.comm.gather(parts, root=0)
+    if world.is_root:
+        slowest = max(everybody, key=lambda one: sum(one.seconds.values()))
+        journal.event("first_step", seconds={name: round(taken, 3) for name, taken in slowest.seconds.items()})
+        progress.say(f"first step after {slowest.describe()}")
 
 
 def due(step, every):
@@ -307,7 +332,8 @@ def report(journal, progress, plan, state, loss, rate, grad_norm, times, path):
     text = (
         f"step {state['step']}/{plan.max_steps} loss={loss:.4f} lr={rate:.3e} grad_norm={grad_norm:.3f} "
         f"tokens/s={tokens_per_s:.0f} step_s={times['step_s']:.3f} data_s={times['data_s']:.3f} "
-        f"communication_s={times['communication_s']:.3f} memory_MiB={times['memory_bytes'] >> 20}"
+        f"communication_s={times['communication_s']:.3f} mfu={times['mfu']:.3f} "
+        f"memory_MiB={times['memory_bytes'] >> 20}"
     )
     told = due(state["step"], plan.log_every_steps) or state["step"] in (1, plan.max_steps)
     progress.update(state["step"], text if told else None, f"loss {loss:.3f}, {tokens_per_s:.0f} tokens/s")

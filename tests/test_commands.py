@@ -43,17 +43,23 @@ def test_a_bert_is_trained_continued_evaluated_and_asked(mpirun, run_file, tmp_p
     trained = mpirun(2, ["-m", "hpcllm", "train", path, apart, "train.max_steps=2"], check=True)
     assert "2 ranks on 1 host" in trained.stdout
     assert "step 2/2 loss=" in trained.stdout and "step 2 eval_loss=" in trained.stdout
+    assert "first step after " in trained.stdout
     continued = mpirun(2, ["-m", "hpcllm", "train", path, apart, "--resume", "run.seed=1234"], check=True)
     assert "continuing from step 2" in continued.stdout
     output = tmp_path / "masked_lm"
     results = json.loads((output / "results.json").read_text())
     assert results["step"] == 4 and results["samples"] == 32
+    events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+    starts = [event["seconds"] for event in events if event["event"] == "first_step"]
+    parts = {"python", "mpi", "imports", "backend", "data", "model", "first step"}
+    assert len(starts) == 2 and all(parts <= set(start) and sum(start.values()) < 120 for start in starts)
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     trained_steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in trained_steps] == [1, 2, 3, 4]
     for record in trained_steps:
         assert record["data_s"] + record["compute_s"] + record["communication_s"] >= record["step_s"] * 0.999
         assert record["memory_bytes"] > 1 << 27 and record["tokens_per_s"] > 0 and record["grad_norm"] > 0
+        assert 0 < record["mfu"] < 1 and record["imbalance"] >= 1
 
     scored = mpirun(3, ["-m", "hpcllm", "evaluate", output, "--output", tmp_path / "scores.json"], check=True)
     scores = json.loads((tmp_path / "scores.json").read_text())

@@ -52,11 +52,13 @@ def test_a_step_costs_what_its_slowest_rank_takes(world):
     with clock.waiting_for_data():
         pass
     clock.data_s = 0.25 * (world.rank + 1)
+    clock._began -= 100.0 * (world.rank + 1)  # has computed for so long
     loss, times = clock.collect(world.rank + 1.0)
     assert loss == sum(range(1, world.size + 1))
     assert times["data_s"] == 0.25 * world.size
     assert times["memory_bytes"] > 1 << 26
-    assert set(times) == {"step_s", "data_s", "compute_s", "communication_s", "memory_bytes"}
+    assert times["imbalance"] == pytest.approx(2 * world.size / (world.size + 1), rel=0.01)
+    assert set(times) == {"step_s", "data_s", "compute_s", "communication_s", "memory_bytes", "imbalance"}
 
 
 def test_records_are_appended_by_root_alone(tmp_path):

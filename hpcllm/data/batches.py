@@ -35,6 +35,13 @@ class MicroBatch:
     def targets(self):
         return int((self.labels != -100).sum())
 
+    @property
+    def pairs(self):
+        """How many pairs of tokens attend, either to the other: of a row, or of the documents in it."""
+        if self.positions is None:
+            return self.input_ids.numel() * self.input_ids.shape[1]
+        return int((2 * self.positions + 1).sum())  # the sum over a document of n tokens is n * n
+
 
 @dataclass(frozen=True)
 class Source:

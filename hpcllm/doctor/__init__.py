@@ -15,6 +15,7 @@ from .finding import FAILURE, OK, WARNING, excluded
 
 # EX_UNAVAILABLE of sysexits.h; not 1, which is a doctor that failed itself.
 UNFIT = 69
+PRODUCTS_S = 0.3  # for a rank's matrix products, of each kind
 
 
 def check(folder, plot_file, exclude_file):
@@ -36,13 +37,15 @@ def measure(world, folder):
     {"launcher", "folder", "space", "quotas", "ranks": [facts], "sums": [{dtype: verdict}], "hosts": [facts],
     "clocks": [(offset_s, error_s)], "between": "host" or "rank", "places": [names], "links": [...]}
     """
+    from .. import utilisation
     from ..mpi import links
 
     comm = world.comm
     mine = {**cores.look(world), **job.look(world, links.thread_level())}
     sums = comm.gather(job.add_up(world))
     comm.Barrier()  # all multiply at the same time, as in training
-    mine["flops"] = speed.multiply_best(mine["gpu"] and mine["gpu"]["device"], mine["threads"])
+    device = utilisation.torch.device(mine["gpu"]["device"] if mine["gpu"] else "cpu")
+    mine["flops"] = {kind: utilisation.products(device, kind, mine["threads"], PRODUCTS_S) for kind in ("fp32", "bf16")}
     ranks = comm.gather(mine)
 
     # One rank a host looks at what a host has once; root is one of them.

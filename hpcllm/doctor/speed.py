@@ -1,9 +1,8 @@
 """How fast each rank computes and each link carries, and which host stands out. Compares; knows no machine's numbers.
 
-`multiply_best` measures here, links and clocks are measured by `mpi.links`; the judging functions need no MPI.
+Products are measured by `utilisation`, links and clocks by `mpi.links`; nothing here needs MPI.
 """
 
-import time
 from statistics import median
 
 from .cores import by_host
@@ -15,46 +14,6 @@ SLOW_BF16_PART = 0.5
 # Between hosts; a fabric has 1 to 3 us and 10 GB/s and more, TCP over Ethernet at best 15 us.
 SLOW_LINK_S, SLOW_LINK_BYTES_PER_S = 100e-6, 1e9
 CLOCKS_WARN_S, CLOCKS_FAIL_S = 0.1, 5.0
-_AT_LEAST, _AT_MOST_S = 3, 0.3
-
-
-# --- measuring ---------------------------------------------------------------------------------------------------
-
-
-def multiply(a, b):
-    """Seconds of one matrix product, whole."""
-    import torch
-
-    start = time.perf_counter()
-    torch.matmul(a, b)
-    if not a.is_cpu:
-        torch.get_device_module(a.device).synchronize(a.device)
-    return time.perf_counter() - start
-
-
-def multiply_best(gpu, threads):
-    """{"fp32": FLOP/s, "bf16": FLOP/s} of this rank: the best of several square products.
-
-    gpu: name of the GPU's device ("cuda:0"), None for the CPU with `threads` threads.
-    """
-    import torch
-
-    device = torch.device(gpu or "cpu")
-    found = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        side = 8192 if gpu is not None else 512 if threads < 4 else 1024 if threads < 16 else 2048
-        small = torch.full((side // 8, side // 8), 0.5, dtype=dtype, device=device)
-        multiply(small, small)  # loads the kernels
-        # CPUs without bf16 arithmetic take hundreds of times longer.
-        while 512 * multiply(small, small) > _AT_MOST_S and side > 64:
-            side //= 2
-            small = small[: side // 8, : side // 8].contiguous()
-        a = torch.full((side, side), 0.5, dtype=dtype, device=device)
-        times, end = [], time.monotonic() + _AT_MOST_S
-        while len(times) < _AT_LEAST or time.monotonic() < end:
-            times.append(multiply(a, a))
-        found[name] = 2 * side**3 / min(times)
-    return found
 
 
 # --- judging -----------------------------------------------------------------------------------------------------

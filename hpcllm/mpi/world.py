@@ -91,7 +91,7 @@ def join():
     library = " ".join(library.split())
     sentence = launcher.foreign(started_by, started, version, path)
     if sentence is None:
-        _start(MPI)
+        _start(MPI, path)
         comm = MPI.COMM_WORLD.Dup()
         sentence = launcher.lone_world(started_by, started, comm.size, library, path)
     if sentence:
@@ -207,11 +207,15 @@ def _load():
     return MPI
 
 
-def _start(MPI):
+def _start(MPI, path):
     """Start MPI as mpi4py would have, unless the user's script has done so."""
     import mpi4py
 
     if not MPI.Is_initialized():
+        if path.startswith(os.path.realpath(sys.prefix) + os.sep):
+            # The wheel's Open MPI (5.0) sleeps for a second where it finds no fabric to put one-sided communication on,
+            # which hpcllm has within hosts alone. A site's own MPI is as the site wants it.
+            os.environ.setdefault("OMPI_MCA_btl", "^ofi")
         # mpi4py would say, on every rank, what `launcher.lone_world` says better and once.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment")
         MPI.Init_thread(getattr(MPI, f"THREAD_{mpi4py.rc.thread_level.upper()}"))

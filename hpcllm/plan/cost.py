@@ -37,8 +37,10 @@ LATENCY_S = 10e-6
 """Of a collective, for each doubling of its ranks."""
 CALL_S = 6e-6
 """To tell a GPU one operation; where operations are small this is what takes the time."""
-LOGITS_BYTES = 12
-"""A logit at the worst moment: the log of the softmax, its gradient and that of the logit, fp32."""
+LOGITS_BYTES = 8
+"""A logit at the worst moment: itself, which becomes its gradient, and its probability in fp32."""
+LOGITS_AT_ONCE = 1 << 28
+"""Logits that exist at once, on a GPU; a sixteenth of them on a CPU (parallel.vocabulary)."""
 LOGITS_TRAFFIC = 16
 """A logit in forward: read, written as fp32, read again, the log of the softmax written."""
 
@@ -190,7 +192,8 @@ def _memory(shapes, stage, work, rank):
     root, block = work.weight * stage.outside.held(tensor), work.weight * stage.block.held(tensor)
     weights, gradients, state = work.weight * held, work.gradient * held, work.state * held
     activations = _activations(stage, work, rank)
-    logits = LOGITS_BYTES * stage.logits * work.micro_batch / tensor / work.layout.context
+    at_once = LOGITS_AT_ONCE // (16 if work.pooled else 1)
+    logits = LOGITS_BYTES * min(stage.logits * work.micro_batch / tensor / work.layout.context, at_once)
     before = work.micro_batches > 1  # gradients of earlier micro-batches
     if shard == 1 and work.layout.pipeline == 1:
         # DDP's buckets stay from step to step. What micro-batches before the last one give lies beside them: gradients

@@ -7,6 +7,7 @@ together; the network is one adapter of a node and how many GPUs share it.
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass
 from statistics import median
 
@@ -78,6 +79,15 @@ def find(name):
         hint = f' (did you mean "{near[0]}"?)' if near else ""
         raise UsageError(f'plan: --gpu "{name}" is not known{hint}; known: {", ".join(MACHINES)}')
     return MACHINES[name]
+
+
+def called(name):
+    """The Machine that torch calls `name` ("NVIDIA A100-SXM4-80GB", "AMD Instinct MI250X"), or None."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    if "a100" in words and "40gb" in words:
+        return MACHINES["a100-40"]
+    # PCIe and NVL boards have other clocks than the modules of the data sheets above.
+    return next((found for key, found in MACHINES.items() if key in words and not {"pcie", "nvl"} & set(words)), None)
 
 
 def measured(machine, told):

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import hpcllm.mpi
 from hpcllm import doctor
-from hpcllm.doctor import job, speed, storage
+from hpcllm import utilisation
+from hpcllm.doctor import job, storage
 
 FOLDER, EXCLUDE_FILE, PICTURE = sys.argv[1:]
 
@@ -38,9 +39,9 @@ def fall_ill():
         mount_of_its_own("/dev/shm", "8m")
     except OSError as error:
         print(f"not provoked: {error}", file=sys.stderr)
-    multiply, terms, look, clock = speed.multiply, job.terms, storage.look, time.time
+    multiply, terms, look, clock = utilisation.multiply, job.terms, storage.look, time.time
     storage._APPEARS_S = 0.2
-    speed.multiply = lambda a, b: 20 * multiply(a, b)
+    utilisation.multiply = lambda a, b: 20 * multiply(a, b)
     job.terms = lambda rank, size, count, dtype: terms(rank, size, count, dtype) * (2 if "bf" in str(dtype) else 1)
     storage.look = lambda environ: look(environ) | {"hf_home_writable": False}
     time.time = lambda: clock() + 10  # before `mpi.links` is imported, which takes it from here

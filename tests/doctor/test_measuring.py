@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hpcllm.doctor import cores, job, speed, storage
+from hpcllm import utilisation
+from hpcllm.doctor import cores, job, storage
 from hpcllm.mpi import numa
 
 
@@ -279,10 +280,11 @@ def test_the_gpu_of_a_rank_is_the_one_that_training_would_use(world, tmp_path, m
 
 
 def test_a_matrix_product_is_timed_and_counted(monkeypatch):
-    monkeypatch.setattr(speed, "_AT_MOST_S", 0.01)
-    assert all(rate > 1e6 for rate in speed.multiply_best(None, 1).values())
-    monkeypatch.setattr(speed, "multiply", lambda a, b: 1e-3 if a.shape == (512, 512) else 1e-6)
-    assert speed.multiply_best(None, 1)["fp32"] == pytest.approx(2 * 512**3 / 1e-3)
+    monkeypatch.setattr(utilisation, "_AT_MOST_S", 0.01)
+    cpu = torch.device("cpu")
+    assert all(utilisation.products(cpu, kind, 1) > 1e6 for kind in ("fp32", "bf16"))
+    monkeypatch.setattr(utilisation, "multiply", lambda a, b: 1e-3 if a.shape == (512, 512) else 1e-6)
+    assert utilisation.products(cpu, "fp32", 1) == pytest.approx(2 * 512**3 / 1e-3)
 
 
 def test_the_environment_is_that_of_the_start(monkeypatch):

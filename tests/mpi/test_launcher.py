@@ -1,11 +1,15 @@
 """Which launcher started us, read from its variables; and what importing hpcllm.mpi does not load."""
 
+import os
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 
 from hpcllm.mpi import launcher
+from hpcllm.mpi import world as worlds
 
 SLURM = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3", "SLURM_NTASKS": "8"}
 
@@ -95,3 +99,21 @@ def test_mpi4py_is_imported_in_this_package_alone():
         if any(line.strip().startswith(("import mpi4py", "from mpi4py")) for line in path.read_text().splitlines())
     }
     assert importers == {"mpi"}
+
+
+@pytest.mark.parametrize(
+    ("library", "said", "expected"),
+    [
+        (f"{os.path.realpath(sys.prefix)}/lib/libmpi.so.40", None, "^ofi"),
+        (f"{os.path.realpath(sys.prefix)}/lib/libmpi.so.40", "self,sm", "self,sm"),
+        ("/opt/openmpi/lib/libmpi.so.40", None, None),
+    ],
+)
+def test_only_an_open_mpi_of_this_environment_is_told_to_look_for_no_fabric(monkeypatch, library, said, expected):
+    monkeypatch.delenv("OMPI_MCA_btl", raising=False)
+    if said:
+        monkeypatch.setenv("OMPI_MCA_btl", said)
+    library_of_mpi = SimpleNamespace(Is_initialized=lambda: False, Init_thread=lambda level: None, THREAD_MULTIPLE=3)
+    with warnings.catch_warnings():
+        worlds._start(library_of_mpi, library)
+    assert dict(os.environ).get("OMPI_MCA_btl") == expected
