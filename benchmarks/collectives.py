@@ -204,6 +204,12 @@ def main():
             times = ", ".join(f"{way} {text(value)}" for way, value in choice["seconds"].items())
             print(f"- {choice['operation']}, up to {choice['bytes_up_to'] + 1} bytes: {choice['way']} ({times})")
         sys.stdout.flush()
+        for record in records:
+            seconds, size = record["seconds"], size_name(record["size_bytes"])
+            for other in ("Gloo", "MPI"):
+                if seconds.get(other) and record["size_bytes"] >= 1 << 16:
+                    what = f"{record['operation']}, {record['dtype']}, {size}, {world.size} ranks: {other}"
+                    jobs.record(what, np.divide(seconds[other], seconds["hpcllm"]))
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:
                 json.dump({"title": title, "records": records}, file)

@@ -9,7 +9,6 @@ a process that finds it filled.
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -86,7 +85,7 @@ def main():
     print("\n| blocks | a step | loss at the end |\n|---|---:|---:|")
     for kind, runs in told.items():
         times = [seconds for run in runs for _, seconds in run]
-        cell = f"{statistics.median(times):.3f} s ({min(times):.3f} to {max(times):.3f})"
+        cell = jobs.spread(times, "{:.3f}") + " s"
         print(f"| {'compiled' if kind else 'as they are'} | {cell} | {runs[-1][-1][0]:.4f} |")
 
 

@@ -88,8 +88,10 @@ def main():
         for way in WAYS if world.is_root else ():
             values = 1e3 * np.array(taken[way])
             share = f"{exposed[way] / exposed['Gloo']:.2f}" if exposed["Gloo"] > 0 else ""
-            spread = f"{np.median(values):.1f} ({values.min():.1f} to {values.max():.1f})"
+            spread = jobs.spread(values, "{:.1f}")
             print(f"| {size} | {way} | {spread} | {1e3 * exposed[way]:.1f} | {share} |", flush=True)
+            if way not in ("Gloo", "no communication"):
+                jobs.record(f"DDP step, BERT {size}, {way}: Gloo", np.divide(taken["Gloo"], taken[way]))
 
 
 if __name__ == "__main__":

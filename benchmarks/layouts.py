@@ -212,7 +212,7 @@ def measure(world, steps, pattern):
             del placed
         dist.destroy_process_group()
     for (layout, sharding), times in taken.items():
-        cells = [f"{statistics.median(t):.3f} s ({min(t):.3f} to {max(t):.3f})" for t in (times["mpi"], times["gloo"])]
+        cells = [jobs.spread(t, "{:.3f}") + " s" for t in (times["mpi"], times["gloo"])]
         ratio = statistics.median(times["gloo"]) / statistics.median(times["mpi"])
         print_root(world, f"| {layout} | {sharding} | {' | '.join(cells)} | {ratio:.2f} |")
 

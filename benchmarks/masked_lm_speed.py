@@ -64,11 +64,12 @@ def documents(paths):
     return [" ".join(words[i] for i in np.minimum(draw.zipf(1.3, n), 20_000) - 1) for n in lengths]
 
 
-def prepare(folder, texts):
+def prepare(folder, texts, words=MODEL["vocab_size"]):
+    """Shards and a tokenizer of `words` word pieces, in `folder`/data."""
     with open(f"{folder}/text.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     make = ["--input", f"{folder}/text.jsonl", "--jsonl-field", "text", "--output", f"{folder}/data"]
-    jobs.run(1, "-m", "hpcllm", "prepare", *make, "--tokenizer-kind", "wordpiece", "--vocab-size", MODEL["vocab_size"])
+    jobs.run(1, "-m", "hpcllm", "prepare", *make, "--tokenizer-kind", "wordpiece", "--vocab-size", words)
 
 
 # --- hpcllm ------------------------------------------------------------------------------------------------------
@@ -108,23 +109,30 @@ device = "cpu"
 # --- peers -------------------------------------------------------------------------------------------------------
 
 
-def rows(folder, way, length, seed):
-    """Rows of token ids, special tokens included, in the order of the way's steps."""
+def pieces(folder, length, special=True, concatenated=False):
+    """(tokenizer, rows of token ids): documents cut to `length`, each piece between [CLS] and [SEP] if `special`, else
+    with the separator that ends a document."""
     import h5py
     from transformers import AutoTokenizer
-    from transformers.trainer_pt_utils import LengthGroupedSampler
 
     words = AutoTokenizer.from_pretrained(f"{folder}/data/tokenizer", local_files_only=True)
     texts = []
     for path in sorted(Path(f"{folder}/data/train").glob("*.h5")):
         with h5py.File(path, "r") as file:
             borders, tokens = file["document_offsets"][:], file["tokens"][:].astype(np.int64)
-        texts += [tokens[start : stop - 1].tolist() for start, stop in itertools.pairwise(borders)]
-    if way == "concatenated":
+        texts += [tokens[start : stop - special].tolist() for start, stop in itertools.pairwise(borders)]
+    if concatenated:
         texts = [[token for text in texts for token in [*text, words.sep_token_id]]]
-    taken = length - 2
+    taken = length - 2 * special
     cut = [text[start : start + taken] for text in texts for start in range(0, len(text), taken)]
-    cut = [[words.cls_token_id, *piece, words.sep_token_id] for piece in cut]
+    return words, [[words.cls_token_id, *piece, words.sep_token_id] if special else piece for piece in cut]
+
+
+def rows(folder, way, length, seed):
+    """Rows of token ids, special tokens included, in the order of the way's steps."""
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    words, cut = pieces(folder, length, concatenated=way == "concatenated")
     width, draw = TOKENS // length, np.random.default_rng(seed)
     if way == "grouped":
         import torch
@@ -222,11 +230,6 @@ def rates(steps):
     return tokens.sum() / seconds.sum(), (tokens / seconds).max()
 
 
-def told(values, form="{:.2f}"):
-    low, middle, high = (form.format(value) for value in (min(values), np.median(values), max(values)))
-    return f"{middle} ({low} to {high})"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--input", nargs="+", help="texts with headings; made up if left out")
@@ -257,8 +260,10 @@ def main():
                 # What a step has room for is known of all but the grouped, which have less of it.
                 share = np.mean([tokens for steps in all_steps for tokens, _ in steps]) / TOKENS
                 full = "" if way.startswith("grouped") else f"{share:.0%}"
-                ratios = [told(column) for column in (ours / theirs).T]
-                numbers = [told(column, "{:.0f}") for column in theirs.T]
+                ratios = [jobs.spread(column) for column in (ours / theirs).T]
+                if way != "hpcllm":
+                    jobs.record(f"masked_lm, useful tokens/s, S {length}: {way}", (ours / theirs).T[0])
+                numbers = [jobs.spread(column, "{:.0f}") for column in theirs.T]
                 print(f"| {way} | {full} | {' | '.join(numbers + ratios)} |", flush=True)
             print()
 

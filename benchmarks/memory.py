@@ -27,10 +27,12 @@ SMALL |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 LARGE = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16}
 LARGE |= {"num_key_value_heads": 16, "intermediate_size": 5504, "vocab_size": 16000, "tie_word_embeddings": True}
 LAYOUTS = {
-    "none": {},
+    "none": {"sharding": "none"},
     "optimizer": {"sharding": "optimizer"},
     "gradients": {"sharding": "gradients"},
     "full": {"sharding": "full"},
+    "full, recomputed": {"sharding": "full"},
+    "none, recomputed": {"sharding": "none"},
     "tensor": {"tensor": 0},
     "sequence": {"tensor": 0, "sequence": True},
     "pipeline": {"pipeline": 0},
@@ -68,14 +70,16 @@ def one(name, large):
     from hpcllm import checkpoint, optimizer, weights
     from hpcllm.config import Parallel, Train
     from hpcllm.model import outline
-    from hpcllm.parallel import mesh, vocabulary
+    from hpcllm.parallel import mesh
     from hpcllm.parallel.apply import apply
     from hpcllm.parallel.runner import Work
     from hpcllm.plan import cost, count
+    from hpcllm.tasks import causal_lm
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     world = hpcllm.mpi.init("cpu")
     given = {key: value or world.size for key, value in LAYOUTS[name].items()}
+    again = name.endswith("recomputed")  # train.activation_checkpointing
     section = Parallel(**given)
     layout = mesh.layout(section, [world.host] * world.size)
     tokens, width = (16, 1) if large else (TOKENS, WIDTH)
@@ -96,8 +100,7 @@ def one(name, large):
 
     def loss(net, number):
         given = inputs(number)
-        words = vocabulary.words_of(getattr(net, "module", net).get_output_embeddings())
-        return vocabulary.cross_entropy_sum(net(**given).logits.flatten(0, 1), given["input_ids"].flatten(), words)
+        return causal_lm.loss_sum(net, given, given["input_ids"])[0]
 
     work = Work(inputs, loss, lambda number: None, contextlib.nullcontext)
     devices = mesh.build(layout, world)
@@ -105,7 +108,7 @@ def one(name, large):
     began, seconds = jobs.held(), time.perf_counter()
     with Watch() as watch:
         net = outline(made, "causal_lm")
-        placed = apply(net, devices, section, source=weights.Fresh(net, 1))
+        placed = apply(net, devices, section, again, source=weights.Fresh(net, 1))
         del net
         parameters = sum(piece.shape.numel() for piece in placed.pieces.values())
         adjust = optimizer.build(placed, train)
@@ -126,7 +129,7 @@ def one(name, large):
         shapes = count.count(lambda: AutoModelForCausalLM.from_config(made, dtype=torch.float32), tokens, gpu=False)
         planned = cost.Work(layout, world.size, width, train.accumulation(layout.data), section.sharding,
                             schedule=section.pipeline_schedule, state=4 if large else 8, pooled=True,
-                            sequence=section.sequence)  # fmt: skip
+                            sequence=section.sequence, checkpointing=again)  # fmt: skip
         said = [cost.memory(shapes, planned, rank).total for rank in range(layout.pipeline)]
         told = {"parameters": parameters, "planned": said * (world.size // len(said)), "ranks": everybody}
         if large:

@@ -1,11 +1,11 @@
 """How fast is text made into shards? `hpcllm prepare` on 1 and more ranks, beside a bare loop of the tokenizer.
 
-    python -m benchmarks.prepare_speed --tokenizer DIR [--megabytes 40] [--ranks 1 2]
+    python -m benchmarks.prepare_speed [--tokenizer DIR] [--megabytes 40] [--ranks 1 2]
 
-The text is the corpus of `hpcllm.data.corpus` over and over, the tokenizer a folder that `hpcllm prepare` wrote; so
-only tokenising and writing are timed. The bare loop is `encode_batch_fast` of the tokenizers library on the same
-documents in one process. Medians of three rounds, in which all take turns; whether the shards of all rank counts are
-the same is checked by their digests.
+The text is the corpus of `hpcllm.data.corpus` over and over, the tokenizer is there before; so only tokenising and
+writing are timed. The bare loop is `encode_batch_fast` of the tokenizers library on the same documents in one process.
+Medians of three rounds, in which all take turns; whether the shards of all rank counts are the same is checked by their
+digests.
 """
 
 import argparse
@@ -37,9 +37,17 @@ def bare(tokenizer, documents):
     return tokens / (time.perf_counter() - began)
 
 
+def train_tokenizer(folder, documents):
+    with open(folder / "once.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+    made = ["--input", folder / "once.jsonl", "--jsonl-field", "text", "--output", folder / "once"]
+    jobs.run(1, "-m", "hpcllm", "prepare", *made, "--vocab-size", 8000)
+    return folder / "once" / "tokenizer"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--tokenizer", help="a folder that `hpcllm prepare` wrote; made from the text if left out")
     parser.add_argument("--megabytes", type=float, default=40)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
@@ -56,12 +64,13 @@ def main():
                 for text in documents:
                     size += file.write(json.dumps({"text": text}) + "\n")
                     repeated.append(text)
+        tokenizer = args.tokenizer or train_tokenizer(folder, documents)
         rates, digests = {way: [] for way in ("library", *args.ranks)}, set()
         for turn in range(args.rounds):
-            rates["library"].append(bare(args.tokenizer, repeated))
+            rates["library"].append(bare(tokenizer, repeated))
             for ranks in args.ranks:
                 output = folder / f"{turn}-{ranks}"
-                options = ["--jsonl-field", "text", "--tokenizer", args.tokenizer, "--output", output]
+                options = ["--jsonl-field", "text", "--tokenizer", tokenizer, "--output", output]
                 done = jobs.run(ranks, "-m", "hpcllm", "prepare", "--input", folder / "text.jsonl", *options)
                 summary = json.loads(done.stdout[done.stdout.index("{") :])
                 rates[ranks].append(summary["tokens_per_s"])
@@ -72,7 +81,9 @@ def main():
     for way, values in rates.items():
         middle = statistics.median(values)
         name = "tokenizers alone, 1 process" if way == "library" else f"hpcllm prepare, {way} ranks"
-        print(f"| {name} | {middle:,.0f} ({min(values):,.0f} to {max(values):,.0f}) | {middle / base:.2f} |")
+        if way != "library":
+            jobs.record(f"{name}: tokenizers alone", [value / base for value in values])
+        print(f"| {name} | {jobs.spread(values, '{:,.0f}')} | {middle / base:.2f} |")
 
 
 if __name__ == "__main__":

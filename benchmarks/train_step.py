@@ -7,7 +7,8 @@ rank. Every round starts each way anew, one after the other, and takes 12 steps 
 its best step, a ratio that of two figures of one round; medians of rounds (smallest to largest). "as documented" is
 DDP and AdamW with what they do by themselves, "tuned" with gradient_as_bucket_view, static_graph and fused; "keep" has
 the C library keep freed memory, as hpcllm does by itself, "large pages" has it and torch ask for them, as hpcllm and
-slurm/site.sh do. One rank alone is hpcllm with no other beside it.
+slurm/site.sh do. DeepSpeed's bf16 is its own, weights and all, over Gloo. One rank alone is hpcllm with no other beside
+it. benchmarks/requirements.txt lists what peers need.
 """
 
 import argparse
@@ -30,6 +31,8 @@ WAYS = {
     "DDP + Gloo, tuned": (None, ["ddp", "--tuned"], {}),
     "DDP + Gloo, as documented, keep": (None, ["ddp"], KEEP),
     "DDP + Gloo, as documented": (None, ["ddp"], {}),
+    "DeepSpeed ZeRO-1, keep": (None, ["deepspeed"], KEEP | {"DS_ACCELERATOR": "cpu"}),
+    "DeepSpeed ZeRO-1": (None, ["deepspeed"], {"DS_ACCELERATOR": "cpu"}),
     "one rank alone": (1, ["hpcllm"], {}),
 }
 
@@ -48,10 +51,6 @@ def measure(name, ranks, rows, precision):
             sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-9000:]}")
         text = done.stdout
     return json.loads(next(line for line in text.splitlines() if line.startswith("{")))
-
-
-def spread(values, form):
-    return f"{form(statistics.median(values))} ({form(min(values))} to {form(max(values))})"
 
 
 def main():
@@ -76,8 +75,10 @@ def main():
             ratios = [theirs / ours for theirs, ours in zip(best[name], best["hpcllm"], strict=True)]
             median = statistics.median(1e3 * statistics.median(one["seconds"]) for one in rounds)
             held = statistics.median(one["bytes"] for one in rounds) / 27.4e6
-            ratio = spread(ratios, "{:.2f}".format)
-            print(f"| {name} | {spread(best[name], '{:.0f}'.format)} | {median:.0f} | {ratio} "
+            ratio = jobs.spread(ratios)
+            if name != "hpcllm":
+                jobs.record(f"step, GPT-2 27 M, {256 * rows} tokens a rank: {name}", ratios)
+            print(f"| {name} | {jobs.spread(best[name], '{:.0f}')} | {median:.0f} | {ratio} "
                   f"| {held:.0f} | {rounds[0]['losses'][-1]:.4f} |", flush=True)  # fmt: skip
 
 
