@@ -12,8 +12,7 @@ import time
 from dataclasses import replace
 
 import hpcllm.mpi
-from hpcllm import doctor
-from hpcllm import utilisation
+from hpcllm import doctor, utilisation
 from hpcllm.doctor import job, storage
 
 FOLDER, EXCLUDE_FILE, PICTURE = sys.argv[1:]
