@@ -4,7 +4,8 @@
 
 First a training step of a GPT-2 of 27 M parameters (4 x 256 tokens) with samples from the shards, read a step ahead by
 `hpcllm.data.batches.ahead`, beside the same step on one batch that is always there, in turns. Then a file that the page
-cache does not hold: all samples of it once, in random order, beside `dd bs=1M` of the same file, in turns.
+cache does not hold: a sample of each of its blocks (which are read and checked whole), and all samples, in random
+order, beside `dd bs=1M` of the same file, in turns.
 
 Then random batches of 32 samples of 1024 tokens as int64 tensors, from files of the same tokens that the page cache
 holds, in one thread. Peers read a sample at a time: in a bare loop with torch.stack, and by torch's DataLoader, as
@@ -112,17 +113,17 @@ PEERS = {"memmap": memmap, "HDF5 slices": plain_hdf5, "Arrow": arrow, "MDS": mds
 
 
 def all_readers(folder, tokens):
-    """{name: function of an int64 array of sample numbers -> seconds for all of them, and the sum of their tokens}."""
+    """{name: function of sample numbers, int64 [batches, rows], that yields a tensor [rows, tokens] for each batch}."""
     stream = shards.open_folder(str(folder))
 
     def ours(rows):
-        return [torch.from_numpy(stream.gather(row * LENGTH, LENGTH)) for row in rows]
+        return (torch.from_numpy(stream.gather(row * LENGTH, LENGTH)) for row in rows)
 
     def looped(data, rows):
-        return [torch.stack([data[i] for i in row.tolist()]) for row in rows]
+        return (torch.stack([data[i] for i in row.tolist()]) for row in rows)
 
     def loaded(data, rows):
-        return list(DataLoader(data, batch_sampler=rows.tolist()))
+        return DataLoader(data, batch_sampler=rows.tolist())
 
     readers = {"hpcllm": ours}
     for name, make in PEERS.items():
@@ -144,12 +145,14 @@ def warm(folder, tokens, rounds, steps=100):
         rows = draw.integers(0, count, (steps, ROWS))
         sums = set()
         for name, read in readers.items():
+            if not turn:  # nor is it timed what is checked or loaded once
+                sums.add(sum(int(batch.sum()) for batch in read(rows)))
+                continue
             began = time.perf_counter()
-            made = read(rows)
-            if turn:  # before, whatever is checked or loaded once
-                found[name].append(1e6 * (time.perf_counter() - began) / rows.size)
-            sums.add(int(torch.stack(made).sum()))
-        assert len(sums) == 1, "readers give different tokens"
+            for _ in read(rows):
+                pass
+            found[name].append(1e6 * (time.perf_counter() - began) / rows.size)
+        assert len(sums) < 2, "readers give different tokens"
     for name, values in found.items():
         ratios = [theirs / ours for theirs, ours in zip(values, found["hpcllm"], strict=True)]
         if name != "hpcllm":
@@ -197,28 +200,30 @@ def forget(path):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def cold(folder, rounds):
+def cold(folder, tokens, rounds):
     path = folder / shards.name(0)
-    size, rates = path.stat().st_size, {"hpcllm": [], "dd": []}
+    size, rates = path.stat().st_size, {"each block once": [], "all samples": [], "dd": []}
     for turn in range(rounds):
         forget(path)
         began = time.perf_counter()
         subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=1M"], check=True, stderr=subprocess.DEVNULL)
         rates["dd"].append(size / (time.perf_counter() - began))
-        forget(path)
-        stream = shards.open_folder(str(folder))
-        count = stream.token_count // LENGTH
-        began = time.perf_counter()
-        for at in range(0, count, ROWS):
-            samples, _ = order.samples(at, min(ROWS, count - at), count, turn)
-            stream.gather(samples * LENGTH, LENGTH)
-        rates["hpcllm"].append(2 * LENGTH * count / (time.perf_counter() - began))
-        stream.close()
-    ratios = [ours / theirs for ours, theirs in zip(*rates.values(), strict=True)]
-    jobs.record("cold file, random samples: dd", ratios)
-    ours, theirs = (jobs.spread([rate / 1e6 for rate in rates[name]], "{:.0f}") for name in rates)
-    print(f"\ncold file of {size / 1e6:.0f} MB: hpcllm, random order {ours} MB/s, dd {theirs} MB/s, "
-          f"ratio {jobs.spread(ratios, '{:.2f}')}")  # fmt: skip
+        for way, stride in (("each block once", shards.BLOCK_BYTES // tokens.itemsize), ("all samples", LENGTH)):
+            forget(path)
+            stream = shards.open_folder(str(folder))
+            count = (len(tokens) - LENGTH) // stride
+            began = time.perf_counter()
+            for at in range(0, count, ROWS):
+                samples, _ = order.samples(at, min(ROWS, count - at), count, turn)
+                stream.gather(samples * stride, LENGTH)
+            rates[way].append(size / (time.perf_counter() - began))
+            stream.close()
+    print(f"\n| cold file of {size / 1e6:.0f} MB, random order | MB/s | to dd's |\n|---|---:|---:|")
+    for way, values in rates.items():
+        ratios = [ours / theirs for ours, theirs in zip(values, rates["dd"], strict=True)]
+        print(f"| {way} | {jobs.spread([1e-6 * value for value in values], '{:.0f}')} | {jobs.spread(ratios)} |")
+        if way != "dd":
+            jobs.record(f"cold file, {way}: dd", ratios)
 
 
 def main():
@@ -234,7 +239,7 @@ def main():
         tokens = np.random.default_rng(0).integers(1, VOCABULARY, count, dtype=np.uint16)
         write(folder, tokens)
         training(folder, args.steps)
-        cold(folder, args.rounds)
+        cold(folder, tokens, args.rounds)
         warm(folder, tokens, args.rounds)  # last, for what `mds` hides from whoever imports later
 
 

@@ -9,6 +9,7 @@ import bisect
 import mmap
 import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from ..errors import DataError
 
 BLOCK_BYTES = 1 << 20
+_AT_ONCE, _THREADS = 64, 4  # blocks that are read, and at most how many threads look at them
 
 
 @dataclass
@@ -51,6 +53,7 @@ class TokenStream:
         self._paths = [os.path.join(folder, shard["name"]) for shard in manifest["shards"]]
         counts = [shard["token_count"] for shard in manifest["shards"]]
         self._borders = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._places = self._borders.tolist()  # to look one up, a list is quicker
         self._locate = locate
         self._pid = os.getpid()
         self._opened = {}
@@ -61,12 +64,16 @@ class TokenStream:
         Positions count tokens of the whole folder; a sample may cross shards. Raises IndexError outside the
         stream, DataError when a block read for the first time does not have its CRC.
         """
-        starts = self._checked_starts(starts, length)
-        out = np.empty((len(starts), length), np.int64)
-        if not out.size:
-            return out
+        starts, lowest, end = self._checked_starts(starts, length)
+        if not len(starts) or not length:
+            return np.empty((len(starts), length), np.int64)
         if os.getpid() != self._pid:
             self._opened, self._pid = {}, os.getpid()
+        shard = bisect.bisect_right(self._places, lowest) - 1
+        if end <= self._places[shard + 1]:  # all in one shard
+            local = starts - self._places[shard]
+            return self._windows(self._verified(shard, local, length), length)[local].astype(np.int64)
+        out = np.empty((len(starts), length), np.int64)
         first = self._borders.searchsorted(starts, side="right") - 1
         inside = starts + length <= self._borders[first + 1]
         for shard in set(first[inside].tolist()):
@@ -85,20 +92,22 @@ class TokenStream:
         self._opened = {}
 
     def _checked_starts(self, starts, length):
+        """(starts as int64 [B], where the first sample begins, where the last one ends)."""
         starts = np.asarray(starts, np.int64).reshape(-1)
-        if length < 0 or (len(starts) and (starts.min() < 0 or starts.max() + length > self.token_count)):
+        lowest, end = (int(starts.min()), int(starts.max()) + length) if len(starts) else (0, 0)
+        if length < 0 or lowest < 0 or end > self.token_count:
             raise IndexError(
-                f"samples of {length} tokens between {starts.min()} and {starts.max() + length} are not all within "
+                f"samples of {length} tokens between {lowest} and {end} are not all within "
                 f"the {self.token_count} tokens of {self.folder}"
             )
-        return starts
+        return starts, lowest, end
 
     def _pieces(self, start, length):
         """Yield (shard, first token within it, token count, column) of one sample."""
-        column, shard = 0, bisect.bisect_right(self._borders, start) - 1
+        column, shard = 0, bisect.bisect_right(self._places, start) - 1
         while column < length:
-            begin = start + column - int(self._borders[shard])
-            count = min(length - column, int(self._borders[shard + 1]) - start - column)
+            begin = start + column - self._places[shard]
+            count = min(length - column, self._places[shard + 1] - start - column)
             if count > 0:
                 yield shard, begin, count, column
             column, shard = column + count, shard + 1
@@ -111,18 +120,27 @@ class TokenStream:
         if mapped.unchecked == 0:
             return mapped
         per_block = BLOCK_BYTES // self._dtype.itemsize
-        first, last = starts // per_block, (starts + length - 1) // per_block
-        for begin, end in zip(first.tolist(), last.tolist(), strict=True):
-            for block in range(begin, end + 1):
-                if not mapped.checked[block]:
-                    start = mapped.skip + block * BLOCK_BYTES
-                    stop = min(start + BLOCK_BYTES, len(mapped.memory))
-                    # A cold parallel file system then delivers the block in one request, not page by page.
-                    mapped.memory.madvise(mmap.MADV_WILLNEED, start - start % mmap.PAGESIZE, stop - start)
-                    _check_block(self._paths[shard], block, memoryview(mapped.memory)[start:stop], mapped.crcs)
-                    mapped.checked[block] = True
-                    mapped.unchecked -= 1
+        first, last = (starts // per_block).tolist(), ((starts + length - 1) // per_block).tolist()
+        touched = {block for begin, end in zip(first, last, strict=True) for block in range(begin, end + 1)}
+        fresh = sorted(block for block in touched if not mapped.checked[block])
+        for some in range(0, len(fresh), _AT_ONCE):
+            self._check(shard, mapped, fresh[some : some + _AT_ONCE])
         return mapped
+
+    def _check(self, shard, mapped, blocks):
+        """Read blocks for the first time, and compare their CRCs."""
+        spans = []
+        for block in blocks:
+            start = mapped.skip + block * BLOCK_BYTES
+            spans.append(slice(start, min(start + BLOCK_BYTES, len(mapped.memory))))
+            # A cold parallel file system then delivers the block in one request, not page by page, and the next ones
+            # meanwhile.
+            mapped.memory.madvise(mmap.MADV_WILLNEED, start - start % mmap.PAGESIZE, spans[-1].stop - start)
+        content = memoryview(mapped.memory)
+        for block, crc in zip(blocks, _by_threads(lambda span: zlib.crc32(content[span]), spans), strict=True):
+            _check_crc(self._paths[shard], block, crc, mapped.crcs)
+            mapped.checked[block] = True
+            mapped.unchecked -= 1
 
     def _windows(self, mapped, length):
         """[start, position] -> token, a view; kept, since making it takes longer than reading a sample."""
@@ -157,7 +175,7 @@ class CollectiveStream(TokenStream):
         self._comm, self._open_shard, self._read_intervals = comm, open_shard, read_intervals
 
     def gather(self, starts, length):
-        starts = self._checked_starts(starts, length)
+        starts, *_ = self._checked_starts(starts, length)
         if os.getpid() != self._pid:
             raise RuntimeError("a forked process cannot read collectively; open the folder after the fork")
         out = np.empty((len(starts), length), np.int64)
@@ -207,10 +225,19 @@ class CollectiveStream(TokenStream):
             return content[place : place + count]
 
         for block, (start, stop) in zip(fresh, whole, strict=True):
-            _check_block(self._paths[shard], block, cut(start, stop - start), crcs)
+            _check_crc(self._paths[shard], block, zlib.crc32(cut(start, stop - start)), crcs)
             checked[block] = True
         for begin, count, row, column in pieces:
             out[row, column : column + count] = cut(begin, count)
+
+
+def _by_threads(function, items):
+    """map, by several threads where there are cores for them."""
+    cores = min(_THREADS, len(os.sched_getaffinity(0)), len(items))
+    if cores < 2:
+        return map(function, items)
+    with ThreadPoolExecutor(cores, thread_name_prefix="hpcllm-crc") as pool:
+        return list(pool.map(function, items))
 
 
 def merge(intervals):
@@ -224,8 +251,7 @@ def merge(intervals):
     return merged
 
 
-def _check_block(path, block, content, crcs):
-    crc = zlib.crc32(content)
+def _check_crc(path, block, crc, crcs):
     if crc != int(crcs[block]):
         raise DataError(
             f"data: {path} is damaged in block {block} of its tokens "

@@ -104,7 +104,10 @@ def test_samples_that_end_at_or_just_after_a_border(read_twice):
         assert np.array_equal(stream.gather(starts, 64), expected)
 
 
-def test_blocks_in_the_middle_of_a_long_sample_are_checked_too(tmp_path):
+@pytest.mark.parametrize("threads", [1, 4])
+def test_blocks_in_the_middle_of_a_long_sample_are_checked_too(tmp_path, monkeypatch, threads):
+    monkeypatch.setattr("hpcllm.data.stream._THREADS", threads)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
     folder = write_shards(tmp_path / "data", [[np.arange(2_000_000) % 900]])
     flip(folder / "shard-00000.h5", shards.read_manifest(folder)["shards"][0]["tokens_offset"] + (3 << 19))
     stream = shards.open_folder(folder)
