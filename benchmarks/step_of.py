@@ -35,6 +35,7 @@ def hpcllm(arguments):
     from hpcllm.parallel import host
     from hpcllm.parallel import mesh as meshes
     from hpcllm.parallel.apply import apply
+    from hpcllm.quicken import quicken
 
     world = mpi.init("cpu")
     before = jobs.held()
@@ -46,7 +47,9 @@ def hpcllm(arguments):
     config = Config(**run, parallel=Parallel(sharding=arguments.sharding), train=plan)
     parallel = host.resolve(config.parallel, world)
     mesh = meshes.build(meshes.layout(parallel, world.comm.allgather(world.host)), world)
-    placed = apply(build(), mesh, parallel, low_precision=plan.precision == "bf16")
+    net = build()
+    quicken(net, world.device)
+    placed = apply(net, mesh, parallel, low_precision=plan.precision == "bf16")
     adjust = optimizer.build(placed, plan)
 
     def step(number, micro_batches=None):

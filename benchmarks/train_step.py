@@ -8,7 +8,8 @@ its best step, a ratio that of two figures of one round; medians of rounds (smal
 DDP and AdamW with what they do by themselves, "tuned" with gradient_as_bucket_view, static_graph and fused; "keep" has
 the C library keep freed memory, as hpcllm does by itself, "large pages" has it and torch ask for them, as hpcllm and
 slurm/site.sh do. DeepSpeed's bf16 is its own, weights and all, over Gloo. One rank alone is hpcllm with no other beside
-it. benchmarks/requirements.txt lists what peers need.
+it; all alone, at once, are as many jobs of one rank as there are ranks, which share nothing but the machine: what is
+slower than one by itself is that. benchmarks/requirements.txt lists what peers need.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from . import jobs
 
@@ -34,10 +36,15 @@ WAYS = {
     "DeepSpeed ZeRO-1, keep": (None, ["deepspeed"], KEEP | {"DS_ACCELERATOR": "cpu"}),
     "DeepSpeed ZeRO-1": (None, ["deepspeed"], {"DS_ACCELERATOR": "cpu"}),
     "one rank alone": (1, ["hpcllm"], {}),
+    "all ranks alone, at once": (1, ["hpcllm"], {}),
 }
 
 
 def measure(name, ranks, rows, precision):
+    if name == "all ranks alone, at once":
+        with ThreadPoolExecutor(ranks) as pool:
+            found = pool.map(lambda _: measure("one rank alone", ranks, rows, precision), range(ranks))
+            return max(found, key=lambda one: min(one["seconds"]))
     few, arguments, environment = WAYS[name]
     arguments = [*arguments, "--rows", str(rows), "--precision", precision]
     if arguments[0] == "hpcllm":

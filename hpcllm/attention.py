@@ -1,18 +1,20 @@
 """Attention that stays within documents: a row of tokens holds pieces of several, and each token sees its own alone.
 
 For transformers' models, unmodified: where their attention would look at whole rows, `keep_apart` has it look at one
-document after the other, so that what lies between two of them is not even computed.
+document after the other, so that what lies between two of them is not even computed. `quicken` leaves rows as they are,
+and has them computed as documents are on a CPU.
 
 B: rows, S: tokens of one, T = B S, h: heads, d: size of one.
 """
 
+import functools
 import inspect
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .dropout import drop
 from .errors import UsageError
@@ -25,7 +27,7 @@ except ImportError:  # before 2.10
 # Since 2.11: how far each token sees back.
 _VARLEN = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters
 
-_NAME = "hpcllm_documents"
+_NAME, _ROWS = "hpcllm_documents", "hpcllm_rows"
 # Shorter documents share one product: up to here its masked half costs less than another call (measured on a CPU).
 _TOGETHER = 64
 # Up to here a CPU is quicker with all products of queries and keys in bf16 than with SDPA's blocks of them, by 2 to 4.
@@ -210,10 +212,7 @@ def _on_cpu(documents, query, key, value, causal, window, dropout, scale):
         # With dropout SDPA has all products at once as well.
         if dropout or (q.dtype in _DENSE_TYPES and size <= _DENSE):
             bias = documents.bias(number, causal, window, q.dtype)
-            added = {"input": q.new_zeros(1), "beta": 0.0} if bias is None else {"input": bias}
-            scores = torch.baddbmm(batch1=q, batch2=k.mT, alpha=scale, **added)
-            shares = drop(scores.softmax(-1), dropout)
-            found.append((shares @ v).transpose(0, 1))
+            found.append(_all_products(q, k, v, bias, dropout, scale).transpose(0, 1))
         else:
             mask = None if whole else documents.bias(number, causal, window, q.dtype)
             heads = (tensor.unsqueeze(0) for tensor in (q, k, v))
@@ -222,3 +221,43 @@ def _on_cpu(documents, query, key, value, causal, window, dropout, scale):
             )
             found.append(one[0].transpose(0, 1))
     return torch.cat(found)
+
+
+def _all_products(query, key, value, bias, dropout, scale):
+    """[h, n, d] of each to [h, n, d]; bias: [n, n], added to the scores, None for none."""
+    added = {"input": query.new_zeros(1), "beta": 0.0} if bias is None else {"input": bias}
+    scores = torch.baddbmm(batch1=query, batch2=key.mT, alpha=scale, **added)
+    return drop(scores.softmax(-1), dropout) @ value
+
+
+def quicken(model):
+    """Have the attention of `model`, on the CPU, compute all products at once where that is quicker than SDPA."""
+    if getattr(model.config, "_attn_implementation", None) == "sdpa" and not model.config.is_encoder_decoder:
+        AttentionInterface.register(_ROWS, _of_rows)
+        AttentionMaskInterface.register(_ROWS, sdpa_mask)
+        model.set_attn_implementation(_ROWS)
+
+
+def _of_rows(module, query, key, value, mask, dropout=0.0, scaling=None, is_causal=None, **more):
+    """As transformers' sdpa_attention_forward, which does what this does not."""
+    length = query.shape[2]
+    low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in _DENSE_TYPES
+    dense = dropout or (length <= _DENSE and (low or query.dtype in _DENSE_TYPES))
+    other = any(more.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
+    if mask is not None or not dense or other or key.shape[2] != length:
+        more |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, mask, **more)
+    if low:
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    key, value = (repeat_kv(of, query.shape[1] // of.shape[1]) for of in (key, value))
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias = _causal(length, query.dtype) if causal else None
+    found = _all_products(*(of.flatten(0, 1) for of in (query, key, value)), bias, dropout, scale)
+    return found.view(query.shape).transpose(1, 2), None
+
+
+@functools.lru_cache(maxsize=4)
+def _causal(length, dtype):
+    return _bias(torch.zeros(length), True, None).to(dtype)
