@@ -83,6 +83,9 @@ class Parallel(Section):
     """What data-parallel ranks divide between them (ZeRO 0 to 3): nothing, optimizer state, gradients too, weights too;
     hybrid: as full within each host, whole models across hosts; host: ranks of a host have one copy of the weights in
     memory that they share, and all divide the rest; auto: host where that can be (CPUs, no other axis), else none."""
+    offload: bool = False
+    """Shards, their gradients and the optimizer's state stay in host memory, where the optimizer runs: less GPU memory
+    for a slower step. With a sharding of "optimizer", "gradients", "full" or "hybrid"."""
     backend: Literal["mpi", "gloo", "nccl"] = "mpi"
     """Who carries gradients and parameters: MPI, or PyTorch's own Gloo or NCCL; ranks always come from MPI."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -93,6 +96,20 @@ class Parallel(Section):
         if self.sharding == "optimizer" and self.reduce_dtype == "bf16":
             raise ValueError(
                 'reduce_dtype = "bf16" goes with any sharding but "optimizer", where FSDP2 adds micro-batches up in it'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def shards_that_can_stay_in_host_memory(self):
+        if self.offload and self.sharding in ("auto", "none", "host"):
+            raise ValueError(
+                f'offload = true keeps shards in host memory, of which sharding = "{self.sharding}" has none: take '
+                '"optimizer", "gradients", "full" or "hybrid"'
+            )
+        if self.offload and self.backend == "nccl" and (self.sequence or self.pipeline > 1):
+            raise ValueError(
+                'offload = true with sequence or a pipeline adds up gradients in host memory, which backend = "nccl" '
+                'does not carry; take "mpi"'
             )
         return self
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import attention, checkpoint, dropout, evaluate, files, model, monitor, optimizer, startup, utilisation
+from . import attention, checkpoint, evaluate, files, model, monitor, optimizer, startup, utilisation
 from .config import load
 from .data import batches
 from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
-from .mpi import choose, on_root, together
+from .mpi import choose, device, on_root, together
 from .parallel import compiled, host
 from .parallel import mesh as meshes
 from .parallel.apply import apply, check
+from .quicken import quicken
 from .tasks import TASKS
 
 
@@ -32,6 +33,8 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     with together(world.comm):
         layout = meshes.layout(parallel, hosts)
         plan.accumulation(layout.data)
+        if parallel.offload and world.device.type == "cpu":
+            raise UsageError("parallel: offload = true spares the memory of GPUs, and these ranks compute on the CPU")
         if layout.pipeline > 1 and parallel.backend == "gloo" and world.device.type == "cuda":
             raise UsageError('parallel: backend = "gloo" sends no GPU memory between stages; take "mpi" or "nccl"')
     words = on_root(world.comm, read_tokenizer, config.data.tokenizer_dir)
@@ -52,8 +55,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
             compiled.require(world.device)
         if config.data.attention == "document":
             attention.keep_apart(net)
-        if world.device.type == "cpu":
-            dropout.quicken(net)
+        quicken(net, world.device)
         operations = utilisation.count(net)
     peak, how = utilisation.peak(world, plan.precision)
     mesh = meshes.build(layout, world)
@@ -272,10 +274,13 @@ def describe(config, world, placed, source, validation, state):
     plan = config.train
     epochs = plan.max_steps * plan.global_batch_size / len(source)
     evaluated = f", {len(validation)} validation samples" if validation else ""
-    name = model.class_name(placed.model)
+    name, where = model.class_name(placed.model), str(world.device)
+    if world.device.type == "cpu":
+        kept = "kept" if device.keeps_memory() else "given back (HPCLLM_MALLOC)"
+        where += f", {torch.get_num_threads()} threads a rank, freed memory is {kept}"
     return (
         f"{world.describe()}\n{how}\n"
-        f"{config.model.task}: {name}, {parameters / 1e6:.1f} M parameters, {plan.precision} on {world.device}\n"
+        f"{config.model.task}: {name}, {parameters / 1e6:.1f} M parameters, {plan.precision} on {where}\n"
         f"{len(source)} samples of {plan.sequence_length} tokens{evaluated}; {plan.max_steps} steps of "
         f"{plan.global_batch_size} sequences = {epochs:.2f} epochs; {plan.accumulation(layout.data)} micro-batches of "
         f"{plan.micro_batch_size} per rank and step"

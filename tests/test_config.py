@@ -73,6 +73,7 @@ def test_rows_that_ranks_share_out_hold_no_documents_kept_apart():
         ("parallel.pipeline_schedule=interleaved", ["stages_per_rank = 1", "2 or more"]),
         ("parallel.stages_per_rank=2", ['"1f1b"', "stages_per_rank = 2"]),
         ("parallel.pipeline_schedule=zero_bubble", ["zero_bubble", "pipeline of 2 ranks"]),
+        ("parallel.offload=true", ["offload = true", 'sharding = "auto" has none', '"full"']),
         ("max_steps=3", ["section.key=value"]),
         ("train.max_steps", ["section.key=value"]),
         ("run.seed.deep=1", ["run.seed", "integer"]),

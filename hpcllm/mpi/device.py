@@ -86,13 +86,18 @@ def keep_memory():
     ask for them), which save most of the rest: 10 % of a step of a GPT-2 of 27 M parameters. HPCLLM_MALLOC=default
     leaves the allocator alone; another C library has no such setting.
     """
-    if os.environ.get("HPCLLM_MALLOC") == "default":
+    if not keeps_memory():
         return
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def keeps_memory():
+    """What the user says of `keep_memory`."""
+    return os.environ.get("HPCLLM_MALLOC") != "default"
 
 
 class _Direct:

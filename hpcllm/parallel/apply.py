@@ -77,11 +77,11 @@ def apply(
         pieces |= one_copy.pieces
     elif layout.shard > 1:
         for part in parts:
-            sharding.shard(part.model, mesh.shards, parallel.sharding, reduce_dtype)
+            sharding.shard(part.model, mesh.shards, parallel.sharding, reduce_dtype, parallel.offload)
     placed = Placed(parts, parts[0].model, mesh, parallel, model.config, pieces, shared, device, sliced, one_copy)
     if source is not None:
         # On the device are only parts, and nowhere was there ever more.
-        weights.fill(placed, source, device)
+        weights.fill(placed, source, "cpu" if parallel.offload else device)
     if layout.shard == 1 and not one_copy:
         for part in parts:
             part.to(device)

@@ -12,7 +12,7 @@ differ in is when pieces are put together and gradients taken apart:
 import warnings
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
 def stacks(model):
@@ -28,10 +28,11 @@ def blocks(model):
     return [block for stack in stacks(model) for block in stack]
 
 
-def shard(model, devices, sharding, reduce_dtype=None):
+def shard(model, devices, sharding, reduce_dtype=None, offload=False):
     """Divide `model` over `devices` (DeviceMesh, one dim, or replicas x shards), in place.
 
-    Backward leaves the *sum* of all ranks' gradients. reduce_dtype: what gradients travel as, None for their own.
+    Backward leaves the *sum* of all ranks' gradients. reduce_dtype: what gradients travel as, None for their own;
+    offload: pieces, and their gradients, stay in host memory, and only what is gathered is on the device.
     Collective when the model runs.
     """
     # It concerns in-place changes of what a block returns, which no model of transformers makes.
@@ -41,6 +42,8 @@ def shard(model, devices, sharding, reduce_dtype=None):
         "reshard_after_forward": sharding in ("full", "hybrid"),
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
     }
+    if offload:
+        arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=devices.device_type != "cpu")
     for block in blocks(model):
         fully_shard(block, **arguments)
     fully_shard(model, **arguments)

@@ -235,6 +235,18 @@ def test_recomputed_activations_change_nothing(world, family, sharding, tensor):
     assert largest_difference(train(placed), expected) < 1e-5
 
 
+@pytest.mark.parametrize("section", [{}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "sequence": True}])
+@pytest.mark.parametrize("sharding", ["optimizer", "gradients", "full"])
+def test_shards_that_stay_in_host_memory_change_nothing(world, sharding, section):
+    ranks = section.get("tensor", 1) * section.get("pipeline", 1)
+    if SIZE % ranks or ranks == SIZE:
+        pytest.skip("no data axis")
+    placed = place(world, models.build("gpt2"), sharding=sharding, offload=True, **section)
+    expected, weights = models.train_alone("gpt2")
+    assert largest_difference(train(placed), expected) < 1e-5
+    check_weights(placed, weights)
+
+
 @pytest.mark.parametrize("sharding", ["none", "optimizer", "full"])
 def test_gradients_that_travel_as_bf16_are_rounded_and_no_more(world, sharding):
     expected, _ = models.train_alone("bert")
