@@ -212,10 +212,10 @@ def cold(folder, tokens, rounds):
             forget(path)
             stream = shards.open_folder(str(folder))
             count = (len(tokens) - LENGTH) // stride
+            samples, _ = order.samples(0, count, count, turn)
             began = time.perf_counter()
             for at in range(0, count, ROWS):
-                samples, _ = order.samples(at, min(ROWS, count - at), count, turn)
-                stream.gather(samples * stride, LENGTH)
+                stream.gather(samples[at : at + ROWS] * stride, LENGTH)
             rates[way].append(size / (time.perf_counter() - began))
             stream.close()
     print(f"\n| cold file of {size / 1e6:.0f} MB, random order | MB/s | to dd's |\n|---|---:|---:|")

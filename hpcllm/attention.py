@@ -9,6 +9,7 @@ B: rows, S: tokens of one, T = B S, h: heads, d: size of one.
 
 import functools
 import inspect
+import sys
 
 import torch
 from torch.nn import functional
@@ -32,6 +33,7 @@ _NAME, _ROWS = "hpcllm_documents", "hpcllm_rows"
 _TOGETHER = 64
 # Up to here a CPU is quicker with all products of queries and keys in bf16 than with SDPA's blocks of them, by 2 to 4.
 _DENSE = 1024
+_PRODUCTS = 1 << 24  # of a layer, which backward needs again: 32 MiB
 _DENSE_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -231,18 +233,31 @@ def _all_products(query, key, value, bias, dropout, scale):
 
 
 def quicken(model):
-    """Have the attention of `model`, on the CPU, compute all products at once where that is quicker than SDPA."""
-    if getattr(model.config, "_attn_implementation", None) == "sdpa" and not model.config.is_encoder_decoder:
+    """Have the attention of `model`, on the CPU, compute all products at once where that is quicker than SDPA.
+
+    Under autocast scores are rounded to 16 bits before the softmax, as what linear layers give is: at scores of a few
+    units an error of 1 % of what a head gives, beside 0.2 % of SDPA's blocks (benchmarks/loss_curves.py compares what
+    is learnt).
+    """
+    ours = getattr(model.config, "_attn_implementation", None) == "sdpa" and not model.config.is_encoder_decoder
+    if ours and not _looks_at_the_name(model):
         AttentionInterface.register(_ROWS, _of_rows)
         AttentionMaskInterface.register(_ROWS, sdpa_mask)
         model.set_attn_implementation(_ROWS)
 
 
+def _looks_at_the_name(model):
+    """True for families that do something else, besides, where their attention is called "sdpa": sparse ones do."""
+    lines = inspect.getsource(sys.modules[type(model).__module__]).splitlines()
+    return any("_attn_implementation" in line and "sdpa" in line for line in lines)
+
+
 def _of_rows(module, query, key, value, mask, dropout=0.0, scaling=None, is_causal=None, **more):
     """As transformers' sdpa_attention_forward, which does what this does not."""
-    length = query.shape[2]
+    rows, heads, length, _ = query.shape
     low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in _DENSE_TYPES
-    dense = dropout or (length <= _DENSE and (low or query.dtype in _DENSE_TYPES))
+    few = length <= _DENSE and rows * heads * length**2 <= _PRODUCTS
+    dense = dropout or (few and (low or query.dtype in _DENSE_TYPES))  # with dropout SDPA has them all as well
     other = any(more.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
     if mask is not None or not dense or other or key.shape[2] != length:
         more |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
@@ -255,7 +270,7 @@ def _of_rows(module, query, key, value, mask, dropout=0.0, scaling=None, is_caus
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = _causal(length, query.dtype) if causal else None
     found = _all_products(*(of.flatten(0, 1) for of in (query, key, value)), bias, dropout, scale)
-    return found.view(query.shape).transpose(1, 2), None
+    return found.view(rows, heads, length, -1).transpose(1, 2), None
 
 
 @functools.lru_cache(maxsize=4)

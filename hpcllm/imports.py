@@ -11,6 +11,7 @@ import hashlib
 import importlib.machinery
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -68,18 +69,20 @@ class _Structure:
 
     def _kept(self):
         """{frozenset of backends: {module: names}} from the cache, or as transformers says, which goes there."""
-        key = f"{self._models} {os.stat(self._models).st_mtime_ns} {_version()}"
         try:
+            if not {"site-packages", "dist-packages"} & set(self._models.parts):
+                return self._asked(str(self._models))  # somebody may be at work on it
+            key = f"{self._models} {os.stat(self._models).st_mtime_ns} {_version()}"
             file = cache_folder() / f"transformers-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
             kept = json.loads(file.read_text(encoding="utf-8"))
             return {frozenset(backends): dict(modules) for backends, modules in kept}
         except (OSError, ValueError, TypeError):
             found = self._asked(str(self._models))
-        except RuntimeError:
+        except (RuntimeError, ImportError):  # a user without a home; a package that nothing is known about
             return self._asked(str(self._models))
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            new = file.with_suffix(f".{os.getpid()}")
+            new = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}")
             listed = [[sorted(to), {name: sorted(of) for name, of in modules.items()}] for to, modules in found.items()]
             new.write_text(json.dumps(listed), encoding="utf-8")
             new.replace(file)

@@ -5,7 +5,7 @@ import time
 
 # Who starts ranks: mpirun of Open MPI (PRRTE) and MPICH (Hydra), Slurm's daemon of a job step, the others' names.
 _LAUNCHERS = {"mpirun", "mpiexec", "prterun", "prted", "orterun", "orted", "mpiexec.hydra", "hydra_pmi_proxy"}
-_LAUNCHERS |= {"slurmstepd", "pbs_mom", "flux-shell", "palsd"}
+_LAUNCHERS |= {"slurmstepd", "flux-shell"}  # of one job step; daemons of a node, which live on, are none
 
 
 class Parts:

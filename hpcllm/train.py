@@ -35,6 +35,11 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         plan.accumulation(layout.data)
         if parallel.offload and world.device.type == "cpu":
             raise UsageError("parallel: offload = true spares the memory of GPUs, and these ranks compute on the CPU")
+        if parallel.offload and layout.shard == 1:
+            raise UsageError(
+                f"parallel: offload = true keeps shards in host memory, but {layout.describe()} has none: two ranks or "
+                "more must divide the weights between them"
+            )
         if layout.pipeline > 1 and parallel.backend == "gloo" and world.device.type == "cuda":
             raise UsageError('parallel: backend = "gloo" sends no GPU memory between stages; take "mpi" or "nccl"')
     words = on_root(world.comm, read_tokenizer, config.data.tokenizer_dir)
@@ -277,7 +282,8 @@ def describe(config, world, placed, source, validation, state):
     name, where = model.class_name(placed.model), str(world.device)
     if world.device.type == "cpu":
         kept = "kept" if device.keeps_memory() else "given back (HPCLLM_MALLOC)"
-        where += f", {torch.get_num_threads()} threads a rank, freed memory is {kept}"
+        threads = torch.get_num_threads()
+        where += f", {threads} thread{'s' if threads > 1 else ''} a rank, freed memory is {kept}"
     return (
         f"{world.describe()}\n{how}\n"
         f"{config.model.task}: {name}, {parameters / 1e6:.1f} M parameters, {plan.precision} on {where}\n"

@@ -4,7 +4,8 @@ Counted as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): a weig
 operations a token in forward and 4 in backward; a pair of tokens of a sequence, also one that causal attention leaves
 out, 4 and 8 for each number of a query. Nothing counts twice because it is computed twice, and nothing that looks up,
 normalises or draws. Beyond PaLM: what follows the model's base counts for targets alone, which are all that reaches it;
-experts count as often as a token uses them; where attention stays within documents, so do pairs.
+experts count as often as a token uses them; where attention stays within documents, so do pairs. A window counts as the
+whole sequence, linear attention as attention, and attention that no configuration tells the sizes of as nothing.
 """
 
 import time
@@ -44,9 +45,19 @@ def count(model):
             inside += numbers
         else:
             outside += numbers
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return Operations(_TRAINED * 2 * inside, _TRAINED * 2 * outside, _TRAINED * 4 * width * config.num_hidden_layers)
+    return Operations(_TRAINED * 2 * inside, _TRAINED * 2 * outside, _TRAINED * 2 * _widths(config))
+
+
+def _widths(config):
+    """Numbers of queries and of values of a token, all layers and heads together; 0 for what has no heads."""
+    try:
+        heads, layers = config.num_attention_heads, config.num_hidden_layers
+        of_query = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if getattr(config, "qk_nope_head_dim", None):  # multi-head latent attention
+            of_query = config.qk_nope_head_dim + config.qk_rope_head_dim
+        return layers * heads * (of_query + (getattr(config, "v_head_dim", None) or of_query))
+    except (AttributeError, RuntimeError, TypeError):  # other names, or of each layer another number
+        return 0
 
 
 def _experts(config):
@@ -63,8 +74,9 @@ def peak(world, precision):
     if device.type != "cpu":
         from .plan import machines
 
-        name, processor = torch.get_device_module(device).get_device_name(device), str(device)
-        machine = machines.called(name)
+        gpus = torch.get_device_module(device)
+        # Schedulers may show each rank its own GPU under the same number.
+        machine, processor = machines.called(gpus.get_device_name(device)), str(gpus.get_device_properties(device).uuid)
     mine = machine.peak(precision) if machine else products(device, precision, torch.get_num_threads())
     rates = dict(world.comm.allgather(((world.host, processor), mine)))
     return sum(rates.values()), f"data sheet of the {machine.name}" if machine else "measured"
@@ -87,6 +99,8 @@ def products(device, precision, threads, seconds=_MEASURED_S):
     times, end = [], time.monotonic() + seconds
     while len(times) < _AT_LEAST or time.monotonic() < end:
         times.append(multiply(a, a))
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats(device)  # these were not the run's
     return 2 * side**3 / min(times)
 
 

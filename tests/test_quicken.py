@@ -80,6 +80,59 @@ def test_dropout_follows_the_seed_and_ends_with_training(products, kind):
     assert run(model)[0] == run(model)[0] == pytest.approx(run(built(kind, 0.0))[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_values_may_be_of_another_width_than_queries(products, dropout):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes |= {"intermediate_size": 32, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_routed_experts": 4}
+    sizes |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    config = AutoConfig.for_model("deepseek_v3", vocab_size=99, n_group=1, topk_group=1, num_experts_per_tok=2, **sizes)
+    config.attention_dropout = dropout
+    model = AutoModelForCausalLM.from_config(config).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run(model)[0]
+        quicken(model, CPU)
+        assert run(model)[0] == pytest.approx(expected, rel=0.05 if dropout else 5e-3)
+    assert len(products) == 1
+
+
+def test_bf16_rounds_but_no_more(products):
+    plain, quick = built("gpt2", 0.0), built("gpt2", 0.0)
+    for model in (plain, quick):
+        for block in model.transformer.h:
+            block.attn.c_attn.weight.data *= 20  # large scores
+    quicken(quick, CPU)
+    exact = run(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = run(built_like(plain)), run(quick)
+    assert len(products) == 2
+    away, allowed = abs(ours[0] - exact[0]), abs(theirs[0] - exact[0])
+    assert away < 4 * allowed + 1e-2 * exact[0]
+
+
+def built_like(model):
+    other = built(model.config.model_type, 0.0)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_what_looks_at_the_name_of_its_attention_keeps_it():
+    model = built("gpt2", 0.0)
+    assert not attention._looks_at_the_name(model)
+    sparse = type("Sparse", (), {"__module__": "transformers.models.deepseek_v32.modeling_deepseek_v32"})
+    import transformers.models.deepseek_v32.modeling_deepseek_v32  # noqa: F401
+
+    assert attention._looks_at_the_name(sparse())
+
+
+def test_many_products_are_left_to_sdpa_which_does_not_keep_them(monkeypatch, products):
+    monkeypatch.setattr(attention, "_DENSE_TYPES", (torch.float32,))
+    monkeypatch.setattr(attention, "_PRODUCTS", 3 * 4 * 16 * 16 - 1)
+    model = built("gpt2", 0.0)
+    quicken(model, CPU)
+    run(model)
+    assert not products
+
+
 def test_a_gpu_keeps_its_own_attention_and_dropout(products):
     model = built("gpt2", 0.1)
     quicken(model, torch.device("cuda"))

@@ -58,6 +58,13 @@ def test_experts_count_as_often_as_they_are_used():
     assert few.token == 6 * 2 * (4 * 64 * 64 + 2 * 3 * 64 * 96 + 4 * 64)
 
 
+def test_latent_attention_counts_its_own_widths_and_what_has_no_heads_none():
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "v_head_dim": 8}
+    config = AutoConfig.for_model("deepseek_v3", qk_nope_head_dim=12, qk_rope_head_dim=4, **sizes)
+    assert utilisation._widths(config) == 3 * 4 * (16 + 8)
+    assert utilisation._widths(AutoConfig.for_model("mamba")) == 0
+
+
 def test_pairs_are_those_of_documents_where_attention_is():
     ids = torch.zeros(1, 6, dtype=torch.int64)
     assert batches.MicroBatch(ids, ids, 0, 1).pairs == 36
@@ -77,7 +84,8 @@ def test_gpus_are_known_by_the_names_that_torch_gives_them():
         "AMD Instinct MI300X": "mi300x",
     }
     assert {name: machines.called(name).name for name in names} == names
-    assert machines.called("NVIDIA H100 PCIe") is machines.called("NVIDIA GeForce RTX 4090") is None
+    for other in ("NVIDIA H100 PCIe", "NVIDIA A100-PCIE-40GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA L4"):
+        assert machines.called(other) is None
 
 
 @pytest.mark.mpi()
@@ -86,9 +94,14 @@ def test_the_peak_is_that_of_all_ranks(world, monkeypatch):
     total, how = utilisation.peak(world, "fp32")
     assert total == 1e9 * sum(range(1, world.size + 1)) and how == "measured"
     gpu = SimpleNamespace(device=torch.device("cuda", 0), host="a", rank=world.rank, comm=world.comm)
-    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(get_device_name=lambda _: "NVIDIA H200"))
-    total, how = utilisation.peak(gpu, "bf16")
-    assert total == 989e12 and how == "data sheet of the h200"  # which all share
+    for identity, gpus in (("one", 1), (f"of rank {world.rank}", world.size)):  # all share it, or see but their own
+        torchs = SimpleNamespace(
+            get_device_name=lambda _: "NVIDIA H200",
+            get_device_properties=lambda _, uuid=identity: SimpleNamespace(uuid=uuid),
+        )
+        monkeypatch.setattr(torch, "get_device_module", lambda _, torchs=torchs: torchs)
+        total, how = utilisation.peak(gpu, "bf16")
+        assert total == gpus * 989e12 and how == "data sheet of the h200"
 
 
 def test_the_start_is_told_from_the_launcher_on(tmp_path):

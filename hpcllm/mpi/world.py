@@ -212,7 +212,8 @@ def _start(MPI, path):
     import mpi4py
 
     if not MPI.Is_initialized():
-        if path.startswith(os.path.realpath(sys.prefix) + os.sep):
+        # Of a virtual environment, where a system's own is not.
+        if sys.prefix != sys.base_prefix and path.startswith(os.path.realpath(sys.prefix) + os.sep):
             # The wheel's Open MPI (5.0) sleeps for a second where it finds no fabric to put one-sided communication on,
             # which hpcllm has within hosts alone. A site's own MPI is as the site wants it.
             os.environ.setdefault("OMPI_MCA_btl", "^ofi")

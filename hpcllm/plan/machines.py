@@ -84,10 +84,11 @@ def find(name):
 def called(name):
     """The Machine that torch calls `name` ("NVIDIA A100-SXM4-80GB", "AMD Instinct MI250X"), or None."""
     words = re.split(r"[^a-z0-9]+", name.lower())
+    if {"pcie", "nvl", "mig"} & set(words):
+        return None  # boards with other clocks than the modules of the data sheets above, and parts of a GPU
     if "a100" in words and "40gb" in words:
         return MACHINES["a100-40"]
-    # PCIe and NVL boards have other clocks than the modules of the data sheets above.
-    return next((found for key, found in MACHINES.items() if key in words and not {"pcie", "nvl"} & set(words)), None)
+    return next((found for key, found in MACHINES.items() if key in words), None)
 
 
 def measured(machine, told):

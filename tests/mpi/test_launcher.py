@@ -110,7 +110,8 @@ def test_mpi4py_is_imported_in_this_package_alone():
     ],
 )
 def test_only_an_open_mpi_of_this_environment_is_told_to_look_for_no_fabric(monkeypatch, library, said, expected):
-    monkeypatch.delenv("OMPI_MCA_btl", raising=False)
+    monkeypatch.setenv("OMPI_MCA_btl", "")  # so that it is put back
+    monkeypatch.delenv("OMPI_MCA_btl")
     if said:
         monkeypatch.setenv("OMPI_MCA_btl", said)
     library_of_mpi = SimpleNamespace(Is_initialized=lambda: False, Init_thread=lambda level: None, THREAD_MULTIPLE=3)

@@ -242,6 +242,8 @@ def test_shards_that_stay_in_host_memory_change_nothing(world, sharding, section
     if SIZE % ranks or ranks == SIZE:
         pytest.skip("no data axis")
     placed = place(world, models.build("gpt2"), sharding=sharding, offload=True, **section)
+    groups = [part.model._get_fsdp_state()._fsdp_param_group for part in placed.parts]
+    assert all(parameter.offload_to_cpu for group in groups for parameter in group.fsdp_params)
     expected, weights = models.train_alone("gpt2")
     assert largest_difference(train(placed), expected) < 1e-5
     check_weights(placed, weights)
