@@ -33,13 +33,13 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     with together(world.comm):
         layout = meshes.layout(parallel, hosts)
         plan.accumulation(layout.data)
-        if parallel.offload and world.device.type == "cpu":
-            raise UsageError("parallel: offload = true spares the memory of GPUs, and these ranks compute on the CPU")
         if parallel.offload and layout.shard == 1:
             raise UsageError(
                 f"parallel: offload = true keeps shards in host memory, but {layout.describe()} has none: two ranks or "
                 "more must divide the weights between them"
             )
+        if parallel.offload and world.device.type == "cpu":
+            raise UsageError("parallel: offload = true spares the memory of GPUs, and these ranks compute on the CPU")
         if layout.pipeline > 1 and parallel.backend == "gloo" and world.device.type == "cuda":
             raise UsageError('parallel: backend = "gloo" sends no GPU memory between stages; take "mpi" or "nccl"')
     words = on_root(world.comm, read_tokenizer, config.data.tokenizer_dir)

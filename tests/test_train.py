@@ -407,3 +407,12 @@ def test_the_step_ahead_is_loaded_in_order_and_errors_arrive_in_their_place():
         assert [next(loaded) for _ in range(3)] == [0, 10, 20]
         with pytest.raises(DataError, match="damaged"):
             next(loaded)
+
+
+@pytest.mark.mpi()
+def test_offload_is_refused_where_it_would_do_nothing(world, prepared, tmp_path):
+    changes = {"parallel.sharding": "full", "parallel.offload": True}
+    run = settings(prepared, shared(world, tmp_path) / "run", **{k: str(v).lower() for k, v in changes.items()})
+    why = "compute on the CPU" if world.size > 1 else "two ranks or more"
+    with pytest.raises(UsageError, match=why):
+        train.train(run, world)
