@@ -3,18 +3,21 @@
     python -m benchmarks.prepare_speed [--tokenizer DIR] [--megabytes 40] [--ranks 1 2]
 
 The text is the corpus of `hpcllm.data.corpus` over and over, the tokenizer is there before; so only tokenising and
-writing are timed. The bare loop is `encode_batch_fast` of the tokenizers library on the same documents in one process.
-Medians of three rounds, in which all take turns; whether the shards of all rank counts are the same is checked by their
-digests.
+writing are timed. The bare loop is `encode_batch_fast` of the tokenizers library on the same documents, in as many
+processes at once as there are ranks, each on all of them. Each rank has one core, as on a node that is full. Medians of
+three rounds, in which all take turns; whether the shards of all rank counts are the same is checked by their digests.
 """
 
 import argparse
+import contextlib
 import json
 import os
-import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 from . import jobs
 
@@ -45,6 +48,17 @@ def train_tokenizer(folder, documents):
     return folder / "once" / "tokenizer"
 
 
+@contextlib.contextmanager
+def on_cores(count):
+    """In this context, what is started has the first `count` cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", help="a folder that `hpcllm prepare` wrote; made from the text if left out")
@@ -65,25 +79,28 @@ def main():
                     size += file.write(json.dumps({"text": text}) + "\n")
                     repeated.append(text)
         tokenizer = args.tokenizer or train_tokenizer(folder, documents)
-        rates, digests = {way: [] for way in ("library", *args.ranks)}, set()
+        rates, digests = {}, set()
         for turn in range(args.rounds):
-            rates["library"].append(bare(tokenizer, repeated))
             for ranks in args.ranks:
-                output = folder / f"{turn}-{ranks}"
-                options = ["--jsonl-field", "text", "--tokenizer", tokenizer, "--output", output]
-                done = jobs.run(ranks, "-m", "hpcllm", "prepare", "--input", folder / "text.jsonl", *options)
+                with on_cores(ranks):
+                    with ProcessPoolExecutor(ranks) as pool:
+                        alone = list(pool.map(bare, [tokenizer] * ranks, [repeated] * ranks))
+                    output = folder / f"{turn}-{ranks}"
+                    options = ["--jsonl-field", "text", "--tokenizer", tokenizer, "--output", output]
+                    done = jobs.run(ranks, "-m", "hpcllm", "prepare", "--input", folder / "text.jsonl", *options)
                 summary = json.loads(done.stdout[done.stdout.index("{") :])
-                rates[ranks].append(summary["tokens_per_s"])
+                rates.setdefault(ranks, []).append((sum(alone), summary["tokens_per_s"]))
                 digests.add(summary["train"]["digest"])
     print(f"{size / 1e6:.0f} MB, {jobs.versions()}; digests of the shards of all runs: {len(digests)} distinct")
-    print("| | tokens/s, median (smallest to largest) | of the library on one core |\n|---|---:|---:|")
-    base = statistics.median(rates["library"])
-    for way, values in rates.items():
-        middle = statistics.median(values)
-        name = "tokenizers alone, 1 process" if way == "library" else f"hpcllm prepare, {way} ranks"
-        if way != "library":
-            jobs.record(f"{name}: tokenizers alone", [value / base for value in values])
-        print(f"| {name} | {jobs.spread(values, '{:,.0f}')} | {middle / base:.2f} |")
+    print("| ranks | hpcllm prepare, tokens/s | tokenizers alone, tokens/s | of that | times one rank |")
+    print("|---:|---:|---:|---:|---:|")
+    one = [ours for _, ours in rates[args.ranks[0]]]
+    for ranks, found in rates.items():
+        alone, ours = zip(*found, strict=True)
+        parts, times = np.divide(ours, alone), np.divide(ours, one)
+        jobs.record(f"hpcllm prepare, {ranks} ranks: tokenizers alone", parts)
+        cells = [jobs.spread(ours, "{:,.0f}"), jobs.spread(alone, "{:,.0f}"), jobs.spread(parts), jobs.spread(times)]
+        print(f"| {ranks} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
