@@ -13,8 +13,10 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -85,7 +87,7 @@ def plot(path, results, title):
         return
     figure, axis = plt.subplots(figsize=(9, 1 + 0.24 * len(shown)))
     for row, one in enumerate(shown):
-        low, high, middle = min(one["ratios"]), max(one["ratios"]), sorted(one["ratios"])[len(one["ratios"]) // 2]
+        low, high, middle = min(one["ratios"]), max(one["ratios"]), statistics.median(one["ratios"])
         axis.plot([low, high], [row, row], color="0.6", linewidth=3, solid_capstyle="butt")
         axis.plot(middle, row, "o", color="tab:green" if middle >= 1 else "tab:red", markersize=4)
     axis.axvline(1, color="black", linewidth=0.8)
@@ -93,7 +95,7 @@ def plot(path, results, title):
     axis.set_yticks(range(len(shown)), [one["what"] for one in shown], fontsize=7)
     axis.invert_yaxis()
     axis.set_xlabel("times better than what stands behind the colon (median and range of rounds)")
-    axis.set_title(title, fontsize=8)
+    axis.set_title(textwrap.fill(title, 80), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

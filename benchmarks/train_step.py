@@ -13,6 +13,7 @@ slower than one by itself is that. benchmarks/requirements.txt lists what peers 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -68,6 +69,9 @@ def main():
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     arguments = parser.parse_args()
+    if not importlib.util.find_spec("deepspeed"):
+        print("DeepSpeed is not installed and left out", file=sys.stderr)
+        arguments.ways = [way for way in arguments.ways if "deepspeed" not in WAYS[way][1]]
     print(f"{arguments.ranks} ranks, {arguments.precision}, {jobs.versions()}; {arguments.rounds} rounds", flush=True)
     for rows in arguments.rows:
         found = {name: [] for name in dict.fromkeys(["hpcllm", *arguments.ways])}
