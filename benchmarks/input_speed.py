@@ -16,6 +16,7 @@ that of mosaicml-streaming, Arrow that of datasets (benchmarks/requirements.txt)
 import argparse
 import importlib.machinery
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,6 @@ def write(folder, tokens):
     blocks = -(-tokens.nbytes // shards.BLOCK_BYTES)
     crcs, highest = shards.scan(path, offsets["tokens"], tokens.dtype, len(tokens), 0, blocks)
     shards.write_manifest(folder, [shards.finish(path, crcs, highest)], **known)
-    return path
 
 
 # --- readers -----------------------------------------------------------------------------------------------------
@@ -193,8 +193,6 @@ def training(folder, rounds, warm_up=4):
 
 def forget(path):
     """Out of the page cache with a file."""
-    import os
-
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import tomli_w
+
+# What hpcllm sets by itself: the C library keeps memory that is freed.
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 ROOT = Path(__file__).parent.parent
 _LAUNCH = """
 here="$1"; shift; source "$here/site.sh"
@@ -39,6 +43,34 @@ def run(ranks, *arguments, check=True, timeout_s=1800):
         told = f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         sys.exit(f"{' '.join(map(str, arguments))}: exit code {done.returncode}\n{told}")
     return done
+
+
+def train(ranks, folder, **sections):
+    """Run `hpcllm train` in `folder` as `sections` of a run file say, over what it left there; returns its metrics."""
+    output, run_file = Path(folder) / "run", Path(folder) / "run.toml"
+    sections["run"] = {"output_dir": str(output), **sections.get("run", {})}
+    run_file.write_text(tomli_w.dumps(sections), encoding="utf-8")
+    run(ranks, "-m", "hpcllm", "train", run_file, "--overwrite")
+    return metrics(output)
+
+
+def torchrun(ranks, *arguments, env=None):
+    """Run `python ARGUMENTS` on `ranks` ranks by torchrun, `env` added to the environment; returns what it prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += map(str, arguments)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **(env or {})}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-9000:]}")
+    return done.stdout
+
+
+def end_gloo():
+    """End this rank. Gloo's threads end the process by an abort at times, whether or not the group is destroyed."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    os._exit(0)
 
 
 def metrics(output):

@@ -12,12 +12,9 @@ difference between the mean curves beside what seeds of one way differ by.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 
@@ -41,42 +38,29 @@ KINDS = {
 
 def fast(folder, task, steps, seed):
     """Training losses of the steps."""
-    output, model = f"{folder}/run", json.dumps(KINDS[task]).replace('": ', '" = ')
-    Path(f"{folder}/run.toml").write_text(
-        f"""
-[run]
-output_dir = "{output}"
-seed = {seed}
-[data]
-train = "{folder}/data/train"
-attention = "document"
-[model]
-task = "{task}"
-config = {model}
-[train]
-max_steps = {steps}
-global_batch_size = {ROWS}
-micro_batch_size = {ROWS // RANKS}
-sequence_length = {LENGTH}
-learning_rate = {RATE}
-warmup_steps = {WARM_UP}
-precision = "bf16"
-device = "cpu"
-""",
-        encoding="utf-8",
+    records = jobs.train(
+        RANKS,
+        folder,
+        run={"seed": seed},
+        data={"train": f"{folder}/data/train", "attention": "document"},
+        model={"task": task, "config": KINDS[task]},
+        train={
+            "max_steps": steps,
+            "global_batch_size": ROWS,
+            "micro_batch_size": ROWS // RANKS,
+            "sequence_length": LENGTH,
+            "learning_rate": RATE,
+            "warmup_steps": WARM_UP,
+            "precision": "bf16",
+            "device": "cpu",
+        },
     )
-    jobs.run(RANKS, "-m", "hpcllm", "train", f"{folder}/run.toml", "--overwrite")
-    return [record["loss"] for record in jobs.metrics(output) if "loss" in record]
+    return [record["loss"] for record in records if "loss" in record]
 
 
 def plain(folder, task, steps, seed):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    command += ["-m", "benchmarks.loss_curves", "--child", folder, task, str(steps), str(seed)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=env, cwd=jobs.ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"plain: exit code {done.returncode}\n{done.stderr[-5000:]}")
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
+    told = jobs.torchrun(RANKS, "-m", "benchmarks.loss_curves", "--child", folder, task, steps, seed)
+    return json.loads(next(line for line in told.splitlines() if line.startswith("[")))
 
 
 def train_plain(folder, task, steps, seed):
@@ -122,8 +106,7 @@ def train_plain(folder, task, steps, seed):
         losses.append(total.item() / RANKS)
     if rank == 0:
         print(json.dumps(losses), flush=True)
-    dist.barrier()
-    os._exit(0)  # see benchmarks.step_of
+    jobs.end_gloo()
 
 
 def smooth(losses, width=LAST):

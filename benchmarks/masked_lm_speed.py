@@ -42,7 +42,7 @@ MODEL = {
     "vocab_size": 30522,
 }
 RATE = 1e-4
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "THP_MEM_ALLOC_ENABLE": "1"}
+KEPT = jobs.KEEP | {"THP_MEM_ALLOC_ENABLE": "1"}
 WAYS = ["hpcllm", "padded", "padded, kept", "grouped", "grouped, kept", "concatenated, kept"]
 
 
@@ -77,32 +77,27 @@ def prepare(folder, texts, words=MODEL["vocab_size"]):
 
 def train_hpcllm(folder, length, warm, steps, seed):
     """[(tokens that are no padding, seconds)] of the timed steps."""
-    output, config = f"{folder}/run", json.dumps(MODEL | {"max_position_embeddings": length})
-    config = re.sub(r'"(\w+)": ', r"\1 = ", config)
-    Path(f"{folder}/run.toml").write_text(
-        f"""
-[run]
-output_dir = "{output}"
-seed = {seed}
-[data]
-train = "{folder}/data/train"
-attention = "document"
-[model]
-task = "masked_lm"
-config = {{ model_type = "bert", {config[1:]}
-[train]
-max_steps = {warm + steps}
-global_batch_size = {TOKENS // length}
-micro_batch_size = {TOKENS // length}
-sequence_length = {length}
-learning_rate = {RATE}
-precision = "bf16"
-device = "cpu"
-""",
-        encoding="utf-8",
+    width = TOKENS // length
+    records = jobs.train(
+        1,
+        folder,
+        run={"seed": seed},
+        data={"train": f"{folder}/data/train", "attention": "document"},
+        model={
+            "task": "masked_lm",
+            "config": {"model_type": "bert", **MODEL, "max_position_embeddings": length},
+        },
+        train={
+            "max_steps": warm + steps,
+            "global_batch_size": width,
+            "micro_batch_size": width,
+            "sequence_length": length,
+            "learning_rate": RATE,
+            "precision": "bf16",
+            "device": "cpu",
+        },
     )
-    jobs.run(1, "-m", "hpcllm", "train", f"{folder}/run.toml", "--overwrite")
-    taken = [record["step_s"] for record in jobs.metrics(output) if "step_s" in record]
+    taken = [record["step_s"] for record in records if "step_s" in record]
     return [(TOKENS, seconds) for seconds in taken[warm:]]
 
 

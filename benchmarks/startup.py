@@ -78,15 +78,7 @@ def reduce_over(backend):
     dist.all_reduce(torch.ones(1))
     print(f"at {time.time()}", flush=True)
     if backend != "mpi":
-        end_gloo()
-
-
-def end_gloo():
-    """See benchmarks.step_of."""
-    import torch.distributed as dist
-
-    dist.barrier()
-    os._exit(0)
+        jobs.end_gloo()
 
 
 def train_peer():
@@ -105,36 +97,19 @@ def train_peer():
     adjust.step()
     dist.all_reduce(torch.ones(1))
     print(f"at {time.time()}", flush=True)
-    end_gloo()
+    jobs.end_gloo()
 
 
 # --- what is started ---------------------------------------------------------------------------------------------
 
 
 def prepare(folder):
-    """Shards and a run file."""
+    """Shards."""
     words = [f"word{n}" for n in range(3000)]
     lines = [" ".join(words[(line * 37 + n * n) % len(words)] for n in range(60)) for line in range(600)]
     (folder / "text.txt").write_text("\n".join(lines))
     make = ["--input", folder / "text.txt", "--output", folder / "data", "--vocab-size", 1000]
     jobs.run(1, "-m", "hpcllm", "prepare", *make)
-    sizes = re.sub(r'"(\w+)": ', r"\1 = ", json.dumps(SIZES))
-    (folder / "run.toml").write_text(f"""
-[run]
-output_dir = "{folder}/run"
-[data]
-train = "{folder}/data/train"
-[model]
-task = "masked_lm"
-config = {{ model_type = "bert", {sizes[1:]}
-[train]
-max_steps = 1
-global_batch_size = 8
-micro_batch_size = 4
-sequence_length = 64
-learning_rate = 1e-4
-device = "cpu"
-""")
 
 
 def under_mpirun(ranks, *arguments):
@@ -144,11 +119,8 @@ def under_mpirun(ranks, *arguments):
 
 
 def under_torchrun(ranks, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += ["-m", "benchmarks.startup", *arguments]
-    env, began = {**os.environ, "OMP_NUM_THREADS": "1"}, time.time()
-    done = subprocess.run(command, env=env, cwd=jobs.ROOT, capture_output=True, text=True, check=True)
-    return last_word(done.stdout) - began
+    began = time.time()
+    return last_word(jobs.torchrun(ranks, "-m", "benchmarks.startup", *arguments)) - began
 
 
 def last_word(text):
@@ -158,7 +130,20 @@ def last_word(text):
 def train(folder, ranks):
     """(seconds to the end of the first step, its parts as the run tells them)."""
     began = time.time()
-    jobs.run(ranks, "-m", "hpcllm", "train", folder / "run.toml", "--overwrite")
+    jobs.train(
+        ranks,
+        folder,
+        data={"train": str(folder / "data" / "train")},
+        model={"task": "masked_lm", "config": {"model_type": "bert", **SIZES}},
+        train={
+            "max_steps": 1,
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "sequence_length": 64,
+            "learning_rate": 1e-4,
+            "device": "cpu",
+        },
+    )
     events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
     (event,) = (event for event in events if event["event"] == "first_step")
     return event["time"] - began, event["seconds"]

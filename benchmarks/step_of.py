@@ -140,8 +140,7 @@ def main():
     if rank == 0:
         print(json.dumps({"seconds": seconds[WARM_UP:], "losses": losses, "bytes": held.item()}), flush=True)
     if arguments.way != "hpcllm":
-        meet()
-        os._exit(0)  # Gloo's threads end the process by an abort at times, whether or not the group is destroyed
+        jobs.end_gloo()
 
 
 if __name__ == "__main__":

@@ -15,15 +15,13 @@ slower than one by itself is that. benchmarks/requirements.txt lists what peers 
 import argparse
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from . import jobs
 
-KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
+KEEP = jobs.KEEP
 LARGE = {"THP_MEM_ALLOC_ENABLE": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # name: (ranks or None for all, arguments of step_of, environment)
 WAYS = {
@@ -51,13 +49,7 @@ def measure(name, ranks, rows, precision):
     if arguments[0] == "hpcllm":
         text = jobs.run(few or ranks, "-m", "benchmarks.step_of", *arguments).stdout
     else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        command += ["-m", "benchmarks.step_of", *arguments]
-        done = subprocess.run(command, env=environment, cwd=jobs.ROOT, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-9000:]}")
-        text = done.stdout
+        text = jobs.torchrun(ranks, "-m", "benchmarks.step_of", *arguments, env=environment)
     return json.loads(next(line for line in text.splitlines() if line.startswith("{")))
 
 

@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 
-from . import __version__, imports
+from . import __version__
 from .errors import CannotCreate, MissingInput, Refusal, UsageError
 from .mpi import launcher, leave_together
 
@@ -330,6 +330,8 @@ def main(arguments=None):
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    from . import imports
+
     imports.remember()
     commands = {
         "prepare": prepare,

@@ -176,9 +176,7 @@ def _attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if sliding_window is not None and not causal:
         raise UsageError("a window without a causal mask is not known")
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = (of.to(_arithmetic(query)) for of in (query, key, value))
     if query.device.type != "cpu" and not _varlen_serves(query, dropout):
         mask = documents.mask(causal, sliding_window)
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=False)
@@ -195,6 +193,12 @@ def _attention(
             *parts, borders, borders, documents.longest, documents.longest, scale=scale, window_size=reach
         )
     return found.view(query.shape[0], query.shape[2], *found.shape[1:]), None
+
+
+def _arithmetic(query):
+    """The dtype that attention is computed in: that of autocast, where it is on."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 def _varlen_serves(query, dropout):
@@ -255,16 +259,13 @@ def _looks_at_the_name(model):
 def _of_rows(module, query, key, value, mask, dropout=0.0, scaling=None, is_causal=None, **more):
     """As transformers' sdpa_attention_forward, which does what this does not."""
     rows, heads, length, _ = query.shape
-    low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in _DENSE_TYPES
     few = length <= _DENSE and rows * heads * length**2 <= _PRODUCTS
-    dense = dropout or (few and (low or query.dtype in _DENSE_TYPES))  # with dropout SDPA has them all as well
+    dense = dropout or (few and _arithmetic(query) in _DENSE_TYPES)  # with dropout SDPA has them all as well
     other = any(more.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
     if mask is not None or not dense or other or key.shape[2] != length:
         more |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, mask, **more)
-    if low:
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = (of.to(_arithmetic(query)) for of in (query, key, value))
     key, value = (repeat_kv(of, query.shape[1] // of.shape[1]) for of in (key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -33,7 +33,7 @@ class Parts:
         self._last = now
 
     def describe(self):
-        """ "3.21 s: python 0.1, mpi 0.5, ..."."""
+        """In words: 3.21 s: python 0.10, mpi 0.50, and so on."""
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.seconds.items())
         return f"{sum(self.seconds.values()):.2f} s: {parts}"
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from benchmarks import plan as published
 from hpcllm import __main__, config, plan
 from hpcllm.errors import DataError, MissingInput, UsageError
-from hpcllm.parallel import apply, mesh, schedules
+from hpcllm.parallel import apply, mesh, schedules, vocabulary
 from hpcllm.parallel.balance import balance
 from hpcllm.plan import cost, count, machines, search
 from hpcllm.plan.shapes import Part, Shapes
@@ -529,3 +529,7 @@ def test_a_measured_machine_is_planned_for(run_file, tmp_path, capsys):
         plan.plan(load(), 2, 2, "h100", tmp_path / "doctor.json")
     with pytest.raises(MissingInput):
         plan.plan(load(), 2, 2, "h100", tmp_path / "nowhere")
+
+
+def test_the_plan_knows_how_many_logits_exist_at_once():
+    assert cost.LOGITS_AT_ONCE == 16 * vocabulary.LOGITS_AT_ONCE  # of a GPU, where the loss takes 16 times as many
