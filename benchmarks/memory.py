@@ -28,6 +28,7 @@ LARGE = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 24, "n
 LARGE |= {"num_key_value_heads": 16, "intermediate_size": 5504, "vocab_size": 16000, "tie_word_embeddings": True}
 LAYOUTS = {
     "none": {"sharding": "none"},
+    "host": {"sharding": "host"},
     "optimizer": {"sharding": "optimizer"},
     "gradients": {"sharding": "gradients"},
     "full": {"sharding": "full"},

@@ -163,8 +163,9 @@ class Train(Section):
     """Largest global 2-norm of the gradient; beyond it the gradient is scaled down. 0 switches it off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward; weights, gradients' sum and optimizer state stay fp32."""
-    activation_checkpointing: bool = False
-    """Keep only what enters each block and compute the rest again in backward: less memory, a third more work."""
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    """Keep only what enters each block and compute the rest again in backward: less memory, a third more work. auto:
+    where a step would not fit into the memory that is free at the start."""
     compile: bool = False
     """torch.compile of each block, in the first step: a quicker step on GPUs, needs a C++ compiler on the nodes."""
     log_every_steps: int = Field(10, ge=1)

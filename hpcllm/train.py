@@ -16,6 +16,7 @@ from .mpi import choose, device, on_root, together
 from .parallel import compiled, host
 from .parallel import mesh as meshes
 from .parallel.apply import apply, check
+from .plan import fit
 from .quicken import quicken
 from .tasks import TASKS
 
@@ -58,6 +59,8 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         check(net.config, layout, parallel.stages_per_rank, parallel.sequence)
         if plan.compile:
             compiled.require(world.device)
+    again, why = fit.checkpointing(config, parallel, layout, world, net.config)
+    with together(world.comm):
         if config.data.attention == "document":
             attention.keep_apart(net)
         quicken(net, world.device)
@@ -69,7 +72,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         net,
         mesh,
         parallel,
-        plan.activation_checkpointing,
+        again,
         world.device,
         targets,
         weights,
@@ -87,6 +90,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     journal.event("start", step=state["step"], **start)
     progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)
     progress.say(describe(config, world, placed, source, validation, state))
+    progress.say(f"activation checkpointing: {'on' if again else 'off'} ({why})")
     progress.say(f"peak of matrix products, {plan.precision}, all ranks: {peak / 1e12:.3g} TFLOP/s ({how})")
     parts.end("model")
 

@@ -131,6 +131,8 @@ class Split:
         self._border = int(validation_fraction * 2**64)
 
     def part(self, document):
+        if len(self.parts) == 1:
+            return TRAIN
         digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
         return VALIDATION if int.from_bytes(digest, "little") < self._border else TRAIN
 

@@ -6,6 +6,7 @@ a unit's spooled documents are does not.
 
 import heapq
 import os
+from array import array
 
 import numpy as np
 
@@ -64,7 +65,8 @@ class Spool:
         return sum(self._written.values())
 
     def append(self, part, ids):
-        self._files[part].write(np.array(ids, self.dtype))
+        # array reads a list of ints in half of numpy's time.
+        self._files[part].write(np.frombuffer(array("I", ids), np.uintc).astype(self.dtype, copy=False))
         self._written[part] += len(ids)
         self._open_length += len(ids)
 

@@ -195,6 +195,12 @@ def _memory(shapes, stage, work, rank):
     at_once = LOGITS_AT_ONCE // (16 if work.pooled else 1)
     logits = LOGITS_BYTES * min(stage.logits * work.micro_batch / tensor / work.layout.context, at_once)
     before = work.micro_batches > 1  # gradients of earlier micro-batches
+    if work.sharding == "host":
+        # Weights, and their copies in bf16, once for all ranks of a node; each has whole gradients of its own.
+        neighbours = min(work.node, work.layout.data)
+        copies = stage.blocks.weights(tensor) + stage.outside.weights(tensor)
+        activations -= copies * (1 - 1 / neighbours)
+        return Memory(weights / neighbours, gradients, state / work.layout.data, activations, logits)
     if shard == 1 and work.layout.pipeline == 1:
         # DDP's buckets stay from step to step. What micro-batches before the last one give lies beside them: gradients
         # are views of the buckets only from the time that they are summed to that at which they are set to None.
