@@ -1,4 +1,4 @@
-"""A picture of the bandwidth between hosts, or ranks of one host. The only importer of matplotlib, an extra."""
+"""A picture of the bandwidth between hosts, or ranks of one host. matplotlib is an extra."""
 
 import os
 
