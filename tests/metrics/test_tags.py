@@ -43,6 +43,7 @@ def test_the_strict_reading_by_hand():
     assert tags.strict_spans(tagged[:6], "bio") == [("A", 1, 3), ("B", 4, 5)]
     assert tags.strict_spans(tagged[6:], "IOBES") == [("A", 0, 1), ("A", 1, 3)]
     assert tags.strict_spans(["B-A", "I-A", "O", "B-A"], "BIOES") == []  # both without an end
+    assert tags.strict_spans(["I-A", "E-A", "O", "E-A"], "BIOES") == []  # both without a beginning
     assert tags.strict_spans(["I-A", "B-A"], "IOB1") == [("A", 0, 1), ("A", 1, 2)]
     assert tags.strict_spans(["B-A", "M-A", "E-A", "M-A"], "BMES") == [("A", 0, 3)]
 
