@@ -7,12 +7,15 @@ Parses arguments and ends the job; the work is in the modules that the commands 
 import argparse
 import json
 import os
+import sys
 import time
 import warnings
 
 from . import __version__
 from .errors import CannotCreate, MissingInput, Refusal, UsageError
 from .mpi import launcher, leave_together
+
+_LABELS = ("sequence_classification", "token_classification")
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,6 +58,26 @@ def parser():
         help="tokens a shard, to the end of its last document (default: %(default)s)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    g = p.add_argument_group("labelled data, to fine-tune")
+    g.add_argument("--task", choices=_LABELS, help="what the labels are for; without, text is for pre-training")
+    g.add_argument("--validation", nargs="+", default=[], metavar="FILE_OR_GLOB", help="examples to choose a model by")
+    g.add_argument("--test", nargs="+", default=[], metavar="FILE_OR_GLOB", help="examples to report results of")
+    g.add_argument("--format", choices=("conll", "tsv", "csv", "jsonl"), help="(default: by the files' endings)")
+    g.add_argument("--text", metavar="NAME", help="column or field of the text (default: text; of words 0 or tokens)")
+    g.add_argument("--pair", metavar="NAME", help="column or field of a second text")
+    g.add_argument("--label", metavar="NAME", help="column or field of the label (default: label; of words -1 or tags)")
+    g.add_argument(
+        "--columns", nargs="+", metavar="NAME", help="names of a table's columns, if its first line has none"
+    )
+    g.add_argument("--labels", nargs="+", metavar="NAME", help="all labels, in order (default: those that occur)")
+    g.add_argument("--problem", choices=("single", "multi", "value"), default="single", help="a text's labels: one of "
+                   "several names, any of them, or a number (default: %(default)s)")  # fmt: skip
+    g.add_argument(
+        "--label-separator", default=",", metavar="TEXT", help="between a text's names (default: %(default)s)"
+    )
+    g.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest example (default: %(default)s)")
+    g.add_argument("--truncation", choices=("cut", "drop", "error", "split"), help="of longer ones: lose their end, or "
+                   "all, refuse them, or go on in another (default: split sentences of words, cut texts)")  # fmt: skip
 
     p = commands.add_parser("train", help="train or go on training as a run file says")
     p.add_argument("run_file", metavar="RUN.toml")
@@ -83,11 +106,16 @@ def parser():
     p.add_argument("--output", metavar="FILE", help="write the run file with the fastest layout")
     p.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
 
-    p = commands.add_parser("evaluate", help="loss, perplexity and accuracy of a checkpoint on prepared shards")
+    p = commands.add_parser(
+        "evaluate",
+        help="how good a checkpoint is on prepared shards",
+        description="Of text: loss, perplexity and accuracy. Of labelled data: the task's metrics, with a table.",
+    )
     p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN")
     p.add_argument("--data", metavar="DIR", help="folder of shards (default: the run's validation folder)")
     p.add_argument("--output", metavar="FILE", help="write the scores as JSON")
-    p.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
+    p.add_argument("--plot", metavar="FILE", help="labelled data: draw which label was taken for which (matplotlib)")
+    p.add_argument("--overwrite", action="store_true", help="replace those files if they exist")
 
     p = commands.add_parser("predict", help="fill [MASK] or continue texts with a checkpoint")
     p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN")
@@ -141,9 +169,34 @@ def prepare(args):
     names = ("output", "tokenizer", "tokenizer_kind", "vocab_size", "jsonl_field", "document_separator")
     names += ("validation_fraction", "shard_tokens", "overwrite")
     world = mpi.join()
+    if args.task:
+        return prepare_labelled(args, world)
     summary = prepare(world, inputs=args.input, **{name: getattr(args, name) for name in names})
     if world.is_root:
         print(json.dumps(summary, indent=2))
+
+
+def prepare_labelled(args, world):
+    from .data.labelled import Reading
+    from .data.prepare_labelled import prepare_labelled, table
+
+    words = args.task == "token_classification"
+    names = ("output", "tokenizer", "validation", "test", "validation_fraction", "label_separator", "max_tokens")
+    names += ("shard_tokens", "overwrite")
+    columns = args.columns and tuple(args.columns)
+    reading = Reading(args.format, args.text, args.pair, args.label, columns, words)
+    summary = prepare_labelled(
+        world,
+        inputs=args.input,
+        kind="tags" if words else args.problem,
+        reading=reading,
+        given_labels=args.labels,
+        truncation=args.truncation or ("split" if words else "cut"),
+        **{name: getattr(args, name) for name in names},
+    )
+    if world.is_root:
+        print(table(summary), file=sys.stderr)
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
 
 
 def train(args):
@@ -231,24 +284,33 @@ def evaluate(args):
     world = mpi.join()
     from . import attention, files, model
     from .evaluate import evaluate
+    from .metrics import picture
     from .parallel.apply import whole
     from .train import open_source, read_tokenizer, run_config
 
-    mpi.on_root(world.comm, check_output, args.output, args.overwrite)
+    for path in (args.output, args.plot):
+        mpi.on_root(world.comm, check_output, path, args.overwrite)
     settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
     data = args.data or settings.data.validation
     if data is None:
         raise UsageError("the run had no validation folder; name one with --data").known_to_all()
     world = mpi.init(settings.train.device, settings.parallel.backend)
-    source = open_source(settings, world, data, mpi.on_root(world.comm, read_tokenizer, folder))
+    words = mpi.on_root(world.comm, read_tokenizer, folder)
+    names = mpi.on_root(world.comm, model.label_names, folder, settings.model.task)
+    source = open_source(settings, world, data, words, names)
     with mpi.together(world.comm):
         net = model.load(folder, settings.model.task).to(world.device)
         if settings.data.attention == "document":
             attention.keep_apart(net)
-    scores = evaluate(whole(net, world), source, settings.train.micro_batch_size, settings.train.precision)
+    if args.plot:
+        mpi.on_root(world.comm, picture.check, args.plot)
+    scores, report = evaluate(whole(net, world), source, settings.train.micro_batch_size, settings.train.precision)
     scores = {"checkpoint": str(folder), "data": str(data), **scores}
+    text, matrix = report or (None, None)
     if world.is_root:
-        print(json.dumps(scores, indent=2))
+        print(*([] if text is None else [text]), json.dumps(scores, indent=2), sep="\n")
+    if args.plot and matrix is not None:
+        mpi.on_root(world.comm, picture.confusion_picture, matrix, source.meaning["names"], args.plot)
     if args.output:
         mpi.on_root(world.comm, files.write_json, args.output, scores)
 

@@ -33,8 +33,10 @@ TOKENIZER_FILES = (
 )
 
 
-def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep):
-    """Write `checkpoint-<step>` below `output_dir`, then delete all but the newest `keep`; returns its path.
+def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):
+    """Write `checkpoint-<step>` below `output_dir`, then delete all but the newest `keep`, and that of step `best`.
+
+    Returns its path.
 
     placed: parallel.apply.Placed; every rank writes its pieces, and the files are those that one rank would write.
     state: JSON-able dict that `read_state` gives back. Collective over `comm`. Raises IOFailure, the same on every
@@ -54,7 +56,7 @@ def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep):
         if comm.rank == 0:
             shutil.rmtree(hidden, ignore_errors=True)
         raise
-    on_root(comm, _delete_older, output_dir, keep)
+    on_root(comm, _delete_older, output_dir, keep, best)
     return path
 
 
@@ -135,9 +137,10 @@ def _finish(hidden, path, step, placed, tokenizer_dir, state):
         files.reveal(hidden, path)
 
 
-def _delete_older(output_dir, keep):
+def _delete_older(output_dir, keep, best):
     for old in find(output_dir)[:-keep]:
-        files.remove_folder(old)
+        if old.name != f"checkpoint-{best}":
+            files.remove_folder(old)
 
 
 def find(output_dir):

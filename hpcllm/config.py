@@ -5,6 +5,7 @@
 """
 
 import difflib
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,9 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import MissingInput, UsageError
+
+# Tasks that learn from what `hpcllm prepare --task` wrote.
+LABELLED = ("sequence_classification", "token_classification")
 
 
 class Section(BaseModel):
@@ -33,6 +37,8 @@ class Data(Section):
     """Folder of training shards that `hpcllm prepare` wrote."""
     validation: str | None = None
     """Folder of validation shards; no evaluation without it."""
+    test: str | None = None
+    """Folder of labelled shards that the model of the run's end, or the best one, is evaluated on, once."""
     tokenizer: str | None = None
     """Tokenizer folder in Hugging Face's layout; by default `tokenizer` beside the training folder."""
     reader: Literal["mapped", "mpio"] = "mapped"
@@ -49,12 +55,16 @@ class Data(Section):
 
 
 class Model(Section):
-    task: Literal["masked_lm", "causal_lm"]
-    """What is learnt: masked_lm (BERT and its kin) or causal_lm (GPT-2, Llama and their kin)."""
+    task: Literal["masked_lm", "causal_lm", "sequence_classification", "token_classification"]
+    """What is learnt: masked_lm (BERT and its kin) or causal_lm (GPT-2, Llama and their kin) from text;
+    sequence_classification (of texts, pairs of texts; also numbers) or token_classification (entities, parts of speech)
+    from labelled data."""
     config: dict[str, Any] | None = None
     """A transformers configuration: model_type and any of its arguments. Weights start at random."""
     init_from: str | None = None
     """Folder in Hugging Face's layout whose weights to start from, instead of config."""
+    freeze: list[str] = []
+    """Names of parameters that are not trained, as shell patterns: ["bert.embeddings.*"]."""
 
     @model_validator(mode="after")
     def one_source(self):
@@ -138,8 +148,10 @@ class Parallel(Section):
 
 
 class Train(Section):
-    max_steps: int = Field(ge=1)
+    max_steps: int | None = Field(None, ge=1)
     """Optimizer steps of the whole run, restarts included."""
+    num_train_epochs: float | None = Field(None, gt=0)
+    """Instead of max_steps: how often every sample is seen; the last global batch is filled up from the next epoch."""
     global_batch_size: int = Field(ge=1)
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int = Field(ge=1)
@@ -153,6 +165,19 @@ class Train(Section):
     """How the learning rate falls to zero between warm-up and max_steps."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from zero."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Instead of warmup_steps: the same as a fraction of all steps."""
+    layerwise_lr_decay: float = Field(1.0, gt=0, le=1)
+    """Factor on the learning rate of a block for each block above it, of the embeddings for all of them."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Labelled data: part of each target that is spread evenly over all names."""
+    class_weights: Literal["balanced"] | list[float] | None = None
+    """Labelled data: how much a target of each name counts; balanced: as much less as it is more frequent."""
+    metric_for_best_model: str | None = None
+    """Labelled data: the evaluation's number by which checkpoints are compared, such as f1, accuracy or loss; the best
+    one is kept, and is the run's result."""
+    early_stopping_patience: int = Field(0, ge=0)
+    """Evaluations in a row without a better metric_for_best_model after which the run ends; 0: never."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled decay per step (times the learning rate); biases and norms are exempt."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -176,7 +201,13 @@ class Train(Section):
 
     @model_validator(mode="after")
     def steps_and_batches(self):
-        if self.warmup_steps > self.max_steps:
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            raise ValueError("give either max_steps or num_train_epochs")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("give either warmup_steps or warmup_ratio")
+        if self.early_stopping_patience and not (self.metric_for_best_model and self.eval_every_steps):
+            raise ValueError("early_stopping_patience needs metric_for_best_model and eval_every_steps")
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than max_steps ({self.max_steps})")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
@@ -184,6 +215,13 @@ class Train(Section):
                 f"micro_batch_size ({self.micro_batch_size})"
             )
         return self
+
+    def with_steps(self, samples):
+        """The same for a data set of so many samples: with max_steps and warmup_steps, whatever they were given as."""
+        steps = self.max_steps or math.ceil(self.num_train_epochs * samples / self.global_batch_size)
+        warmup = self.warmup_steps or math.ceil(self.warmup_ratio * steps)
+        told = {"max_steps": steps, "warmup_steps": min(warmup, steps), "num_train_epochs": None, "warmup_ratio": 0.0}
+        return self.model_copy(update=told)
 
     def accumulation(self, size):
         """Micro-batches per rank and optimizer step on `size` data-parallel ranks. Raises UsageError."""
@@ -246,6 +284,30 @@ class Config(Section):
                 'train.compile goes with any parallel.pipeline_schedule but "zero_bubble", which takes the products '
                 "of blocks apart itself"
             )
+        return self
+
+    @model_validator(mode="after")
+    def what_labelled_data_have(self):
+        labelled = self.model.task in LABELLED
+        if not labelled:
+            given = {"data.test": self.data.test, "train.metric_for_best_model": self.train.metric_for_best_model}
+            given |= {
+                "train.class_weights": self.train.class_weights,
+                "train.label_smoothing": self.train.label_smoothing,
+            }
+            wrong = [name for name, value in given.items() if value]
+            if wrong:
+                raise ValueError(f'{wrong[0]} is for labelled data, model.task = "{self.model.task}" learns from text')
+            return self
+        parallel = self.parallel
+        given = {"pipeline": parallel.pipeline > 1, "context": parallel.context > 1, "sequence": parallel.sequence}
+        wrong = [f"parallel.{name}" for name, there in given.items() if there]
+        if wrong:
+            raise ValueError(f"{wrong[0]}: {self.model.task} goes with the data and tensor axes, and any sharding")
+        if self.data.reader == "mpio" or self.data.attention == "document":
+            raise ValueError('labelled data are read with data.reader = "mapped" and data.attention = "row"')
+        if self.train.metric_for_best_model and not self.data.validation:
+            raise ValueError("train.metric_for_best_model compares evaluations; name data.validation")
         return self
 
     def toml(self):

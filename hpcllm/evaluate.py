@@ -1,13 +1,16 @@
 """How good a model is on held-out samples: each counted once, at any number of ranks."""
 
 import contextlib
+import importlib.util
 import itertools
 import math
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from . import attention
+from . import attention, files
+from .metrics import picture
 from .parallel import context
 from .parallel.runner import Work
 
@@ -19,55 +22,98 @@ def arithmetic(precision, device):
     return contextlib.nullcontext()
 
 
-def of_task(task, placed, precision, score=False):
-    """The Work (parallel.runner) of a task (module of hpcllm.tasks) on micro-batches (data.batches.MicroBatch).
+def of_task(source, placed, precision, score=False):
+    """The Work (parallel.runner) of the task of a data.batches.Source or data.examples.Examples on its micro-batches.
 
     placed: parallel.apply.Placed that it is for, whose ranks may have parts of the sequences.
 
-    Its loss is `task.loss_sum`'s first value; with `score` it is both.
+    Its loss is the task's `loss_sum`'s first value; with `score` it is both.
     """
-
-    device, mesh = placed.device, placed.mesh
+    task, device, mesh = source.task, placed.device, placed.mesh
+    options = {
+        name: value.to(device) if torch.is_tensor(value) else value for name, value in source.loss_options.items()
+    }
 
     def inputs(batch):
-        given = attention.inputs(task.inputs(batch.input_ids.to(device)), batch.positions, device)
-        return context.inputs(given, mesh)
+        given = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        return context.inputs(attention.inputs(task.inputs(given), batch.positions, device), mesh)
 
     def loss(net, batch):
-        found = task.loss_sum(net, inputs(batch), context.part(batch.labels.to(device), mesh), score)
+        found = task.loss_sum(net, inputs(batch), context.part(batch.labels.to(device), mesh), score, **options)
         return found if score else found[0]
 
     return Work(inputs, loss, lambda batch: None if score else batch.seed, lambda: arithmetic(precision, device))
 
 
-def evaluate(placed, source, width, precision):
-    """Mean loss per target (nats), perplexity and accuracy of `placed` (parallel.apply.Placed) over all of `source`.
+def evaluate(placed, source, width, precision, prefix="eval"):
+    """How good `placed` (parallel.apply.Placed) is on all of `source`, {f"{prefix}_{metric}": number}, and a report.
 
-    width: samples per forward. Each rank sums over its samples in fp64; sums and counts meet once at the end.
-    Collective.
+    width: samples per forward. The report is (text table, confusion matrix or None) for labelled examples, None for
+    text, of which there are mean loss per target (nats), perplexity and accuracy. Collective.
     """
-    data, nothing = placed.mesh.data, source.nothing()
-    work = of_task(source.task, placed, precision, score=True)
-    sums = torch.zeros(4, dtype=torch.float64)  # loss, right, targets, samples
-    once = placed.mesh.place["context"] == 0  # what a batch counts, not its parts
     placed.train(False)
+    scores, report = (_labelled if source.stream.labelled else _text)(placed, source, width, precision)
+    placed.train()
+    placed.reshard()
+    return {f"{prefix}_{name}": value for name, value in scores.items()}, report
+
+
+def _results(placed, source, width, precision):
+    """Yield (batch, what the task says of it, on ranks of the last stage) for this rank's part of `source`."""
+    data, nothing = placed.mesh.data, source.nothing()
+    work = of_task(source, placed, precision, score=True)
     batches = source.validation(data.rank, data.size, width)
     # Enough at a time to keep a pipeline full.
     while window := list(itertools.islice(batches, 4 * placed.mesh.layout.pipeline)):
         window = [batch if batch.samples else nothing for batch in window if batch.samples or placed.divided]
         results = placed.runner.run(window, work)
-        for batch, (loss, right) in zip(window, results, strict=False):  # no results but of the last stage
+        yield from itertools.zip_longest(window, results)  # no results but of the last stage
+
+
+def _text(placed, source, width, precision):
+    """Each rank sums over its samples in fp64; sums and counts meet once at the end."""
+    sums = torch.zeros(4, dtype=torch.float64)  # loss, right, targets, samples
+    once = placed.mesh.place["context"] == 0  # what a batch counts, not its parts
+    for batch, result in _results(placed, source, width, precision):
+        if result is not None:
             counts = [once * batch.targets, once * batch.samples]
-            sums += torch.tensor([loss.item(), right.item(), *counts], dtype=torch.float64)
+            sums += torch.tensor([result[0].item(), result[1].item(), *counts], dtype=torch.float64)
     dist.all_reduce(sums, group=placed.mesh.losses)
-    placed.train()
-    placed.reshard()
     loss, right, targets, samples = sums.tolist()
     mean = loss / max(targets, 1)
-    return {
-        "eval_loss": mean,
-        "eval_perplexity": math.exp(min(mean, 700.0)),
-        "eval_accuracy": right / max(targets, 1),
-        "eval_targets": int(targets),
-        "eval_samples": int(samples),
+    scores = {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "accuracy": right / max(targets, 1),
+        "targets": int(targets),
+        "samples": int(samples),
     }
+    return scores, None
+
+
+def _labelled(placed, source, width, precision):
+    """Answers meet, and metrics are of all of them in the examples' order: the same at any number of ranks."""
+    mine, losses = {}, []
+    for batch, result in _results(placed, source, width, precision):
+        if result is not None and batch.samples:
+            losses.append((result[0].item(), batch.targets))
+            found = source.task.answers(batch.labels, result[1].cpu())
+            mine.update(zip(batch.numbers.tolist(), found, strict=True))
+    everybody = [None] * dist.get_world_size(placed.mesh.losses)
+    dist.all_gather_object(everybody, (mine, losses), group=placed.mesh.losses)
+    answers = {number: answer for each, _ in everybody for number, answer in each.items()}
+    answers = source.task.whole([answers[number] for number in range(len(source))], source)
+    numbers, text, matrix = source.task.scores(answers, source.meaning)
+    # Sums that are rounded once: in which order ranks and batches come does not matter.
+    loss, targets = (math.fsum(one[side] for _, some in everybody for one in some) for side in (0, 1))
+    scores = {"loss": loss / (targets or 1), **numbers, "samples": len(answers)}
+    return scores, (text, matrix)
+
+
+def write(folder, prefix, scores, report, meaning):
+    """`prefix`_results.json, _report.txt and, where matplotlib is, _confusion.png of labelled data. Root only."""
+    text, matrix = report
+    files.write_json(Path(folder) / f"{prefix}_results.json", scores)
+    files.write_text(Path(folder) / f"{prefix}_report.txt", text + "\n")
+    if matrix is not None and importlib.util.find_spec("matplotlib"):
+        picture.confusion_picture(matrix, meaning["names"], str(Path(folder) / f"{prefix}_confusion.png"))

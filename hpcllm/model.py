@@ -6,6 +6,7 @@ model folder is run, and only safetensors weights are read.
 
 import contextlib
 import difflib
+import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from . import weights
+from .config import LABELLED
 from .errors import DataError, MissingInput, UsageError
 from .tasks import TASKS
 
@@ -24,7 +26,7 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}
 class Vocabulary:
     """Token ids with a meaning; None where the tokenizer has none. special, ordinary: int64 arrays of ids.
 
-    size: one more than the highest id.
+    size: one more than the highest id; segments: models get token_type_ids, which tell a second text from a first.
     """
 
     size: int
@@ -36,6 +38,7 @@ class Vocabulary:
     eos: int | None
     special: np.ndarray
     ordinary: np.ndarray
+    segments: bool = False
 
 
 def vocabulary(tokenizer):
@@ -44,23 +47,30 @@ def vocabulary(tokenizer):
     special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
     names = ("cls", "sep", "mask", "pad", "bos", "eos")
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
-    return Vocabulary(int(numbers[-1]) + 1, **ids, special=special, ordinary=np.setdiff1d(numbers, special))
+    segments = "token_type_ids" in tokenizer.model_input_names
+    return Vocabulary(
+        int(numbers[-1]) + 1, **ids, special=special, ordinary=np.setdiff1d(numbers, special), segments=segments
+    )
 
 
-def build(section, words, sequence_length, seed):
+def build(section, words, sequence_length, seed, meaning=None):
     """(the model that the run file's [model] section describes, where its weights come from), fp32.
 
-    section: config.Model. words: Vocabulary. The model has no weights (on the meta device) where they are to come from
-    a `weights.Fresh`, and has them, on the CPU, where that is None. Raises UsageError for a configuration that
-    transformers does not know or that does not fit vocabulary or sequence length, MissingInput and DataError for an
-    unusable folder.
+    section: config.Model; words: Vocabulary; meaning: of labelled data, what their labels are. The model has no weights
+    (on the meta device) where they are to come from a `weights.Fresh`, and has them, on the CPU, where that is None.
+    Raises UsageError for a configuration that transformers does not know or that does not fit vocabulary or sequence
+    length, or names to freeze that no parameter has; MissingInput and DataError for an unusable folder.
     """
     torch.manual_seed(seed)
+    head = TASKS[section.task].head(meaning) if meaning else {}
     if section.init_from:
-        model, source = load(section.init_from, section.task, strict=False), None
+        model, source = load(section.init_from, section.task, strict=False, head=head), None
     else:
-        model = outline(configuration(section, words), section.task)
+        made = configuration(section, words)
+        made.update(head)
+        model = outline(made, section.task)
         source = weights.Fresh(model, seed)
+    _freeze(model, section.freeze)
     check_fits(model, words, sequence_length)
     return model, source
 
@@ -71,11 +81,12 @@ def outline(made, task):
         return TASKS[task].model_class().from_config(made, dtype=torch.float32)
 
 
-def resume(folder, task):
+def resume(folder, section):
     """(the model of a checkpoint, without weights, where they come from); see `build`."""
     folder = require_folder(folder)
-    model, source = outline(_saved_configuration(folder), task), weights.Saved(folder / "model.safetensors")
+    model, source = outline(_saved_configuration(folder), section.task), weights.Saved(folder / "model.safetensors")
     source.check(model)
+    _freeze(model, section.freeze)
     return model, source
 
 
@@ -128,6 +139,14 @@ def _saved_configuration(folder):
         raise DataError(f"{folder}: config.json cannot be used: {error}") from None
 
 
+def label_names(folder, task):
+    """Names of the labels of the model in `folder`, in order; None for a task without labels, and for values."""
+    config = _saved_configuration(require_folder(folder))
+    if task not in LABELLED or config.problem_type == "regression":
+        return None
+    return [config.id2label[number] for number in range(config.num_labels)]
+
+
 def require_folder(folder):
     """The Path of a model folder. Raises MissingInput for any other."""
     folder = Path(folder)
@@ -136,17 +155,32 @@ def require_folder(folder):
     return folder
 
 
-def load(folder, task, *, strict=True):
+def _freeze(model, patterns):
+    """Parameters whose names match one of the shell `patterns` are not trained. Raises UsageError for one of none."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise UsageError(f'model: freeze: no parameter is called "{pattern}" (near: {", ".join(near) or "none"})')
+    for name, parameter in model.named_parameters():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
+def load(folder, task, *, strict=True, head=None):
     """A model in Hugging Face's layout for `task`, fp32 on the CPU.
 
-    strict: every weight must be there and used (a checkpoint); otherwise a missing head starts at random.
+    strict: every weight must be there and used (a checkpoint); otherwise a missing head starts at random. head: what
+    its configuration is to say of labels, instead of what the folder's does.
     """
-    folder = require_folder(folder)
+    folder, head = require_folder(folder), head or {}
     try:
         model, report = (
             TASKS[task]
             .model_class()
-            .from_pretrained(folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **LOCAL)
+            .from_pretrained(
+                folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **LOCAL, **head
+            )
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise DataError(f"{folder}: the model cannot be loaded for {task}: {error}") from None

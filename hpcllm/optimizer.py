@@ -1,6 +1,7 @@
 """The optimizer and its learning rate. The rate is a function of the step, so there is no scheduler to save."""
 
 import math
+import re
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -13,12 +14,15 @@ def build(placed, train):
     Biases and norms (parameters of one dim) are exempt from weight decay. AdamW: Loshchilov and Hutter 2019, decoupled
     decay; SGD: decay added to the gradient. Both use torch's fused kernels where these can.
     """
-    parameters = [p for p in placed.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    named = {name: p for name, p in placed.named_parameters() if p.requires_grad}
+    parameters, layers = named.values(), getattr(getattr(placed, "config", None), "num_hidden_layers", 0)
+    groups = {}
+    for name, parameter in named.items():
+        decay, scale = parameter.dim() >= 2, train.layerwise_lr_decay ** _depth(name, layers)
+        key = (not decay, -scale)  # matrices first, and those near the output
+        made = {"params": [], "weight_decay": train.weight_decay if decay else 0.0, "scale": scale}
+        groups.setdefault(key, made)["params"].append(parameter)
+    groups = [groups[key] for key in sorted(groups)]
     if train.optimizer == "sgd":
         # The fused kernel with momentum does not know the sharded tensors of FSDP2 (torch 2.13).
         sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
@@ -49,4 +53,15 @@ def learning_rate(step, train):
 
 def set_learning_rate(optimizer, value):
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("scale", 1.0)
+
+
+def _depth(name, layers):
+    """How many blocks a parameter lies below the output: 0 for what is behind the last, `layers` + 1 for embeddings.
+
+    By its name, in which transformers' models number blocks (Clark et al. 2020, arXiv 2003.10555, count them so).
+    """
+    number = re.search(r"\.(\d+)\.", name)
+    if number:
+        return layers - int(number[1])
+    return layers + 1 if re.search(r"embed|\bw[tp]e\b|\bshared\b", name) else 0

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import attention, checkpoint, evaluate, files, model, monitor, optimizer, startup, utilisation
-from .config import load
-from .data import batches
+from . import attention, best, checkpoint, evaluate, files, model, monitor, optimizer, startup, utilisation
+from .config import LABELLED, load
+from .data import batches, examples
 from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
 from .mpi import choose, device, on_root, together
 from .parallel import compiled, host
@@ -29,11 +29,11 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     parts: the startup.Parts of this process, told at the first step.
     Everything that can be refused is refused before anything is written.
     """
-    plan, hosts = config.train, world.comm.allgather(world.host)
-    parallel = host.resolve(config.parallel, world, plan.compile)
+    hosts = world.comm.allgather(world.host)
+    parallel = host.resolve(config.parallel, world, config.train.compile)
     with together(world.comm):
         layout = meshes.layout(parallel, hosts)
-        plan.accumulation(layout.data)
+        config.train.accumulation(layout.data)
         if parallel.offload and layout.shard == 1:
             raise UsageError(
                 f"parallel: offload = true keeps shards in host memory, but {layout.describe()} has none: two ranks or "
@@ -45,7 +45,11 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
             raise UsageError('parallel: backend = "gloo" sends no GPU memory between stages; take "mpi" or "nccl"')
     words = on_root(world.comm, read_tokenizer, config.data.tokenizer_dir)
     source = open_source(config, world, config.data.train, words)
-    validation = config.data.validation and open_source(config, world, config.data.validation, words)
+    config = config.model_copy(update={"train": config.train.with_steps(len(source))})
+    plan = config.train
+    names = source.stream.labelled and source.stream.labelled["names"]
+    held_out = config.data.validation, config.data.test
+    validation, test = (folder and open_source(config, world, folder, words, names) for folder in held_out)
     last, state, results = on_root(world.comm, find_start, config, resume, overwrite)
     with together(world.comm):
         batches.require(source, plan.global_batch_size, "a global batch needs")
@@ -55,7 +59,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     parts = parts or startup.Parts()
     parts.end("data")
     with together(world.comm):
-        net, weights = load_or_build(config, last, source.vocabulary)
+        net, weights = load_or_build(config, last, source)
         check(net.config, layout, parallel.stages_per_rank, parallel.sequence)
         if plan.compile:
             compiled.require(world.device)
@@ -100,18 +104,23 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
             "ranks": world.size,
             "data_digest": source.stream.digest,
             "config": config.model_dump(exclude_none=True),
+            "best": state.get("best"),
         }
         where = config.run.output_dir, state["step"], placed, adjust, config.data.tokenizer_dir
-        path = checkpoint.save(world.comm, *where, kept, config.checkpoint.keep)
+        path = checkpoint.save(world.comm, *where, kept, config.checkpoint.keep, best.step(state))
         journal.event("checkpoint", step=state["step"], path=str(path))
         return path
 
     def measure():
         if not validation:
             return {}
-        scores = evaluate.evaluate(placed, validation, plan.micro_batch_size, plan.precision)
+        scores, _ = evaluate.evaluate(placed, validation, plan.micro_batch_size, plan.precision)
         journal.metrics({"step": state["step"], "samples": state["samples"], **scores})
-        progress.say(f"step {state['step']} eval_loss={scores['eval_loss']:.4f} accuracy={scores['eval_accuracy']:.4f}")
+        shown = ("loss", "accuracy", "f1", "pearson", plan.metric_for_best_model)
+        told = (
+            f"eval_{name}={scores[f'eval_{name}']:.4f}" for name in dict.fromkeys(shown) if f"eval_{name}" in scores
+        )
+        progress.say(f"step {state['step']} {' '.join(told)}")
         return scores
 
     clock, path, scores = monitor.Clock(world.group, mesh.losses), last, {}
@@ -122,30 +131,37 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         todo,
         config.data.reader != "mpio",
     )
-    while state["step"] < plan.max_steps:
+    done = state["step"] == plan.max_steps or best.hopeless(state, plan)
+    while not done:
         clock.start()
         with clock.waiting_for_data():
             micro_batches = next(steps)
         rate = optimizer.learning_rate(state["step"], plan)
-        loss_sum, targets, pairs, grad_norm = one_step(placed, adjust, micro_batches, rate, config)
+        loss_sum, targets, tokens, pairs, grad_norm = one_step(placed, adjust, micro_batches, rate, source, plan)
         loss_sum, times = clock.collect(loss_sum)
         state["step"] += 1
         state["samples"] += plan.global_batch_size
-        flops = operations.step(plan.global_batch_size * plan.sequence_length, targets, pairs)
-        times["mfu"] = flops / times["step_s"] / peak
+        times["mfu"] = operations.step(tokens, targets, pairs) / times["step_s"] / peak
+        times["tokens_per_s"] = tokens / times["step_s"]
         report(journal, progress, plan, state, loss_sum / targets, rate, grad_norm, times, path)
         if parts:
             parts.end("first step")
             tell_start(parts, journal, progress, world)
             parts = None
-        done = state["step"] == plan.max_steps
+        done, better = state["step"] == plan.max_steps, False
         if done or due(state["step"], plan.eval_every_steps):
             scores = measure()
-        if done or due(state["step"], config.checkpoint.every_steps):
+            better = best.compare(state, plan, scores)
+            done = done or best.hopeless(state, plan)
+        if done or better or due(state["step"], config.checkpoint.every_steps):
             path = save()
     scores = scores or measure()  # of a run that ended between its last checkpoint and its results
     progress.close()
     results = {"step": state["step"], "samples": state["samples"], "checkpoint": str(path), **scores}
+    if state.get("best"):
+        results |= best.results(state, config)
+    if source.stream.labelled:
+        results |= finish(config, world, results["checkpoint"], validation, test, progress)
     on_root(world.comm, files.write_json, Path(config.run.output_dir) / "results.json", results)
     journal.event("communication", choices=choose.made())
     journal.event("end", **results)
@@ -160,10 +176,11 @@ def read_tokenizer(folder):
     return model.vocabulary(loaded), tokenizer.tokenizer_hash(loaded), folder
 
 
-def open_source(config, world, folder, words):
-    """The samples (data.batches.Source) of the shards in `folder`, checked against task and tokenizer. Collective.
+def open_source(config, world, folder, words, names=None):
+    """The samples of the shards in `folder`, checked against task and tokenizer: a data.batches.Source of text or
+    data.examples.Examples. Collective.
 
-    words: what `read_tokenizer` returned.
+    words: what `read_tokenizer` returned; names: of the labels that these must be.
     """
     from .data import shards, tokenizer
 
@@ -173,6 +190,10 @@ def open_source(config, world, folder, words):
     with together(world.comm):
         tokenizer.check_same(stream, tokenizer_dir, tokenizer_hash)
         task.check(vocabulary)
+        if config.model.task in LABELLED:
+            return examples.open_part(stream, task, vocabulary, config, world.device, names)
+        if stream.labelled:
+            raise DataError(f"data: {folder} holds labelled examples, {config.model.task} learns from text")
         how = config.train.sequence_length, config.data.mlm_probability, config.run.seed, config.data.attention
         source = batches.Source(stream, task, vocabulary, *how)
         batches.require(source, 1, f"{folder}: a run needs at least")
@@ -180,6 +201,7 @@ def open_source(config, world, folder, words):
 
 
 _OURS = ("config.toml", "metrics.jsonl", "events.jsonl", "results.json")
+_REPORTS = [f"{part}_{name}" for part in ("eval", "test") for name in ("results.json", "report.txt", "confusion.png")]
 
 
 def find_start(config, resume, overwrite):
@@ -217,7 +239,8 @@ def find_start(config, resume, overwrite):
         raise UsageError(f"--resume: {found[-1]} is beyond train.max_steps ({config.train.max_steps})")
     file = output / "results.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"step": None}
-    if state["step"] < config.train.max_steps or results["step"] != state["step"]:  # or those of a shorter run
+    over = state["step"] == config.train.max_steps or results.get("stopped_early")
+    if not over or results["step"] != state["step"]:  # or those of a shorter run
         return found[-1], state, None
     print(f"{output}: the run is over, all {state['step']} steps of it; for more give train.max_steps", flush=True)
     return found[-1], state, results
@@ -247,12 +270,13 @@ def check_same_run(config, source, state):
         )
 
 
-def load_or_build(config, last, vocabulary):
+def load_or_build(config, last, source):
     """The model of the newest checkpoint, or a new one, and where its weights come from; see `model.build`."""
     if last is None:
-        return model.build(config.model, vocabulary, config.train.sequence_length, config.run.seed)
-    net, weights = model.resume(last, config.model.task)
-    model.check_fits(net, vocabulary, config.train.sequence_length)
+        how = config.train.sequence_length, config.run.seed, source.stream.labelled
+        return model.build(config.model, source.vocabulary, *how)
+    net, weights = model.resume(last, config.model)
+    model.check_fits(net, source.vocabulary, config.train.sequence_length)
     return net, weights
 
 
@@ -264,7 +288,7 @@ def open_output(config, resume, overwrite):
         if overwrite:
             for old in checkpoint.find(output):
                 files.remove_folder(old)
-            for name in _OURS:
+            for name in (*_OURS, *_REPORTS):
                 (output / name).unlink(missing_ok=True)
         checkpoint.remove_unfinished(output)
         (output / "events.jsonl").touch()  # what says that this folder is a run of ours
@@ -283,6 +307,7 @@ def describe(config, world, placed, source, validation, state):
     plan = config.train
     epochs = plan.max_steps * plan.global_batch_size / len(source)
     evaluated = f", {len(validation)} validation samples" if validation else ""
+    up_to = "up to " if source.stream.labelled else ""
     name, where = model.class_name(placed.model), str(world.device)
     if world.device.type == "cpu":
         kept = "kept" if device.keeps_memory() else "given back (HPCLLM_MALLOC)"
@@ -291,34 +316,55 @@ def describe(config, world, placed, source, validation, state):
     return (
         f"{world.describe()}\n{how}\n"
         f"{config.model.task}: {name}, {parameters / 1e6:.1f} M parameters, {plan.precision} on {where}\n"
-        f"{len(source)} samples of {plan.sequence_length} tokens{evaluated}; {plan.max_steps} steps of "
+        f"{len(source)} samples of {up_to}{plan.sequence_length} tokens{evaluated}; {plan.max_steps} steps of "
         f"{plan.global_batch_size} sequences = {epochs:.2f} epochs; {plan.accumulation(layout.data)} micro-batches of "
         f"{plan.micro_batch_size} per rank and step"
         + (f"\ncontinuing from step {state['step']}" if state["step"] else "")
     )
 
 
-def one_step(placed, adjust, micro_batches, rate, config):
-    """Forward and backward of this rank's micro-batches and one optimizer step.
+def one_step(placed, adjust, micro_batches, rate, source, plan):
+    """Forward and backward of this rank's micro-batches of `source` and one optimizer step.
 
-    Returns (loss summed over this rank's targets, targets and pairs of tokens that attend of all ranks, gradient norm
-    before clipping). Each rank's loss is a sum, divided by the global number of targets; gradients are summed over
-    ranks.
+    Returns (loss summed over this rank's targets; targets, tokens, and pairs of tokens that attend, of all ranks;
+    gradient norm before clipping). Each rank's loss is a sum, divided by the global number of targets; gradients are
+    summed over ranks.
     """
     placed.train()
-    counts = [[batch.targets, batch.pairs] for batch in micro_batches]
-    count = torch.tensor(counts, dtype=torch.int64).sum(0)
+    counts = [[batch.targets, batch.tokens, batch.pairs] for batch in micro_batches]
+    count = torch.tensor(counts, dtype=torch.float64).sum(0)  # exact for whole numbers, and weights may be none
     dist.all_reduce(count, group=placed.mesh["data"])
-    targets, pairs = count.tolist()
-    targets = max(1, targets)
+    targets, tokens, pairs = count.tolist()
+    targets = targets or 1.0
     optimizer.set_learning_rate(adjust, rate)
     adjust.zero_grad()
-    work = evaluate.of_task(TASKS[config.model.task], placed, config.train.precision)
+    work = evaluate.of_task(source, placed, plan.precision)
     losses = placed.step(micro_batches, work, targets)
     loss_sum = torch.stack(losses).double().sum() if losses else 0.0
-    grad_norm = placed.clip_gradients(config.train.max_grad_norm)
+    grad_norm = placed.clip_gradients(plan.max_grad_norm)
     adjust.step()
-    return loss_sum, targets, pairs, grad_norm
+    return loss_sum, targets, tokens, pairs, grad_norm
+
+
+def finish(config, world, path, validation, test, progress):
+    """Evaluate the run's result, the checkpoint `path`, on labelled validation and test data, and write reports.
+
+    Returns the scores. Collective.
+    """
+    from .parallel.apply import whole
+
+    with together(world.comm):
+        placed = whole(model.load(path, config.model.task).to(world.device), world)
+    scores = {}
+    for prefix, source in (("eval", validation), ("test", test)):
+        if source:
+            found, report = evaluate.evaluate(
+                placed, source, config.train.micro_batch_size, config.train.precision, prefix
+            )
+            on_root(world.comm, evaluate.write, config.run.output_dir, prefix, found, report, source.meaning)
+            progress.say(f"{prefix}: {source.stream.folder}\n{report[0]}")
+            scores |= found
+    return scores
 
 
 def tell_start(parts, journal, progress, world):
@@ -336,8 +382,8 @@ def due(step, every):
 
 def report(journal, progress, plan, state, loss, rate, grad_norm, times, path):
     """One record and, every log_every_steps, one line: greppable key=value pairs."""
-    tokens_per_s = plan.global_batch_size * plan.sequence_length / times["step_s"]
-    record = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, "tokens_per_s": tokens_per_s, **times}
+    tokens_per_s = times["tokens_per_s"]
+    record = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, **times}
     journal.metrics({"step": state["step"], "samples": state["samples"], **record})
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Diverged(

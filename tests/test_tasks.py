@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from hpcllm import model, weights
+from hpcllm.config import Model
 from hpcllm.data import order
 from hpcllm.errors import UsageError
 from hpcllm.parallel.apply import whole
@@ -93,12 +94,12 @@ CONFIGS = {
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_loss_is_that_of_transformers_summed(kind):
     task, arguments = CONFIGS[kind]
-    section = type("Section", (), {"init_from": None, "task": task, "config": {"model_type": kind, **arguments}})
+    section = Model(task=task, config={"model_type": kind, **arguments})
     net = built(section, 32, 0).eval()
     taken, _ = TASKS[task].span(32)
     rows = TASKS[task].rows(tokens(4, taken), order.key(5, 0, np.arange(4)), WORDS, 0.15)
     input_ids, labels = (torch.from_numpy(row) for row in rows)
-    loss, right = TASKS[task].loss_sum(net, TASKS[task].inputs(input_ids), labels, score=True)
+    loss, right = TASKS[task].loss_sum(net, TASKS[task].inputs({"input_ids": input_ids}), labels, score=True)
     loss.backward()
     gradient = net.get_input_embeddings().weight.grad.clone()
 
@@ -117,9 +118,7 @@ def test_the_loss_is_that_of_transformers_summed(kind):
 
 
 def test_a_model_is_the_same_whenever_it_is_built():
-    section = type(
-        "Section", (), {"init_from": None, "task": "causal_lm", "config": {"model_type": "gpt2", "n_layer": 1}}
-    )
+    section = Model(task="causal_lm", config={"model_type": "gpt2", "n_layer": 1})
     torch.manual_seed(5)
     first = built(section, 16, 3).state_dict()
     torch.manual_seed(6)
@@ -132,7 +131,7 @@ def test_a_head_that_a_folder_lacks_is_the_same_whenever_it_is_made(tmp_path):
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     BertModel(BertConfig(vocab_size=100, **small)).save_pretrained(tmp_path)
-    section = type("Section", (), {"init_from": str(tmp_path), "task": "masked_lm", "config": None})
+    section = Model(task="masked_lm", init_from=str(tmp_path))
     heads = []
     for noise in (1, 2):
         torch.manual_seed(noise)
@@ -149,7 +148,7 @@ def test_a_head_that_a_folder_lacks_is_the_same_whenever_it_is_made(tmp_path):
     ],
 )
 def test_a_configuration_that_makes_no_model_is_a_usage_error(config, words):
-    section = type("Section", (), {"init_from": None, "task": "masked_lm", "config": {"model_type": "bert", **config}})
+    section = Model(task="masked_lm", config={"model_type": "bert", **config})
     with pytest.raises(UsageError, match=words):
         model.build(section, WORDS, 16, seed=1)
 
@@ -159,6 +158,7 @@ def test_ids_with_gaps_have_embeddings_and_are_never_made_up():
         all_special_ids = (0, 7)
         cls_token_id = sep_token_id = mask_token_id = 7
         pad_token_id, bos_token_id, eos_token_id = 0, None, None
+        model_input_names = ("input_ids", "token_type_ids")
 
         def get_vocab(self):
             return {"[PAD]": 0, "[X]": 7, "a": 1000, "b": 1002}
@@ -190,7 +190,7 @@ def test_state_that_checkpoints_lack_is_refused():
             super().__init__()
             self.register_buffer("seen", torch.zeros(1))
 
-    section = type("Section", (), {"init_from": None, "task": "causal_lm", "config": {"model_type": "gpt2"}})
+    section = Model(task="causal_lm", config={"model_type": "gpt2"})
     net, _ = model.build(section, WORDS, 16, seed=0)
     net.transformer.extra = Counting()
     with pytest.raises(UsageError, match=r"gpt2 keeps transformer\.extra\.seen, which is no weight"):

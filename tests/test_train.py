@@ -163,7 +163,7 @@ def test_experts_that_ranks_have_shared_go_on_under_another_layout(world, prepar
     assert losses(base / "run") == pytest.approx(losses(reference.run.output_dir), rel=1e-5)
     # As a whole, from what ranks have written: the evaluation's loss is the cross entropy alone.
     net, source = model.load(results["checkpoint"], "causal_lm"), opened(reference, world, f"{prepared}/validation")
-    scores = evaluate.evaluate(whole(net, world), source, 1, "fp32")
+    scores, _ = evaluate.evaluate(whole(net, world), source, 1, "fp32")
     assert scores["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
 
 
@@ -239,11 +239,11 @@ def test_documents_that_share_a_row_do_not_see_each_other(world, prepared, tmp_p
     assert begins and all(batch.positions[row, at] == 0 for row, at in begins)
     assert int((batch.positions == 0).sum()) == len(begins) + len(validation)
     net = train.model.load(results["checkpoint"], "masked_lm").eval()
-    by_row = evaluate.evaluate(
+    by_row, _ = evaluate.evaluate(
         whole(net, world), opened(settings(prepared, tmp_path), world, run.data.validation), 4, "fp32"
     )
     train.attention.keep_apart(net)
-    scores = evaluate.evaluate(whole(net, world), validation, 4, "fp32")
+    scores, _ = evaluate.evaluate(whole(net, world), validation, 4, "fp32")
     assert scores["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-6)
     assert scores["eval_targets"] == by_row["eval_targets"]
     assert abs(scores["eval_loss"] - by_row["eval_loss"]) > 1e-5
@@ -256,8 +256,8 @@ def test_every_validation_sample_counts_once(world, prepared, tmp_path):
     validation = opened(run, world, run.data.validation)
     net = train.model.load(results["checkpoint"], "masked_lm")
     for width in (1, 5, 1000):
-        scores = evaluate.evaluate(whole(net, world), validation, width, "fp32")
-        reference = evaluate.evaluate(whole(net, hpcllm.mpi.alone(world)), validation, 3, "fp32")
+        scores, _ = evaluate.evaluate(whole(net, world), validation, width, "fp32")
+        reference, _ = evaluate.evaluate(whole(net, hpcllm.mpi.alone(world)), validation, 3, "fp32")
         assert scores["eval_samples"] == reference["eval_samples"] == len(validation)
         assert scores["eval_targets"] == reference["eval_targets"] == results["eval_targets"]
         assert scores["eval_accuracy"] == reference["eval_accuracy"]

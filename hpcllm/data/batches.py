@@ -32,8 +32,16 @@ class MicroBatch:
     positions: torch.Tensor | None = None
 
     @property
+    def inputs(self):
+        return {"input_ids": self.input_ids}
+
+    @property
     def targets(self):
         return int((self.labels != -100).sum())
+
+    @property
+    def tokens(self):
+        return self.input_ids.numel()
 
     @property
     def pairs(self):
@@ -58,6 +66,11 @@ class Source:
     mlm_probability: float
     seed: int
     attention: str = "row"
+
+    @property
+    def loss_options(self):
+        """What the task's loss takes beside inputs and targets."""
+        return {}
 
     def __len__(self):
         """Whole samples in the stream; the tokens after the last one are not used."""

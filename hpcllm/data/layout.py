@@ -5,6 +5,7 @@ then every rank writes its own tokens at their place in the file, which needs no
 is `shards`'.
 """
 
+import contextlib
 import os
 
 import numpy as np
@@ -39,9 +40,9 @@ def write_part(comm, folder, part, spool, unit_count, facts, shard_tokens):
     """
     target = os.path.join(folder, part)
     on_root(comm, _make_folder, target)
-    unit_begins = _begins(comm, {unit: _size(lengths) for unit, (_, lengths) in spool.units[part].items()}, unit_count)
+    unit_begins = _begins(comm, {unit: _size(lengths) for unit, (*_, lengths) in spool.units[part].items()}, unit_count)
     placed = []  # (slot, tokens, documents, first token, first document, unit, document of the unit)
-    for unit, (_, lengths) in sorted(spool.units[part].items()):
+    for unit, (*_, lengths) in sorted(spool.units[part].items()):
         first_token, first_document = unit_begins[unit].tolist()
         for slot, begin, end in runs(first_token, lengths, shard_tokens):
             token = first_token + int(lengths[:begin].sum())
@@ -59,21 +60,29 @@ def write_part(comm, folder, part, spool, unit_count, facts, shard_tokens):
 
     paths = [os.path.join(target, shards.name(index)) for index in range(len(slots))]
     offsets = _create(comm, target, paths, sizes, facts)
-    with together(comm), failing_as_io(target), open(spool.paths[part], "rb", buffering=0) as source:
+    with together(comm), failing_as_io(target), contextlib.ExitStack() as opened:
+        source, *beside = (opened.enter_context(open(path, "rb", buffering=0)) for path in spool.paths[part])
         # In the order of shards, so that each is opened once and reaches the disk once.
         for index, mine in _by_shard(placed, shard_of):
             with open(paths[index], "r+b", buffering=0) as file:
                 for tokens, documents, token, document, unit, begin in mine:
-                    spooled, lengths = spool.units[part][unit]
-                    source.seek((spooled + int(lengths[:begin].sum())) * spool.dtype.itemsize)
-                    at = offsets[index]["tokens"] + (token - int(begins[index, 0])) * spool.dtype.itemsize
-                    _copy(source, file, tokens * spool.dtype.itemsize, at)
+                    spooled, earlier, lengths = spool.units[part][unit]
+                    spooled += int(lengths[:begin].sum())
+                    size = spool.dtype.itemsize
+                    at = offsets[index]["tokens"] + (token - int(begins[index, 0])) * size
+                    _copy(source, file, spooled * size, tokens * size, at)
+                    for column, rows in zip(spool.columns, beside, strict=True):
+                        size, by_document = column.row_bytes, column.of == "document"
+                        first, count = (earlier + begin, documents) if by_document else (spooled, tokens)
+                        row = document - int(begins[index, 1]) if by_document else token - int(begins[index, 0])
+                        _copy(rows, file, first * size, count * size, offsets[index][column.label] + row * size)
                     lengths = lengths[begin : begin + documents]
                     starts = token - begins[index, 0] + np.cumsum(lengths) - lengths
                     at = offsets[index]["document_offsets"] + 8 * (document - int(begins[index, 1]))
                     shards.write_at(file.fileno(), starts.astype("<i8"), at)
                 os.fsync(file.fileno())
-        os.unlink(spool.paths[part])
+        for path in spool.paths[part]:
+            os.unlink(path)
     entries = _finish(comm, target, paths, offsets, sizes, spool.dtype)
     return on_root(comm, _manifest, target, entries, facts)
 
@@ -112,7 +121,9 @@ def _create(comm, target, paths, sizes, facts):
     return {index: offsets for each in comm.allgather(made) for index, offsets in each.items()}
 
 
-def _copy(source, target, size_bytes, at):
+def _copy(source, target, begin, size_bytes, at):
+    """`size_bytes` of one file from byte `begin` to another at byte `at`."""
+    source.seek(begin)
     while size_bytes:
         content = source.read(min(COPY_BYTES, size_bytes))
         if not content:

@@ -49,11 +49,11 @@ def prepare(
     reading = {"jsonl_field": jsonl_field, "document_separator": document_separator}
     units = on_root(comm, _plan, inputs, output, reading, validation_fraction, shard_tokens, overwrite)
     folder = on_root(comm, scratch.make, output)
-    _use_own_cores(world)
+    use_own_cores(world)
     try:
         split = Split(validation_fraction)
         choice = (tokenizer, tokenizer_kind, vocab_size)
-        encoder, facts = _tokenizer_on_all(comm, folder, choice, units, reading, split)
+        encoder, facts = tokenizer_on_all(comm, folder, choice, units, reading, split)
         spool = tokenise(comm, folder, units, reading, encoder, facts, split)
         counts = _check_counts(comm, spool, split)
         manifests = {
@@ -90,13 +90,18 @@ def _plan(inputs, output, reading, validation_fraction, shard_tokens, overwrite)
         raise UsageError(f"shard-tokens: {shard_tokens} is not a positive number")
     paths = text.find_inputs(inputs)
     text.check_format(paths, **reading)
+    check_output(output, paths, overwrite)
+    return text.cut(paths)
+
+
+def check_output(output, paths, overwrite):
+    """Refuse an output that is in the way, and tell of what killed runs have left beside it. paths: of the input."""
     if os.path.lexists(output):
         if not overwrite:
             raise CannotCreate(f"output: {output} exists; give another name or --overwrite")
         _check_replaceable(output, paths)
     for left in scratch.leftovers(output):
         print(f"prepare: {left} is of a run that was killed, or of one at work; delete it if none is", file=sys.stderr)
-    return text.cut(paths)
 
 
 def _check_replaceable(output, paths):
@@ -115,7 +120,7 @@ def _check_replaceable(output, paths):
             raise CannotCreate(f"output: --overwrite would delete the input {path}")
 
 
-def _use_own_cores(world):
+def use_own_cores(world):
     """Let the tokenizers library use the cores of this rank, divided by the ranks of the host that share them."""
     cores = world.own_cores()
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if cores > 1 else "false"
@@ -140,7 +145,7 @@ class Split:
 # --- the tokenizer -----------------------------------------------------------------------------------------------
 
 
-def _tokenizer_on_all(comm, folder, choice, units, reading, split):
+def tokenizer_on_all(comm, folder, choice, units, reading, split):
     """Load or train the tokenizer on root, save it in `folder`; returns (its encoder, facts) on every rank."""
     made = None
     with together(comm):
@@ -197,7 +202,7 @@ def sample(units, reading, split, limit_bytes=1 << 30):
 
 def _check_counts(comm, spool, split):
     """Refuse a part without documents; returns the numbers of all ranks together."""
-    mine = {part: sum(len(lengths) for _, lengths in spool.units[part].values()) for part in split.parts}
+    mine = {part: sum(len(lengths) for *_, lengths in spool.units[part].values()) for part in split.parts}
     total = {part: comm.allreduce(count) for part, count in mine.items()}
     total["empty"] = comm.allreduce(spool.empty)
     documents = sum(total[part] for part in split.parts)

@@ -13,12 +13,18 @@ What goes into which shard is decided in `prepare`, the order of samples in `ord
                         document_count, complete (1; written last)
     manifest.json       the same for the folder, and of each shard its size, counts, SHA-256 and, of the bytes
                         around `tokens`, a CRC-32; written after all shards
+
+Labelled data are documents, too: an example is one, and what else belongs to it stands in columns beside the tokens.
+
+      columns/NAME      of any number type, [document_count, width] or [token_count, width]
+      labelled          uint8, JSON: what the columns mean (names of labels, ...), as in the manifest
 """
 
 import hashlib
 import json
 import os
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -47,6 +53,32 @@ _ATTRIBUTES = {
 }
 
 
+@dataclass(frozen=True)
+class Column:
+    """`width` numbers of type `dtype` (as numpy spells it), `of` each "document" or each "token"."""
+
+    name: str
+    of: str
+    dtype: str
+    width: int = 1
+
+    @property
+    def label(self):
+        return f"columns/{self.name}"
+
+    @property
+    def row_bytes(self):
+        return np.dtype(self.dtype).itemsize * self.width
+
+    def shape(self, token_count, document_count):
+        return (document_count if self.of == "document" else token_count), self.width
+
+
+def columns_of(facts):
+    """The columns that a manifest, or what is to become one, speaks of: a list of Column."""
+    return [Column(**column) for column in facts.get("labelled", {}).get("columns", [])]
+
+
 def token_dtype(vocab_size):
     """The smallest of uint16 and uint32 that holds every id below `vocab_size`."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
@@ -59,9 +91,10 @@ def name(index):
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def create(path, *, token_count, document_count, vocab_size, separator_id, tokenizer_hash):
+def create(path, *, token_count, document_count, vocab_size, separator_id, tokenizer_hash, labelled=None):
     """Make a shard of its final size, its data still unwritten and `complete` 0; fails if `path` exists.
 
+    labelled: of labelled data, what its columns are and mean: {"columns": [of each Column its fields], ...}.
     Returns {data set: its byte offset in the file}: afterwards any process may write there, see `write_at`.
     """
     import h5py
@@ -91,15 +124,23 @@ def create(path, *, token_count, document_count, vocab_size, separator_id, token
         file.attrs["tokenizer_hash"] = np.bytes_(tokenizer_hash)
         for attribute, kind in _ATTRIBUTES.items():
             file.attrs[attribute] = kind(values[attribute])
+        data = [
+            ("tokens", dtype, (token_count,)),
+            ("document_offsets", np.dtype("<i8"), (document_count + 1,)),
+            ("token_crc32", np.dtype("<u4"), (blocks,)),
+        ]
+        if labelled is not None:
+            meaning = _json(labelled).encode()
+            data.append(("labelled", np.dtype("|u1"), (len(meaning),)))
+            file.create_group("columns")
+            for column in columns_of({"labelled": labelled}):
+                data.append((column.label, np.dtype(column.dtype), column.shape(token_count, document_count)))
         offsets = {}
-        for label, kind, count in (
-            ("tokens", dtype, token_count),
-            ("document_offsets", np.dtype("<i8"), document_count + 1),
-            ("token_crc32", np.dtype("<u4"), blocks),
-        ):
-            space = h5s.create_simple((count,))
-            made = h5d.create(file.id, label.encode(), h5t.py_create(kind), space, plain)
+        for label, kind, shape in data:
+            made = h5d.create(file.id, label.encode(), h5t.py_create(kind), h5s.create_simple(shape), plain)
             offsets[label] = made.get_offset()
+        if labelled is not None:
+            file["labelled"][:] = np.frombuffer(meaning, np.uint8)
     return offsets
 
 
@@ -162,7 +203,7 @@ def entry(path):
     return {**result, "sha256": digest.hexdigest(), "crc32_without_tokens": _crc_without_tokens(path, result)}
 
 
-def write_manifest(folder, entries, *, vocab_size, separator_id, tokenizer_hash):
+def write_manifest(folder, entries, *, vocab_size, separator_id, tokenizer_hash, labelled=None):
     """Write `folder`/manifest.json, atomically and last of all; returns what it holds. `entries` in shard order."""
     manifest = {
         "format": FORMAT,
@@ -176,6 +217,8 @@ def write_manifest(folder, entries, *, vocab_size, separator_id, tokenizer_hash)
         "document_count": sum(shard["document_count"] for shard in entries),
         "shards": entries,
     }
+    if labelled is not None:
+        manifest["labelled"] = labelled
     manifest["digest"] = _digest(manifest)
     path = os.path.join(folder, MANIFEST)
     with open(path + ".partial", "w", encoding="utf-8") as file:
@@ -190,7 +233,11 @@ def write_manifest(folder, entries, *, vocab_size, separator_id, tokenizer_hash)
 
 def _digest(manifest):
     content = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_json(content).encode()).hexdigest()
+
+
+def _json(value):
+    return json.dumps(value, sort_keys=True)
 
 
 def _crc_without_tokens(path, shard):
@@ -292,11 +339,16 @@ def _check_content(path, file, shard, manifest):
         refuse("is incomplete: the run that wrote it did not finish")
     dtype, tokens = token_dtype(manifest["vocab_size"]), shard["token_count"]
     expected = {
-        "tokens": (dtype, tokens),
-        "document_offsets": (np.dtype("<i8"), shard["document_count"] + 1),
-        "token_crc32": (np.dtype("<u4"), -(-tokens * dtype.itemsize // BLOCK_BYTES)),
+        "tokens": (dtype, (tokens,)),
+        "document_offsets": (np.dtype("<i8"), (shard["document_count"] + 1,)),
+        "token_crc32": (np.dtype("<u4"), (-(-tokens * dtype.itemsize // BLOCK_BYTES),)),
     }
-    for label, (wanted, count) in expected.items():
+    meaning = _json(manifest["labelled"]).encode() if "labelled" in manifest else b""
+    if meaning:
+        expected["labelled"] = np.dtype("|u1"), (len(meaning),)
+    for column in columns_of(manifest):
+        expected[column.label] = np.dtype(column.dtype), column.shape(tokens, shard["document_count"])
+    for label, (wanted, shape) in expected.items():
         link = file.get(label, getlink=True)
         if link is None:
             refuse(f"has no data set {label!r}")
@@ -312,8 +364,10 @@ def _check_content(path, file, shard, manifest):
             refuse(f"has a filter on {label!r}")
         if data.dtype != wanted:
             refuse(f"has {data.dtype} {label}, expected {wanted}")
-        if data.shape != (count,):
-            refuse(f"has {label} of shape {data.shape}, the manifest says ({count},)")
+        if data.shape != shape:
+            refuse(f"has {label} of shape {data.shape}, the manifest says {shape}")
+    if meaning and file["labelled"][:].tobytes() != meaning:
+        refuse("says other things of its labels than the manifest")
     if file["tokens"].id.get_offset() != shard["tokens_offset"] or shard["tokens_offset"] % BLOCK_BYTES:
         offset = file["tokens"].id.get_offset()
         refuse(f"has its tokens at byte {offset}, not at the {shard['tokens_offset']} of the manifest")
@@ -368,6 +422,22 @@ def open_folder(folder, *, reader="mapped", comm=None):
         return file, file["token_crc32"][:]
 
     return CollectiveStream(folder, manifest, comm, open_shard, _read_collectively)
+
+
+def map_beside(path, columns):
+    """{"document_offsets": int64 [documents + 1], column name: [rows, width]}: of a shard that `check` found whole,
+    what is not tokens, mapped; leaves no HDF5 file open."""
+    import h5py
+
+    with h5py.File(path, "r", locking=LOCKING) as file:
+        labels = {"document_offsets": "document_offsets", **{column.name: column.label for column in columns}}
+        places = {
+            name: (file[label].dtype, file[label].shape, file[label].id.get_offset()) for name, label in labels.items()
+        }
+    return {
+        name: np.memmap(path, dtype, "r", offset, shape) if np.prod(shape) else np.zeros(shape, dtype)
+        for name, (dtype, shape, offset) in places.items()
+    }
 
 
 def _locate(path):

@@ -38,7 +38,8 @@ class TokenStream:
     """All tokens of a folder, in order, mapped into memory; made by `shards.open_folder`.
 
     token_count, document_count, vocab_size, highest_id, separator_id: as in the manifest.
-    tokenizer_hash, digest: 64 hex digits; which tokenizer made the tokens, and which data set this is.
+    tokenizer_hash, digest: 64 hex digits; which tokenizer made the tokens, and which data set this is. labelled: what
+    stands beside the tokens and means what, None for plain text (`shards`); paths: of the shards.
     Nothing is mapped before it is first needed, and no HDF5 file stays open. A process forked from this one maps
     the shards anew.
     """
@@ -49,8 +50,9 @@ class TokenStream:
         for key in ("token_count", "document_count", "vocab_size", "highest_id", "separator_id"):
             setattr(self, key, manifest[key])
         self.tokenizer_hash, self.digest = manifest["tokenizer_hash"], manifest["digest"]
+        self.labelled = manifest.get("labelled")
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        self._paths = [os.path.join(folder, shard["name"]) for shard in manifest["shards"]]
+        self.paths = [os.path.join(folder, shard["name"]) for shard in manifest["shards"]]
         counts = [shard["token_count"] for shard in manifest["shards"]]
         self._borders = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._places = self._borders.tolist()  # to look one up, a list is quicker
@@ -138,7 +140,7 @@ class TokenStream:
             mapped.memory.madvise(mmap.MADV_WILLNEED, start - start % mmap.PAGESIZE, spans[-1].stop - start)
         content = memoryview(mapped.memory)
         for block, crc in zip(blocks, _by_threads(lambda span: zlib.crc32(content[span]), spans), strict=True):
-            _check_crc(self._paths[shard], block, crc, mapped.crcs)
+            _check_crc(self.paths[shard], block, crc, mapped.crcs)
             mapped.checked[block] = True
             mapped.unchecked -= 1
 
@@ -149,7 +151,7 @@ class TokenStream:
         return mapped.windows
 
     def _map(self, shard):
-        path = self._paths[shard]
+        path = self.paths[shard]
         offset, crcs = self._locate(path)
         count = int(self._borders[shard + 1] - self._borders[shard])
         skip = offset % mmap.ALLOCATIONGRANULARITY
@@ -202,7 +204,7 @@ class CollectiveStream(TokenStream):
 
     def _read(self, shard, pieces, out):
         if shard not in self._opened:
-            handle, crcs = self._open_shard(self._paths[shard])
+            handle, crcs = self._open_shard(self.paths[shard])
             self._opened[shard] = handle, crcs, np.zeros(len(crcs), bool)
         handle, crcs, checked = self._opened[shard]
         per_block = BLOCK_BYTES // self._dtype.itemsize
@@ -225,7 +227,7 @@ class CollectiveStream(TokenStream):
             return content[place : place + count]
 
         for block, (start, stop) in zip(fresh, whole, strict=True):
-            _check_crc(self._paths[shard], block, zlib.crc32(cut(start, stop - start)), crcs)
+            _check_crc(self.paths[shard], block, zlib.crc32(cut(start, stop - start)), crcs)
             checked[block] = True
         for begin, count, row, column in pieces:
             out[row, column : column + count] = cut(begin, count)

@@ -105,10 +105,8 @@ def documents(unit, *, jsonl_field=None, document_separator="newline"):
     that is not such a JSON object, and damaged gzip.
     """
     by_paragraph = jsonl_field is None and document_separator == "blank-line"
-    lines = _gzip_lines(unit) if unit.compressed else _range_lines(unit, by_paragraph)
     paragraph, position = [], 0
-    for raw, offset, position in lines:
-        line = _decode(raw, unit, offset)
+    for line, offset, position in lines(unit, by_paragraph):
         if jsonl_field is not None:
             if line and not line.isspace():
                 yield _field(line, jsonl_field, unit, offset), position
@@ -122,6 +120,16 @@ def documents(unit, *, jsonl_field=None, document_separator="newline"):
             paragraph = []
     if paragraph:
         yield "\n".join(paragraph), position
+
+
+def lines(unit, by_paragraph=False):
+    """Yield (line without its end, its byte offset in the text, bytes of the unit consumed) of `unit`.
+
+    by_paragraph: units are cut where a blank line has ended a paragraph, not within one. Raises DataError (65) with
+    file and line for bytes that are not UTF-8, and for damaged gzip.
+    """
+    for raw, offset, position in _gzip_lines(unit) if unit.compressed else _range_lines(unit, by_paragraph):
+        yield _decode(raw, unit, offset), offset, position
 
 
 def _range_lines(unit, by_paragraph):
@@ -190,34 +198,45 @@ def _decode(raw, unit, offset):
     except UnicodeDecodeError as error:
         at = offset + error.start
         raise DataError(
-            f"input: {unit.path} is not UTF-8: byte 0x{raw[error.start]:02x} in line {_line_number(unit, offset)} "
+            f"input: {unit.path} is not UTF-8: byte 0x{raw[error.start]:02x} in line {line_number(unit, offset)} "
             f"at byte offset {at}{' of the uncompressed text' if unit.compressed else ''} ({error.reason})"
         ) from None
 
 
 def _field(line, field, unit, offset):
-    def refuse(why):
-        return DataError(f"input: {unit.path} line {_line_number(unit, offset)}: {why}")
-
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise refuse(f"not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise refuse(f"a JSON {type(record).__name__} where an object with the field {field!r} was expected")
-    if field not in record:
-        raise refuse(f"no field {field!r}; it has {', '.join(map(repr, list(record)[:8])) or 'none'}")
-    text = record[field]
+    text = record(line, unit, offset, field).get(field)
     if not isinstance(text, str):
-        raise refuse(f"the field {field!r} is a {type(text).__name__}, not a string")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, which no text encoding holds
-        raise refuse(f"the field {field!r} holds a lone surrogate escape such as \\ud800") from None
+        raise at_line(unit, offset, f"the field {field!r} is a {type(text).__name__}, not a string")
     return text
 
 
-def _line_number(unit, offset):
+def record(line, unit, offset, *fields):
+    """The JSON object in a line, which has `fields`. Raises DataError with file and line."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise at_line(unit, offset, f"not JSON ({error})") from None
+    if not isinstance(found, dict):
+        wanted = f" with the field {fields[0]!r}" if fields else ""
+        raise at_line(unit, offset, f"a JSON {type(found).__name__} where an object{wanted} was expected")
+    for field in fields:
+        if field not in found:
+            has = ", ".join(map(repr, list(found)[:8])) or "none"
+            raise at_line(unit, offset, f"no field {field!r}; it has {has}")
+        try:
+            value = found[field]
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode("utf-8")
+        except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, which no text encoding holds
+            raise at_line(unit, offset, f"the field {field!r} holds a lone surrogate escape such as \\ud800") from None
+    return found
+
+
+def at_line(unit, offset, why):
+    """A DataError about the line that holds byte `offset`."""
+    return DataError(f"input: {unit.path} line {line_number(unit, offset)}: {why}")
+
+
+def line_number(unit, offset):
     """Number, from 1, of the line that holds byte `offset`; counted only when an error must be told."""
     count = 1
     with gzip.open(unit.path, "rb") if unit.compressed else open(unit.path, "rb") as file:

@@ -44,19 +44,22 @@ def pieces(document, characters=BATCH_CHARACTERS):
 
 
 class Spool:
-    """What this rank tokenised: its tokens in one file per part, and for each unit where they lie.
+    """What this rank tokenised: its tokens, and what columns stand beside them, in a file each per part.
 
-    units: {part: {unit: (first token in the file, int64 array of document lengths)}}.
+    paths: {part: [the file of the tokens, that of each column]}; units: {part: {unit: (its first token in the file,
+    its first document, int64 array of document lengths)}}.
     """
 
-    def __init__(self, folder, rank, parts, dtype):
-        self.dtype, self.empty = dtype, 0
-        self.paths = {part: os.path.join(folder, f"spool-{rank:06d}.{part}") for part in parts}
+    def __init__(self, folder, rank, parts, dtype, columns=()):
+        """dtype: of tokens; columns: of shards.Column."""
+        self.dtype, self.columns, self.empty = dtype, columns, 0
+        names = ["", *(f".{column.name}" for column in columns)]
+        self.paths = {p: [os.path.join(folder, f"spool-{rank:06d}.{p}{name}") for name in names] for p in parts}
         self.units = {part: {} for part in parts}
         self._files = {}
-        for part, path in self.paths.items():
-            self._files[part] = open(path, "xb", buffering=COPY_BYTES)  # noqa: SIM115 (closed by `close`)
-        self._written = dict.fromkeys(parts, 0)
+        for part, paths in self.paths.items():
+            self._files[part] = [open(path, "xb", buffering=COPY_BYTES) for path in paths]  # noqa: SIM115 (see `close`)
+        self._written, self._documents = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
         self._lengths = {part: [] for part in parts}
         self._open_length = 0
 
@@ -66,7 +69,7 @@ class Spool:
 
     def append(self, part, ids):
         # array reads a list of ints in half of numpy's time.
-        self._files[part].write(np.frombuffer(array("I", ids), np.uintc).astype(self.dtype, copy=False))
+        self._files[part][0].write(np.frombuffer(array("I", ids), np.uintc).astype(self.dtype, copy=False))
         self._written[part] += len(ids)
         self._open_length += len(ids)
 
@@ -76,18 +79,30 @@ class Spool:
             self.empty += 1
             return
         self.append(part, [separator_id])
+        self._end(part)
+
+    def example(self, part, ids, beside):
+        """Add a document as it is, with what stands beside it: {column name: a number, or numbers}."""
+        self.append(part, ids)
+        self._end(part)
+        for column, file in zip(self.columns, self._files[part][1:], strict=True):
+            file.write(np.ascontiguousarray(beside[column.name], column.dtype))
+
+    def _end(self, part):
         self._lengths[part].append(self._open_length)
         self._open_length = 0
 
     def end_unit(self, unit):
         for part, lengths in self._lengths.items():
             lengths = np.array(lengths, np.int64)
-            self.units[part][unit] = (self._written[part] - int(lengths.sum()), lengths)
+            self.units[part][unit] = self._written[part] - int(lengths.sum()), self._documents[part], lengths
+            self._documents[part] += len(lengths)
             self._lengths[part] = []
 
     def close(self):
-        for file in self._files.values():
-            file.close()
+        for files in self._files.values():
+            for file in files:
+                file.close()
 
 
 def tokenise(comm, folder, units, reading, encoder, facts, split):

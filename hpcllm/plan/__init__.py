@@ -37,6 +37,8 @@ def plan(config, nodes, per_node, gpu, measured=None):
     measured: a file that `hpcllm doctor --json` printed to. Raises UsageError for a GPU that is not known and for a
     model that fits in no way, MissingInput and DataError for a file that cannot be used.
     """
+    if config.train.max_steps is None:
+        raise UsageError("plan: how many steps num_train_epochs are, the data say: give train.max_steps=N for a plan")
     machine = machines.find(gpu)
     if measured:
         machine = machines.measured(machine, _read(measured))

@@ -33,9 +33,9 @@ def target_fraction(data):
     return 1.0
 
 
-def inputs(input_ids):
+def inputs(given):
     """The model's keyword arguments. The keys and values that generation would keep are of no use here."""
-    return {"input_ids": input_ids, "use_cache": False}
+    return {**given, "use_cache": False}
 
 
 loss_sum = head.loss_sum  # labels are shifted in `rows`, so the loss is that of any classifier of tokens

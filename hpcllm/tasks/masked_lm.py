@@ -61,9 +61,9 @@ def target_fraction(data):
     return data.mlm_probability
 
 
-def inputs(input_ids):
-    """The model's keyword arguments."""
-    return {"input_ids": input_ids}
+def inputs(given):
+    """The model's keyword arguments. given: those of the micro-batch, {"input_ids": int64 [B, S]}."""
+    return given
 
 
 loss_sum = head.loss_sum

@@ -1,0 +1,52 @@
+"""Which checkpoint of a run is the best, by a number of its evaluations. Part of the run's state; plain functions.
+
+state["best"] is {"step": that of the best, "value": its number, "evaluations": how many there were since}; None before
+the first evaluation, and in runs that do not ask.
+"""
+
+from pathlib import Path
+
+from .errors import UsageError
+
+# Numbers that are better when they are smaller.
+_ERRORS = {"loss", "mse", "rmse", "mae", "perplexity"}
+
+
+def step(state):
+    """Step of the best checkpoint so far, None where there is none."""
+    return (state.get("best") or {}).get("step")
+
+
+def compare(state, plan, scores):
+    """Whether this step's evaluation is the best so far, which `state` then says. plan: the run file's [train]."""
+    metric = plan.metric_for_best_model
+    if metric is None or not scores:
+        return False
+    name = metric.removeprefix("eval_")
+    if f"eval_{name}" not in scores:
+        known = ", ".join(key.removeprefix("eval_") for key in scores)
+        raise UsageError(f'train: metric_for_best_model: evaluations have no "{name}", but {known}').known_to_all()
+    value, before = scores[f"eval_{name}"], state.get("best")
+    better = before is None or (value < before["value"] if name in _ERRORS else value > before["value"])
+    if better:
+        state["best"] = {"step": state["step"], "value": value, "evaluations": 0}
+    else:
+        before["evaluations"] += 1
+    return better
+
+
+def hopeless(state, plan):
+    """True where so many evaluations have not been better that the run is to end early."""
+    patience = plan.early_stopping_patience
+    return bool(patience) and bool(state.get("best")) and state["best"]["evaluations"] >= patience
+
+
+def results(state, config):
+    """What the run's results say of it."""
+    best = state["best"]
+    return {
+        "best_step": best["step"],
+        "best_value": best["value"],
+        "checkpoint": str(Path(config.run.output_dir) / f"checkpoint-{best['step']}"),
+        "stopped_early": state["step"] < config.train.max_steps,
+    }

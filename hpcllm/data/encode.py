@@ -1,0 +1,130 @@
+"""Examples to token ids, with the columns that stand beside them in a shard. The tokenizers library does the tokens.
+
+Policies, by name. An example of more than `max_tokens` tokens is cut ("cut": its end is lost, of a pair the longer
+text's), left out ("drop"), refused ("error"), or, where words have labels, goes on in another document ("split"). Of a
+word's tokens the first has its label, the others none (-100), as in Devlin et al. 2019, section 5.3. A word without
+tokens (of characters that the tokenizer removes) is an unknown one, so that each has its label.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError
+from . import text
+from .shards import Column
+
+TRUNCATION = ("cut", "drop", "error", "split")
+NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How examples become documents. encoder: tokenizers.Tokenizer; labels: labels.Labels; truncation: a policy."""
+
+    encoder: Any
+    labels: Any
+    max_tokens: int
+    truncation: str
+
+    def __post_init__(self):
+        if self.truncation == "split" and self.labels.kind != "tags":
+            raise UsageError('truncation: "split" is for words with tags; take "cut", "drop" or "error"')
+        least = self.encoder.num_special_tokens_to_add(True) + 2
+        if self.max_tokens < least:
+            raise UsageError(f"max-tokens: {self.max_tokens} leaves no room for text; the least is {least}")
+
+    @property
+    def columns(self):
+        """The shards.Column of these examples, in order.
+
+        second: where the second text of a pair begins; labels: numbers of names, 0 or 1 for each name, or the value;
+        of tags one a token; continues: 1 where a sentence goes on that was split.
+        """
+        kind, count = self.labels.kind, len(self.labels.names)
+        if kind == "tags":
+            return [Column("labels", "token", "<i2"), Column("continues", "document", "|u1")]
+        dtype, width = {"single": ("<i4", 1), "multi": ("|u1", count), "value": ("<f4", 1)}[kind]
+        return [Column("second", "document", "<i4"), Column("labels", "document", dtype, width)]
+
+    def documents(self, batch, counts):
+        """Yield (ids, {column: numbers}) for a list of (labelled.Example, its unit).
+
+        counts: a Counter of what becomes of examples: read, empty, cut, dropped, split, wordless.
+        """
+        counts["read"] += len(batch)
+        kept = []
+        for example, unit in batch:
+            numbers = self.labels.numbers(example, unit)
+            if example.text and (not isinstance(example.text, str) or not example.text.isspace()):
+                kept.append((example, unit, numbers))
+            else:
+                counts["empty"] += 1
+        if kept:
+            yield from (self._words if self.labels.kind == "tags" else self._texts)(kept, counts)
+
+    def _texts(self, kept, counts):
+        self.encoder.enable_truncation(self.max_tokens)
+        texts = [e.text if e.pair is None else (e.text, e.pair) for e, *_ in kept]
+        for (example, unit, numbers), found in zip(kept, self.encoder.encode_batch(texts), strict=True):
+            if found.overflowing and not self._too_long(example, unit, counts):
+                continue
+            second = found.type_ids.index(1) if 1 in found.type_ids else len(found.ids)
+            yield found.ids, {"second": second, "labels": numbers}
+
+    def _words(self, kept, counts):
+        self.encoder.no_truncation()
+        before, after = self._around()
+        room = self.max_tokens - len(before) - len(after)
+        unknown = self._unknown()
+        words = [example.text for example, *_ in kept]
+        found = self.encoder.encode_batch(words, is_pretokenized=True, add_special_tokens=False)
+        for (example, unit, numbers), encoding in zip(kept, found, strict=True):
+            pieces = [[] for _ in example.text]
+            for token, word in zip(encoding.ids, encoding.word_ids, strict=True):
+                pieces[word].append(token)
+            counts["wordless"] += pieces.count([])
+            windows = list(_windows([piece or unknown for piece in pieces], numbers, room))
+            if len(windows) > 1 and not self._too_long(example, unit, counts):
+                continue
+            for number, (ids, labels) in enumerate(windows if self.truncation == "split" else windows[:1]):
+                edges = [NO_LABEL] * len(before), [NO_LABEL] * len(after)
+                yield [*before, *ids, *after], {"labels": edges[0] + labels + edges[1], "continues": number > 0}
+
+    def _too_long(self, example, unit, counts):
+        """Whether an example that is too long stays, in what way it may."""
+        if self.truncation == "error":
+            why = f"more than {self.max_tokens} tokens; say what to do with such: --truncation cut, drop or split"
+            raise text.at_line(unit, example.offset, why)
+        counts["dropped" if self.truncation == "drop" else self.truncation] += 1
+        return self.truncation != "drop"
+
+    def _around(self):
+        """The special tokens before and after one text: two lists of ids."""
+        bare, whole = (self.encoder.encode("a", add_special_tokens=with_them).ids for with_them in (False, True))
+        begin = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+        return whole[:begin], whole[begin + len(bare) :]
+
+    def _unknown(self):
+        token = getattr(self.encoder.model, "unk_token", None)
+        number = None if token is None else self.encoder.token_to_id(token)
+        return [0 if number is None else number]
+
+
+def _windows(pieces, numbers, room):
+    """Cut a sentence before words into parts of at most `room` tokens: yield (ids, labels). A longer word is cut."""
+    ids, labels = [], []
+    for piece, number in zip(pieces, numbers, strict=True):
+        piece = piece[:room]
+        if len(ids) + len(piece) > room:
+            yield ids, labels
+            ids, labels = [], []
+        ids += piece
+        labels += [number] + [NO_LABEL] * (len(piece) - 1)
+    yield ids, labels
+
+
+def summary(counts):
+    """Of the Counter that `documents` filled, what a user wants to know, zeros included."""
+    names = ("read", "empty", "cut", "dropped", "split", "wordless")
+    return {name: int(Counter(counts)[name]) for name in names}

@@ -1,0 +1,174 @@
+"""Labelled text in: examples of CoNLL columns, TSV and CSV tables and JSON lines, unit by unit as `text` cuts them.
+
+Nothing here knows labels' numbers, tokens or other ranks. What cannot be read is a DataError (65) with file and line.
+"""
+
+import csv
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError
+from . import text
+
+FORMATS = ("conll", "tsv", "csv", "jsonl")
+_ENDINGS = {"tsv": "tsv", "csv": "csv", "jsonl": "jsonl", "ndjson": "jsonl"}
+_ENDINGS |= dict.fromkeys(("conll", "conllu", "bio", "iob", "iob2", "bioes", "txt"), "conll")
+# CoNLL-U's lines about a sentence, which are no tokens.
+_COMMENT = re.compile(r"# *(\w+ *=|new(doc|par)\b)")
+_DOCUMENT = "-DOCSTART-"
+
+
+@dataclass(frozen=True)
+class Example:
+    """text, pair: str, or words (list of str) and None; label: as read (str, number, list); offset: in its file."""
+
+    text: Any
+    pair: str | None
+    label: Any
+    offset: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where in the input text and labels stand.
+
+    format: one of FORMATS, None: by each file's ending; text, pair, label: name of a column or field, or number of a
+    column (from 0, or from the end as -1), None: as is usual, and no pair; columns: names for tables without a header
+    line; words: examples are lists of words with a label each.
+    """
+
+    format: str | None = None
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+    columns: tuple | None = None
+    words: bool = False
+
+    def named(self, kind):
+        """(name or number of the text, of the pair, of the label) in files of a format."""
+        usual = ("0", "-1") if kind == "conll" else ("tokens", "tags") if self.words else ("text", "label")
+        return self.text or usual[0], self.pair, self.label or usual[1]
+
+    def format_of(self, path):
+        """Raises UsageError for an ending that says nothing, and for a format that has no such examples."""
+        ending = path.removesuffix(".gz").rpartition(".")[2].lower()
+        found = self.format or _ENDINGS.get(ending)
+        if found is None:
+            raise UsageError(
+                f"input: {path}: its ending does not tell the format; name it: --format {{{','.join(FORMATS)}}}"
+            )
+        if (found == "conll") > self.words or (self.words and found in ("tsv", "csv")):
+            needs = "conll or jsonl" if self.words else "tsv, csv or jsonl"
+            raise UsageError(f"input: {path} is {found} (by its ending or --format), this task reads {needs}")
+        return found
+
+    def by_paragraph(self, path):
+        return self.format_of(path) == "conll"
+
+
+def examples(unit, reading):
+    """Yield (Example, bytes of the unit consumed) for each example of `unit` (text.Unit)."""
+    kind = reading.format_of(unit.path)
+    if kind == "conll":
+        yield from _sentences(unit, reading)
+    elif kind == "jsonl":
+        yield from _records(unit, reading)
+    else:
+        yield from _rows(unit, reading, kind)
+
+
+def _sentences(unit, reading):
+    words, labels, width, begin, position = [], [], 0, 0, 0
+    word_column, _, label_column = reading.named("conll")
+    for line, offset, position in text.lines(unit, by_paragraph=True):
+        if not line.strip() or line.startswith(_DOCUMENT):
+            if words:
+                yield Example(words, None, labels, begin), position
+                words, labels = [], []
+            continue
+        if _COMMENT.match(line):
+            continue
+        fields = line.split("\t") if "\t" in line else line.split()
+        if not words:
+            width, begin = len(fields), offset
+        if len(fields) != width:
+            why = f"{len(fields)} columns where the first line of the sentence has {width}"
+            raise text.at_line(unit, offset, why)
+        words.append(_field(fields, word_column, unit, offset))
+        labels.append(_field(fields, label_column, unit, offset))
+    if words:
+        yield Example(words, None, labels, begin), position
+
+
+def _field(fields, number, unit, offset):
+    try:
+        return fields[int(number)].strip()
+    except ValueError:
+        raise UsageError(
+            f'column "{number}": columns of CoNLL files have numbers, from 0, or from the end as -1'
+        ) from None
+    except IndexError:
+        raise text.at_line(unit, offset, f"no column {number}, there are {len(fields)}") from None
+
+
+def _rows(unit, reading, kind):
+    names = reading.columns or _header(unit.path, kind)
+    of_text, of_pair, of_label = reading.named(kind)
+    wanted = [name for name in (of_text, of_pair, of_label) if name is not None]
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        where = "--columns names" if reading.columns else f"the first line of {unit.path} names"
+        raise UsageError(f'input: there is no column "{missing[0]}"; {where} {", ".join(names)}')
+    for line, offset, position in text.lines(unit):
+        if not line.strip() or (offset == 0 and not reading.columns):
+            continue
+        fields = _split(line, kind, unit, offset)
+        if len(fields) != len(names):
+            raise text.at_line(unit, offset, f"{len(fields)} columns, not the {len(names)} ({', '.join(names)})")
+        row = dict(zip(names, fields, strict=True))
+        pair = None if of_pair is None else row[of_pair]
+        yield Example(row[of_text], pair, row[of_label], offset), position
+
+
+def _split(line, kind, unit, offset):
+    if kind == "tsv":
+        return line.split("\t")
+    try:
+        return next(csv.reader([line], strict=True))
+    except csv.Error as error:
+        why = f"not a row of CSV ({error}); a quoted field ends in the line where it begins, or write JSON lines"
+        raise text.at_line(unit, offset, why) from None
+
+
+@functools.lru_cache(maxsize=1024)
+def _header(path, kind):
+    unit = text.cut([path], unit_bytes=1 << 40)[0]
+    for line, offset, _ in text.lines(unit):
+        return tuple(_split(line, kind, unit, offset))
+
+
+def _records(unit, reading):
+    of_text, of_pair, of_label = reading.named("jsonl")
+    wanted = [name for name in (of_text, of_pair, of_label) if name is not None]
+    for line, offset, position in text.lines(unit):
+        if not line or line.isspace():
+            continue
+        found = text.record(line, unit, offset, *wanted)
+        words, label = found[of_text], found[of_label]
+        pair = None if of_pair is None else found[of_pair]
+        if reading.words:
+            if not _all_words(words) or not isinstance(label, list):
+                raise text.at_line(unit, offset, f'"{of_text}" and "{of_label}" are not lists of words and tags')
+            if len(words) != len(label):
+                raise text.at_line(unit, offset, f"{len(words)} words and {len(label)} tags")
+        else:
+            for name, value in ((of_text, words), (of_pair, pair)):
+                if not isinstance(value, str) and name is not None:
+                    raise text.at_line(unit, offset, f"the field {name!r} is a {type(value).__name__}, not a string")
+        yield Example(words, pair, label, offset), position
+
+
+def _all_words(value):
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)

@@ -1,0 +1,218 @@
+"""Labelled text to shards, on all ranks of a job: find the labels, encode the examples, write, check, publish.
+
+As `prepare`: who does what only decides how long it takes, the files are the same bytes at any number of ranks, and a
+rank holds no more than a batch of examples and 8 bytes for each of its own. What the labels are is decided by the
+training examples before anything is encoded; they are read twice.
+"""
+
+import dataclasses
+import os
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import DataError, MissingInput, Refusal, UsageError
+from ..files import failing_as_io
+from ..mpi import agree, on_root
+from . import encode, labelled, labels, scratch, shards, text
+from .layout import write_part
+from .prepare import TRAIN, VALIDATION, Split, check_output, tokenizer_on_all, use_own_cores
+from .progress import Progress
+from .tokenise import BATCH_CHARACTERS, Spool, share
+
+TEST = "test"
+PARTS = (TRAIN, VALIDATION, TEST)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A text.Unit of a part of the data: "train" is split further where a validation fraction is asked for."""
+
+    part: str
+    text: text.Unit
+
+
+def prepare_labelled(
+    world,
+    *,
+    inputs,
+    output,
+    tokenizer,
+    kind,
+    reading,
+    validation=(),
+    test=(),
+    validation_fraction=0.0,
+    given_labels=None,
+    label_separator=",",
+    max_tokens=512,
+    truncation="cut",
+    shard_tokens=1 << 28,
+    overwrite=False,
+):
+    """Write `output`/train, /validation and /test (where there are such examples) and /tokenizer; collective.
+
+    inputs, validation, test: paths and globs; tokenizer: a Hugging Face tokenizer folder, of the model to fine-tune;
+    kind: of labels.KINDS; reading: labelled.Reading; given_labels: all names in order, None: those of the training
+    examples; truncation: of encode.TRUNCATION. Returns a summary (dict), the same on every rank. Raises a Refusal, the
+    same on every rank, and then leaves nothing behind.
+    """
+    comm, began = world.comm, time.monotonic()
+    sources = {TRAIN: inputs, VALIDATION: validation, TEST: test}
+    units = on_root(comm, _plan, sources, output, tokenizer, reading, validation_fraction, shard_tokens, overwrite)
+    folder = on_root(comm, scratch.make, output)
+    use_own_cores(world)
+    try:
+        encoder, facts = tokenizer_on_all(comm, folder, (tokenizer, None, None), None, None, None)
+        mine = share([unit.text.weight for unit in units], comm.size)[comm.rank]
+        ours = [units[index].text for index in mine if units[index].part == TRAIN]
+        known = labels.find(comm, kind, ours, reading, label_separator, given_labels)
+        encoding = encode.Encoding(encoder, known, max_tokens, truncation)
+        split = Split(validation_fraction)
+        parts = [part for part in PARTS if sources[part] or part in split.parts]
+        spool, counts = _encode(comm, folder, units, mine, parts, reading, encoding, facts, split)
+        told = _check_counts(comm, counts, known)
+        meaning = {
+            "kind": kind,
+            "names": list(known.names),
+            "chunks": known.chunks,
+            "max_tokens": max_tokens,
+            "truncation": truncation,
+            "columns": [dataclasses.asdict(column) for column in encoding.columns],
+        }
+        manifests = {}
+        for part in parts:
+            labelled_facts = {**facts, "labelled": {**meaning, **told[part]}}
+            manifests[part] = write_part(comm, folder, part, spool, len(units), labelled_facts, shard_tokens)
+        on_root(comm, scratch.publish, folder, output, overwrite)
+    finally:
+        if world.is_root:
+            shutil.rmtree(folder, ignore_errors=True)
+    summary = {"output": output, "tokenizer_hash": facts["tokenizer_hash"], "labels": list(known.names)}
+    for part, manifest in manifests.items():
+        numbers = {"examples": manifest["document_count"], "tokens": manifest["token_count"]}
+        summary[part] = {**numbers, "digest": manifest["digest"], **told[part]}
+    return {**summary, "ranks": comm.size, "seconds": round(time.monotonic() - began, 3)}
+
+
+def _plan(sources, output, tokenizer, reading, validation_fraction, shard_tokens, overwrite):
+    """Check all that can be checked without reading examples, and return the units of work."""
+    if not 0 <= validation_fraction < 1:
+        raise UsageError(f"validation-fraction: {validation_fraction} is not at least 0 and below 1")
+    if validation_fraction and sources[VALIDATION]:
+        raise UsageError("give either validation files or a validation-fraction of the training examples")
+    if shard_tokens < 1:
+        raise UsageError(f"shard-tokens: {shard_tokens} is not a positive number")
+    if tokenizer is None:
+        raise UsageError("tokenizer: name the folder of the model to fine-tune, or of its tokenizer")
+    if not os.path.isdir(tokenizer):
+        raise MissingInput(f"tokenizer: there is no folder {tokenizer}")
+    units, every = [], []
+    for part, patterns in sources.items():
+        paths = text.find_inputs(patterns)
+        every += paths
+        for kind in {reading.by_paragraph(path) for path in paths}:
+            some = [path for path in paths if reading.by_paragraph(path) == kind]
+            units += [_Unit(part, unit) for unit in text.cut(some)]
+    check_output(output, every, overwrite)
+    return units
+
+
+def _encode(comm, folder, units, mine, parts, reading, encoding, facts, split):
+    """Every rank encodes its units: (its tokenise.Spool, {part: Counter}). An error on one rank stops all of them."""
+    spool, error, counts = None, None, {part: Counter() for part in parts}
+    progress = Progress(comm, "prepare", sum(unit.text.stop - unit.text.start for unit in units))
+    try:
+        with failing_as_io(folder):
+            spool = Spool(folder, comm.rank, parts, shards.token_dtype(facts["vocab_size"]), encoding.columns)
+            _encode_units(spool, units, mine, reading, encoding, split, progress, counts)
+            spool.close()
+    except Refusal as refusal:
+        error = refusal
+    progress.finish(failed=error is not None)
+    agree(comm, error)
+    return spool, counts
+
+
+def _encode_units(spool, units, mine, reading, encoding, split, progress, counts):
+    done = 0
+    for index in mine:
+        unit, batch, characters = units[index], [], 0
+        for example, position in labelled.examples(unit.text, reading):
+            batch.append((example, unit.text))
+            characters += sum(map(len, example.text)) + len(example.pair or "")
+            if characters >= BATCH_CHARACTERS:
+                _write(spool, batch, unit.part, encoding, split, counts)
+                batch, characters = [], 0
+                if not progress.advance(done + position, spool.tokens):
+                    return
+        _write(spool, batch, unit.part, encoding, split, counts)
+        spool.end_unit(index)
+        done += unit.text.stop - unit.text.start
+        if not progress.advance(done, spool.tokens):
+            return
+
+
+def _write(spool, batch, part, encoding, split, counts):
+    """Documents of a batch of examples to their parts."""
+    dealt = {}
+    for example, unit in batch:
+        words = example.text if isinstance(example.text, str) else " ".join(example.text)
+        to = split.part(words) if part == TRAIN else part
+        dealt.setdefault(to, []).append((example, unit))
+    for to, some in dealt.items():
+        for ids, beside in encoding.documents(some, counts[to]):
+            spool.example(to, ids, beside)
+            counts[to]["documents"] += 1
+            counts[to]["longest"] = max(counts[to]["longest"], len(ids))
+            _count_labels(counts[to], encoding.labels.kind, beside["labels"])
+
+
+def _count_labels(counts, kind, numbers):
+    if kind == "multi":
+        numbers = np.flatnonzero(numbers).tolist()
+    elif kind == "value":
+        return
+    for number in numbers if kind != "single" else [numbers]:
+        if number != encode.NO_LABEL:
+            counts["label", number] += 1
+
+
+def _check_counts(comm, counts, known):
+    """{part: what became of its examples, and how often each label occurs}, of all ranks. Refuses an empty part."""
+    everybody = comm.allgather(counts)
+    told = {}
+    for part in counts:
+        total, longest = Counter(), 0
+        for rank in everybody:
+            longest = max(longest, rank[part].pop("longest", 0))
+            total.update(rank[part])
+        if not total["documents"]:
+            read = f"{total['read']} were read, {total['empty']} of them empty, {total['dropped']} dropped"
+            raise DataError(f"input: no example is left for {part} ({read})").known_to_all()
+        names = {name: total["label", number] for number, name in enumerate(known.names)}
+        told[part] = {"became": {**encode.summary(total), "longest": longest}, "label_counts": names}
+    return told
+
+
+def table(summary):
+    """The summary of `prepare_labelled` as text: what was read, dropped and cut, and the labels."""
+    parts = [part for part in PARTS if part in summary]
+    rows = [["examples read", *(summary[part]["became"]["read"] for part in parts)]]
+    words = {
+        "empty": "left out: empty",
+        "dropped": "left out: too long",
+        "cut": "cut: too long",
+        "split": "split: too long",
+        "wordless": "words without tokens, as unknown ones",
+        "longest": "tokens of the longest document",
+    }
+    rows += [[text, *(summary[part]["became"][name] for part in parts)] for name, text in words.items()]
+    rows += [["documents", *(summary[part]["examples"] for part in parts)]]
+    rows += [[f"label {name}", *(summary[p]["label_counts"][name] for p in parts)] for name in summary["labels"]]
+    left = max(len(row[0]) for row in rows)
+    lines = [" " * left + "".join(f"{part:>12}" for part in parts)]
+    return "\n".join(lines + [f"{row[0]:<{left}}" + "".join(f"{number:>12,}" for number in row[1:]) for row in rows])

@@ -1,0 +1,78 @@
+"""Small labelled inputs: made-up sentences whose labels can be learnt, in every format and of every kind."""
+
+import json
+import random
+
+from hpcllm.data import tokenizer
+from hpcllm.data.labelled import Reading
+
+WORDS = {
+    "O": [
+        "the",
+        "a",
+        "of",
+        "to",
+        "sees",
+        "near",
+        "with",
+        "and",
+        "then",
+        "walks",
+        "reads",
+        "builds",
+        "under",
+        "slowly",
+        "never",
+        "often",
+    ],
+    "person": ["anna", "bert", "clara", "dieter", "emma", "felix", "greta"],
+    "place": ["paris", "rome", "oslo", "lima", "tunis", "quito"],
+}
+MORE = {"person": ["smith", "jones", "weber"], "place": ["city", "harbour"]}
+GOOD, BAD = ["good", "fine", "lovely", "great"], ["bad", "poor", "awful", "dull"]
+KINDS = ("single", "multi", "value", "tags")
+
+
+def sentences(count, seed):
+    """[(words, IOB2 tags)]"""
+    draw, found = random.Random(seed), []
+    for _ in range(count):
+        words, tags = [], []
+        for _ in range(draw.choice((1, 2, 3, 5, 9, 14))):
+            kind = draw.choice(("O", "O", "person", "place"))
+            length = 1 if kind == "O" else draw.choice((1, 1, 2))
+            words += [draw.choice(WORDS[kind]), *draw.choices(MORE.get(kind, [""]), k=length - 1)]
+            tags += ["O"] if kind == "O" else [f"B-{kind}", *[f"I-{kind}"] * (length - 1)]
+        found.append((words, tags))
+    return found
+
+
+def record(kind, words, tags, draw):
+    """A line of JSON of a kind of labels, and what a model can learn it from."""
+    if kind == "tags":
+        return {"tokens": words, "tags": tags}
+    mood = draw.choice((GOOD, BAD))
+    text = " ".join([draw.choice(mood), *words])  # first: the end of a long text is cut
+    kinds = sorted({tag[2:] for tag in tags} - {""})
+    label = {"single": "good" if mood is GOOD else "bad", "multi": kinds, "value": len(kinds) + 0.5 * (mood is GOOD)}
+    return {"text": text, "label": label[kind]}
+
+
+def write(path, kind, count, seed):
+    """JSON lines of `count` examples."""
+    draw = random.Random(seed)
+    lines = [json.dumps(record(kind, words, tags, draw)) for words, tags in sentences(count, seed)]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def reading(kind, **more):
+    return Reading(words=kind == "tags", **more)
+
+
+def write_tokenizer(folder, kind="wordpiece"):
+    """A tokenizer of these words and little else; the folder."""
+    texts = [" ".join([*words, *GOOD, *BAD]) for words, _ in sentences(60, 0)] * 2
+    size = 140 if kind == "wordpiece" else 320
+    tokenizer.save(tokenizer.train(kind, size, lambda: iter(texts)), kind, str(folder))
+    return folder

@@ -1,0 +1,380 @@
+"""Fine-tuning: learns, the same at any number of ranks and in any layout, scored on every example once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_labelled import KINDS, reading, write, write_tokenizer
+from transformers import AutoConfig, AutoModel, pipeline
+
+import hpcllm.mpi
+from hpcllm import config, evaluate, model, train
+from hpcllm.data.prepare_labelled import prepare_labelled
+from hpcllm.errors import DataError, UsageError
+from hpcllm.parallel.apply import whole
+from hpcllm.tasks import TASKS
+
+SIZES = {
+    "bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
+}
+PLAIN = {"train.optimizer": "sgd", "train.sgd_momentum": 0.9, "train.learning_rate": 0.05}
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """A folder with a tokenizer and, for each kind of labels, train, validation and test."""
+    world = hpcllm.mpi.join()
+    base = Path(world.comm.bcast(str(tmp_path_factory.mktemp("labelled"))))
+    if world.is_root:
+        write_tokenizer(base / "tokenizer")
+        for kind in KINDS:
+            for number, (part, count) in enumerate((("train", 400), ("validation", 101), ("test", 50))):
+                write(base / f"{kind}-{part}.jsonl", kind, count, number)
+    world.comm.Barrier()
+    for kind in KINDS:
+        prepare_labelled(
+            world,
+            inputs=[f"{base}/{kind}-train.jsonl"],
+            validation=[f"{base}/{kind}-validation.jsonl"],
+            test=[f"{base}/{kind}-test.jsonl"],
+            output=str(base / kind),
+            tokenizer=str(base / "tokenizer"),
+            kind=kind,
+            reading=reading(kind),
+            max_tokens=16,
+            truncation="split" if kind == "tags" else "cut",
+        )
+    return base
+
+
+def settings(labelled, output, kind, family="bert", **changes):
+    sizes = {**SIZES[family], "vocab_size": 200}
+    if family == "bert":
+        sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    values = {
+        "run": {"output_dir": str(output), "seed": 3},
+        "data": {part: f"{labelled}/{kind}/{part}" for part in ("train", "validation", "test")},
+        "model": {
+            "task": "token_classification" if kind == "tags" else "sequence_classification",
+            "config": {"model_type": family, **sizes},
+        },
+        "train": {
+            "max_steps": 6,
+            "global_batch_size": 24,
+            "micro_batch_size": 2,
+            "sequence_length": 16,
+            "learning_rate": 5e-3,
+            "warmup_steps": 2,
+        },
+    }
+    return config.load(values, [f"{key}={value}" for key, value in changes.items()])
+
+
+def records(output, key="loss"):
+    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def shared(world, path):
+    return Path(world.comm.bcast(str(path)))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_is_learnt(world, labelled, tmp_path, kind):
+    base = shared(world, tmp_path)
+    how = {"train.max_steps": 120, "train.eval_every_steps": 40, "train.learning_rate": 1e-2}
+    run = settings(labelled, base / "run", kind, **how)
+    results = train.train(run, world)
+    better = {"single": "accuracy", "multi": "f1", "value": "pearson", "tags": "f1"}[kind]
+    assert results[f"test_{better}"] > {"multi": 0.75, "value": 0.75}.get(kind, 0.9), results
+    assert records(base / "run")[-1] < 0.6 * records(base / "run")[0]
+    told = json.loads((base / "run" / "test_results.json").read_text())
+    assert {key: results[key] for key in told} == told and told["test_samples"] == 50
+    report = (base / "run" / "test_report.txt").read_text()
+    if kind == "tags":
+        for row in ("     person ", "      place ", "micro avg", "    B-person ", "weighted avg", "accuracy"):
+            assert row in report, report
+    # As transformers computes it, on the same examples, without hpcllm's batches.
+    net, source = model.load(results["checkpoint"], run.model.task), opened(run, world, "test")
+    losses, targets = [], []
+    for numbers in range(len(source)):
+        batch = source.micro_batch(torch.tensor([numbers]).numpy(), torch.tensor([0]).numpy())
+        with torch.no_grad():
+            losses.append(float(net.eval()(**batch.inputs, labels=batch.labels).loss) * batch.targets)
+        targets.append(batch.targets)
+    assert sum(losses) / sum(targets) == pytest.approx(results["test_loss"], rel=1e-4)
+
+
+def opened(run, world, part):
+    words = train.read_tokenizer(run.data.tokenizer_dir)
+    return train.open_source(run, world, getattr(run.data, part), words)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"sharding": "none"},
+        {"sharding": "full"},
+        {"tensor": 2, "sharding": "none"},
+    ],
+    ids=lambda layout: "-".join(f"{key}-{value}" for key, value in layout.items()) or "auto",
+)
+def test_losses_and_scores_do_not_depend_on_the_layout(world, labelled, tmp_path, kind, layout):
+    if world.size % layout.get("tensor", 1) or 12 % world.size:
+        pytest.skip("ranks do not divide")
+    base = shared(world, tmp_path)
+    changes = {**PLAIN, "train.eval_every_steps": 3}
+    alone = train.train(settings(labelled, tmp_path / "alone", kind, **changes), hpcllm.mpi.alone(world))
+    layout = {f"parallel.{key}": value for key, value in layout.items()}
+    results = train.train(settings(labelled, base / "run", kind, **changes, **layout), world)
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert records(base / "run", key) == pytest.approx(records(tmp_path / "alone", key), rel=1e-5), key
+    for key, value in alone.items():
+        if key.startswith(("eval_", "test_")):
+            # After few steps values hardly differ, and what they go along with is decided by their last digits.
+            correlates = key.endswith(("pearson", "spearman", "r2"))
+            assert results[key] == pytest.approx(value, rel=1e-2 if correlates else 1e-5, abs=1e-6), key
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize("kind", ["single", "tags"])
+def test_other_families_learn_too(world, labelled, tmp_path, family, kind):
+    base = shared(world, tmp_path)
+    run = settings(labelled, base / "run", kind, family, **{"train.max_steps": 120, "train.learning_rate": 1e-2})
+    results = train.train(run, world)
+    assert results["test_accuracy"] > 0.85, results
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_scores_are_the_same_to_the_last_digit_at_any_number_of_ranks(world, labelled, tmp_path, kind, count):
+    base = shared(world, tmp_path)
+    if world.is_root:
+        write(base / "few.jsonl", kind, count, 9)
+    world.comm.Barrier()
+    names = model_names(labelled, kind)
+    prepare_labelled(
+        world,
+        inputs=[f"{base}/few.jsonl"],
+        output=str(base / "few"),
+        tokenizer=str(labelled / "tokenizer"),
+        kind=kind,
+        reading=reading(kind),
+        given_labels=names,
+        max_tokens=16,
+        truncation="split" if kind == "tags" else "cut",
+    )
+    run = settings(
+        labelled, base / "run", kind, **{"data.train": f"{base}/few/train", "data.tokenizer": f"{base}/few/tokenizer"}
+    )
+    source = opened(run, world, "train")
+    net, _ = model.build(run.model, source.vocabulary, 16, 5, source.meaning)
+    net = model_with_weights(net)
+    ours, report = evaluate.evaluate(whole(net, world), source, 2, "fp32")
+    alone, other = evaluate.evaluate(whole(net, hpcllm.mpi.alone(world)), source, 2, "fp32")
+    assert ours == alone and report[0] == other[0] and ours["eval_samples"] == count
+
+
+def model_names(labelled, kind):
+    source = json.loads((labelled / kind / "train" / "manifest.json").read_text())
+    return source["labelled"]["names"] or None
+
+
+def model_with_weights(net):
+    torch.manual_seed(0)
+    made = type(net)(net.config)
+    return made.eval()
+
+
+@pytest.mark.mpi
+def test_the_best_checkpoint_is_the_result_and_a_run_without_hope_ends(world, labelled, tmp_path):
+    base = shared(world, tmp_path)
+    # A rate that gets out of hand after the first evaluations.
+    changes = {"train.max_steps": 60, "train.eval_every_steps": 5, "train.metric_for_best_model": "loss"}
+    changes |= {"train.early_stopping_patience": 3, "checkpoint.keep": 1, "train.learning_rate": 0.02}
+    changes |= {"train.lr_scheduler_type": "constant"}
+    run = settings(labelled, base / "run", "single", **changes)
+    results = train.train(run, world)
+    seen = records(base / "run", "eval_loss")
+    best = min(range(len(seen)), key=seen.__getitem__)
+    assert results["best_step"] == 5 * (best + 1) and results["best_value"] == seen[best]
+    assert results["checkpoint"].endswith(f"checkpoint-{results['best_step']}")
+    assert results["stopped_early"] == (results["step"] < 60) and (len(seen) == best + 4 or results["step"] == 60)
+    assert results["eval_loss"] == pytest.approx(seen[best], rel=1e-6)
+    # What is over stays over, and what was lost after the last checkpoint comes again.
+    assert train.train(run, world, resume=True) == results
+    if world.is_root:
+        (base / "run" / "results.json").unlink()
+    world.comm.Barrier()
+    assert train.train(run, world, resume=True) == results
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", ["single", "tags"])
+def test_a_run_goes_on_where_it_was(world, labelled, tmp_path, kind):
+    base = shared(world, tmp_path)
+    whole_run = train.train(settings(labelled, base / "whole", kind), world)
+    train.train(
+        settings(labelled, base / "run", kind, **{"train.max_steps": 3, "train.lr_scheduler_type": "constant"}), world
+    )
+    # The rate depends on max_steps, so the first part is repeated under the right one.
+    if world.is_root:
+        shutil.rmtree(base / "run")
+    world.comm.Barrier()
+    first = settings(labelled, base / "run", kind, **{"checkpoint.every_steps": 3, "checkpoint.keep": 5})
+    train.train(first, world)
+    if world.is_root:
+        shutil.rmtree(base / "run" / "checkpoint-6")
+        (base / "run" / "results.json").unlink()
+    world.comm.Barrier()
+    again = train.train(first, world, resume=True)
+    a, b = (load_file(Path(r["checkpoint"]) / "model.safetensors") for r in (whole_run, again))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert {k: v for k, v in again.items() if k != "checkpoint"} == {
+        k: v for k, v in whole_run.items() if k != "checkpoint"
+    }
+
+
+@pytest.mark.mpi
+def test_a_pretrained_encoder_gets_a_head_and_what_is_frozen_stays(world, labelled, tmp_path):
+    base = shared(world, tmp_path)
+    if world.is_root:
+        torch.manual_seed(1)
+        AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=200, **SIZES["bert"])).save_pretrained(
+            base / "encoder"
+        )
+    world.comm.Barrier()
+    changes = {"model.init_from": f"{base}/encoder", "model.freeze": '["bert.embeddings.*", "bert.encoder.layer.0.*"]'}
+    values = settings(labelled, base / "run", "tags").model_dump(exclude_none=True)
+    del values["model"]["config"]
+    run = config.load(values, [f"{key}={value}" for key, value in changes.items()])
+    results = train.train(run, world)
+    before = load_file(base / "encoder" / "model.safetensors")
+    after = load_file(Path(results["checkpoint"]) / "model.safetensors")
+    for name, tensor in before.items():
+        if "pooler" not in name:
+            frozen = name.startswith(("embeddings.", "encoder.layer.0."))
+            assert torch.equal(after[f"bert.{name}"], tensor) == frozen, name
+    assert "classifier.weight" in after
+    # The folder says what its labels mean.
+    told = json.loads((Path(results["checkpoint"]) / "config.json").read_text())
+    assert told["id2label"] == {"0": "O", "1": "B-person", "2": "I-person", "3": "B-place", "4": "I-place"}
+    find = pipeline("token-classification", model=results["checkpoint"], aggregation_strategy="first")
+    assert isinstance(find("anna sees paris"), list)
+
+
+def test_names_that_nobody_has_cannot_be_frozen(world, labelled, tmp_path):
+    run = settings(labelled, tmp_path, "tags", **{"model.freeze": '["bert.embedings.*"]'})
+    with pytest.raises(UsageError, match=r'no parameter is called "bert\.embedings\.\*" \(near: bert\.embeddings'):
+        train.train(run, world)
+
+
+def test_losses_with_class_weights_and_smoothing_are_torchs(world, labelled, tmp_path):
+    for kind in ("single", "tags", "multi"):
+        smoothing = 0.0 if kind == "multi" else 0.1
+        changes = {"train.class_weights": "balanced", "train.label_smoothing": smoothing}
+        source = opened(settings(labelled, tmp_path, kind, **changes), world, "train")
+        batch = source.training_step(0, 0, 1, settings(labelled, tmp_path, kind).train)[3]
+        names = len(source.meaning["names"])
+        logits = torch.randn(*batch.labels.shape[: 2 if kind == "tags" else 1], names, requires_grad=True)
+
+        def net(logits=logits, **_):
+            return type("Output", (), {"logits": logits})
+
+        loss, _ = source.task.loss_sum(net, {}, batch.labels, **source.loss_options)
+        if kind == "multi":
+            reference = torch.nn.BCEWithLogitsLoss(weight=source.class_weights)(logits, batch.labels)
+        else:
+            how = {"weight": source.class_weights, "label_smoothing": smoothing}
+            reference = torch.nn.CrossEntropyLoss(**how)(logits.flatten(0, -2), batch.labels.flatten())
+        assert float(loss.detach()) / batch.targets == pytest.approx(float(reference.detach()), rel=1e-5), kind
+
+
+def test_rates_fall_from_the_output_to_the_embeddings():
+    from hpcllm import optimizer
+
+    for family, sizes in SIZES.items():
+        net = (
+            TASKS["sequence_classification"]
+            .model_class()
+            .from_config(AutoConfig.for_model(family, vocab_size=50, **sizes))
+        )
+        placed = whole(net)
+        run = config.Train(
+            max_steps=1,
+            global_batch_size=1,
+            micro_batch_size=1,
+            sequence_length=8,
+            learning_rate=1.0,
+            layerwise_lr_decay=0.5,
+        )
+        adjust = optimizer.build(placed, run)
+        optimizer.set_learning_rate(adjust, 2.0)
+        rate = {id(p): group["lr"] for group in adjust.param_groups for p in group["params"]}
+        rates = {name: rate[id(p)] for name, p in net.named_parameters()}
+        assert len(rates) == len(rate)
+        for name, found in rates.items():
+            depth = (
+                3
+                if "embedding" in name or "wte" in name or "wpe" in name
+                else 2
+                if ".0." in name
+                else 1
+                if ".1." in name
+                else 0
+            )
+            assert found == 2.0 * 0.5**depth, (family, name, found)
+
+
+def test_data_of_another_task_or_with_other_labels_are_refused(world, labelled, tmp_path):
+    for kind, other, words in (
+        ("single", "tags", 'labels of the kind "tags", sequence_classification takes'),
+        ("tags", "single", 'labels of the kind "single", token_classification takes tags'),
+    ):
+        run = settings(labelled, tmp_path, kind, **{"data.train": f"{labelled}/{other}/train"})
+        with pytest.raises(DataError, match=words):
+            train.train(run, world)
+    run = settings(labelled, tmp_path, "single", **{"data.validation": f"{labelled}/multi/validation"})
+    with pytest.raises(DataError, match="has the labels person, place, the model bad, good"):
+        train.train(run, world)
+    run = settings(labelled, tmp_path, "single", **{"train.sequence_length": 8})
+    with pytest.raises(DataError, match=r"has examples of 16 tokens, more than train.sequence_length \(8\)"):
+        train.train(run, world)
+    values = settings(labelled, tmp_path, "single").model_dump(exclude_none=True)
+    values["model"]["task"], values["data"]["test"] = "masked_lm", None
+    with pytest.raises(DataError, match="holds labelled examples, masked_lm learns from text"):
+        train.train(config.load({**values, "data": {"train": f"{labelled}/single/train"}}), world)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.num_train_epochs": 2}, "either max_steps or num_train_epochs"),
+        ({"train.warmup_ratio": 0.1}, "either warmup_steps or warmup_ratio"),
+        ({"train.early_stopping_patience": 2}, "needs metric_for_best_model and eval_every_steps"),
+        ({"parallel.pipeline": 2}, "goes with the data and tensor axes"),
+        ({"parallel.tensor": 2, "parallel.sequence": "true"}, "goes with the data and tensor axes"),
+        ({"data.attention": "document"}, 'data.attention = "row"'),
+    ],
+)
+def test_run_files_that_contradict_themselves_are_refused(labelled, tmp_path, changes, words):
+    with pytest.raises(UsageError, match=words):
+        settings(labelled, tmp_path, "single", **changes)
+
+
+def test_epochs_are_steps_once_the_data_are_known():
+    values = {"global_batch_size": 32, "micro_batch_size": 8, "sequence_length": 16, "learning_rate": 1.0}
+    plan = config.Train(num_train_epochs=1.5, warmup_ratio=0.1, **values).with_steps(100)
+    assert (plan.max_steps, plan.warmup_steps) == (5, 1)
+    assert config.Train.model_validate(plan.model_dump()) == plan
