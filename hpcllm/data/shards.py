@@ -62,7 +62,7 @@ def name(index):
 def create(path, *, token_count, document_count, vocab_size, separator_id, tokenizer_hash):
     """Make a shard of its final size, its data still unwritten and `complete` 0; fails if `path` exists.
 
-    Returns {data set: its byte offset in the file}: afterwards any process may write there, see `write_at`.
+    Returns {data set: its byte offset in the file}: afterwards any process may write there, see `files.write_at`.
     """
     import h5py
     from h5py import h5d, h5p, h5s, h5t
@@ -101,14 +101,6 @@ def create(path, *, token_count, document_count, vocab_size, separator_id, token
             made = h5d.create(file.id, label.encode(), h5t.py_create(kind), space, plain)
             offsets[label] = made.get_offset()
     return offsets
-
-
-def write_at(descriptor, array, offset):
-    """Write a contiguous array at byte `offset` of an open file, all of it."""
-    left = memoryview(array).cast("B")
-    while left:
-        written = os.pwrite(descriptor, left, offset)
-        left, offset = left[written:], offset + written
 
 
 def scan(path, offset, dtype, token_count, first, last):
