@@ -121,6 +121,14 @@ def failing_as_io(path):
         raise IOFailure(f"{error.filename or path}: {error.strerror or error}") from error
 
 
+def write_at(descriptor, array, offset):
+    """Write contiguous bytes or a contiguous array at byte `offset` of an open file, all of it."""
+    left = memoryview(array).cast("B")
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        left, offset = left[written:], offset + written
+
+
 def digest(path):
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:

@@ -95,7 +95,7 @@ class Encoding:
         """Whether an example that is too long stays, in what way it may."""
         if self.truncation == "error":
             why = f"more than {self.max_tokens} tokens; say what to do with such: --truncation cut, drop or split"
-            raise text.at_line(unit, example.offset, why)
+            raise text.refusal(unit, example.offset, why)
         counts["dropped" if self.truncation == "drop" else self.truncation] += 1
         return self.truncation != "drop"
 

@@ -95,7 +95,7 @@ def _sentences(unit, reading):
             width, begin = len(fields), offset
         if len(fields) != width:
             why = f"{len(fields)} columns where the first line of the sentence has {width}"
-            raise text.at_line(unit, offset, why)
+            raise text.refusal(unit, offset, why)
         words.append(_field(fields, word_column, unit, offset))
         labels.append(_field(fields, label_column, unit, offset))
     if words:
@@ -110,7 +110,7 @@ def _field(fields, number, unit, offset):
             f'column "{number}": columns of CoNLL files have numbers, from 0, or from the end as -1'
         ) from None
     except IndexError:
-        raise text.at_line(unit, offset, f"no column {number}, there are {len(fields)}") from None
+        raise text.refusal(unit, offset, f"no column {number}, there are {len(fields)}") from None
 
 
 def _rows(unit, reading, kind):
@@ -126,7 +126,7 @@ def _rows(unit, reading, kind):
             continue
         fields = _split(line, kind, unit, offset)
         if len(fields) != len(names):
-            raise text.at_line(unit, offset, f"{len(fields)} columns, not the {len(names)} ({', '.join(names)})")
+            raise text.refusal(unit, offset, f"{len(fields)} columns, not the {len(names)} ({', '.join(names)})")
         row = dict(zip(names, fields, strict=True))
         pair = None if of_pair is None else row[of_pair]
         yield Example(row[of_text], pair, row[of_label], offset), position
@@ -139,7 +139,7 @@ def _split(line, kind, unit, offset):
         return next(csv.reader([line], strict=True))
     except csv.Error as error:
         why = f"not a row of CSV ({error}); a quoted field ends in the line where it begins, or write JSON lines"
-        raise text.at_line(unit, offset, why) from None
+        raise text.refusal(unit, offset, why) from None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -151,22 +151,20 @@ def _header(path, kind):
 
 def _records(unit, reading):
     of_text, of_pair, of_label = reading.named("jsonl")
-    wanted = [name for name in (of_text, of_pair, of_label) if name is not None]
     for line, offset, position in text.lines(unit):
         if not line or line.isspace():
             continue
-        found = text.record(line, unit, offset, *wanted)
-        words, label = found[of_text], found[of_label]
-        pair = None if of_pair is None else found[of_pair]
+        found = text.json_object(line, unit, offset)
+        label = text.field(found, of_label, unit, offset)
+        pair = None if of_pair is None else text.string_field(found, of_pair, unit, offset)
         if reading.words:
+            words = text.field(found, of_text, unit, offset)
             if not _all_words(words) or not isinstance(label, list):
-                raise text.at_line(unit, offset, f'"{of_text}" and "{of_label}" are not lists of words and tags')
+                raise text.refusal(unit, offset, f'"{of_text}" and "{of_label}" are not lists of words and tags')
             if len(words) != len(label):
-                raise text.at_line(unit, offset, f"{len(words)} words and {len(label)} tags")
+                raise text.refusal(unit, offset, f"{len(words)} words and {len(label)} tags")
         else:
-            for name, value in ((of_text, words), (of_pair, pair)):
-                if not isinstance(value, str) and name is not None:
-                    raise text.at_line(unit, offset, f"the field {name!r} is a {type(value).__name__}, not a string")
+            words = text.string_field(found, of_text, unit, offset)
         yield Example(words, pair, label, offset), position
 
 

@@ -43,7 +43,7 @@ class Labels:
         if unknown:
             shown = ", ".join(self.names[:12]) + (", ..." if len(self.names) > 12 else "")
             why = f'the label "{unknown[0]}" is none of the {len(self.names)} of the training examples ({shown}); '
-            raise text.at_line(unit, example.offset, why + "name all of them: --labels")
+            raise text.refusal(unit, example.offset, why + "name all of them: --labels")
         if self.kind == "multi":
             return [name in names for name in self.names]
         numbers = [places[name] for name in names]
@@ -63,7 +63,7 @@ def named(kind, example, unit, separator=","):
     else:
         found = [_name(label)]
     if None in found or (kind == "multi" and len(set(found)) < len(found)):
-        raise text.at_line(unit, example.offset, f"{label!r} is no label" if None in found else f"{label!r}: twice")
+        raise text.refusal(unit, example.offset, f"{label!r} is no label" if None in found else f"{label!r}: twice")
     return found
 
 
@@ -83,7 +83,7 @@ def _value(example, unit):
             raise ValueError
         return value
     except (TypeError, ValueError):
-        raise text.at_line(unit, example.offset, f"{example.label!r} is not a number") from None
+        raise text.refusal(unit, example.offset, f"{example.label!r} is not a number") from None
 
 
 def to_iob2(tags):

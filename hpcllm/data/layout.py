@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from ..files import failing_as_io
+from ..files import failing_as_io, write_at
 from ..mpi import on_root, together
 from . import shards
 from .scratch import COPY_BYTES
@@ -79,7 +79,7 @@ def write_part(comm, folder, part, spool, unit_count, facts, shard_tokens):
                     lengths = lengths[begin : begin + documents]
                     starts = token - begins[index, 0] + np.cumsum(lengths) - lengths
                     at = offsets[index]["document_offsets"] + 8 * (document - int(begins[index, 1]))
-                    shards.write_at(file.fileno(), starts.astype("<i8"), at)
+                    write_at(file.fileno(), starts.astype("<i8"), at)
                 os.fsync(file.fileno())
         for path in spool.paths[part]:
             os.unlink(path)
@@ -116,7 +116,7 @@ def _create(comm, target, paths, sizes, facts):
             made[index] = shards.create(paths[index], token_count=tokens, document_count=documents, **facts)
             with open(paths[index], "r+b", buffering=0) as file:
                 at = made[index]["document_offsets"] + 8 * documents
-                shards.write_at(file.fileno(), np.array([tokens], "<i8"), at)
+                write_at(file.fileno(), np.array([tokens], "<i8"), at)
                 os.fsync(file.fileno())
     return {index: offsets for each in comm.allgather(made) for index, offsets in each.items()}
 
@@ -128,7 +128,7 @@ def _copy(source, target, begin, size_bytes, at):
         content = source.read(min(COPY_BYTES, size_bytes))
         if not content:
             raise OSError(f"a spool of {target.name} ended {size_bytes} bytes early")
-        shards.write_at(target.fileno(), content, at)
+        write_at(target.fileno(), content, at)
         at, size_bytes = at + len(content), size_bytes - len(content)
 
 

@@ -6,6 +6,7 @@ root shows a bar, in a log it prints a line now and then. Not for training steps
 
 import sys
 import time
+from datetime import timedelta
 
 from .. import terminal
 
@@ -25,21 +26,23 @@ def meet(comm):
 class Progress:
     """Collective to make and to `finish`; between them `advance` talks to root without waiting.
 
-    what: a word for the line; total_bytes: of all ranks together.
+    what: a word for the line; total_bytes: of all ranks together; counted: what is made of the bytes, in the words of
+    the line, and how many of it are 1 there.
     """
 
-    def __init__(self, comm, what, total_bytes):
+    def __init__(self, comm, what, total_bytes, counted=("M tokens", 1e6)):
         self._comm, self._what, self._total = comm, what, total_bytes
-        self._state = {comm.rank: (0, 0)}  # on root: rank -> (bytes, tokens) so far
+        self._counted, self._scale = counted
+        self._state = {comm.rank: (0, 0)}  # on root: rank -> (bytes, count) so far
         self._done = set()
         self._request = None
         self._told_to_stop = False
         self._began = self._reported = self._said = time.monotonic()
         self._bar = terminal.bar(what, total_bytes, in_bytes=True) if comm.rank == 0 else None
 
-    def advance(self, done_bytes, done_tokens):
+    def advance(self, done_bytes, count):
         """Tell how far this rank is, in all. Returns False once another rank has failed and work should stop."""
-        self._state[self._comm.rank] = (done_bytes, done_tokens)
+        self._state[self._comm.rank] = (done_bytes, count)
         now = time.monotonic()
         if now - self._reported < _REPORT_EVERY_S:
             return True
@@ -49,17 +52,22 @@ class Progress:
             self._show()
             return not self._told_to_stop
         if self._request is None or self._request.test()[0]:
-            self._request = self._comm.isend((done_bytes, done_tokens, None), 0, _TO_ROOT)
+            self._request = self._comm.isend((done_bytes, count, None), 0, _TO_ROOT)
         return not self._comm.iprobe(0, _FROM_ROOT)
 
-    def finish(self, failed=False):
-        """Wait for every rank to finish, showing how far they are; a failed one makes the others' `advance` False."""
+    def finish(self, failed=False, meanwhile=None):
+        """Wait for every rank to finish, showing how far they are; a failed one makes the others' `advance` False.
+
+        meanwhile: what root calls again and again as long as ranks work.
+        """
         comm = self._comm
         if comm.rank == 0:
             if failed:
                 self._stop_the_others()
             self._done.add(0)
             while len(self._done) < comm.size:
+                if meanwhile is not None:
+                    meanwhile()
                 self._listen()
                 self._show()
                 time.sleep(_POLL_S)
@@ -80,8 +88,8 @@ class Progress:
     def _listen(self):
         for rank in range(1, self._comm.size):
             while rank not in self._done and self._comm.iprobe(rank, _TO_ROOT):
-                done_bytes, done_tokens, failed = self._comm.recv(source=rank, tag=_TO_ROOT)
-                self._state[rank] = (done_bytes, done_tokens)
+                done_bytes, count, failed = self._comm.recv(source=rank, tag=_TO_ROOT)
+                self._state[rank] = (done_bytes, count)
                 if failed is not None:
                     self._done.add(rank)
                 if failed:
@@ -95,18 +103,23 @@ class Progress:
 
     def _show(self, last=False):
         done = sum(state[0] for state in self._state.values())
-        tokens = sum(state[1] for state in self._state.values())
+        count = sum(state[1] for state in self._state.values())
         now = time.monotonic()
-        rate = tokens / max(now - self._began, 1e-9)
+        seconds = max(now - self._began, 1e-9)
+        digits = 1 if self._scale > 1 else 0
+        text = f"{count / self._scale:.{digits}f} {self._counted}"
+        rate = f"{count / self._scale / seconds:.{digits + 1}f}"
         if self._bar is not None:
-            text = f"{tokens / 1e6:.1f} M tokens, {rate / 1e6:.2f} M/s"
-            self._bar.update(0, completed=self._total if last else done, text=text)
+            self._bar.update(0, completed=self._total if last else done, text=f"{text}, {rate}/s")
         elif last or now - self._said >= _LINE_EVERY_S:
             self._said = now
             share = 100 if last else 100 * done / self._total
+            left = (
+                f", {timedelta(seconds=round((self._total - done) / done * seconds))} left" if 0 < share < 100 else ""
+            )
             print(
                 f"{self._what}: {done / 1e6:.1f} of {self._total / 1e6:.1f} MB ({share:.0f} %), "
-                f"{tokens / 1e6:.1f} M tokens, {rate / 1e6:.2f} M tokens/s on {self._comm.size} ranks",
+                f"{text}, {rate} {self._counted}/s on {self._comm.size} ranks{left}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -95,7 +95,7 @@ def create(path, *, token_count, document_count, vocab_size, separator_id, token
     """Make a shard of its final size, its data still unwritten and `complete` 0; fails if `path` exists.
 
     labelled: of labelled data, what its columns are and mean: {"columns": [of each Column its fields], ...}.
-    Returns {data set: its byte offset in the file}: afterwards any process may write there, see `write_at`.
+    Returns {data set: its byte offset in the file}: afterwards any process may write there, see `files.write_at`.
     """
     import h5py
     from h5py import h5d, h5p, h5s, h5t
@@ -142,14 +142,6 @@ def create(path, *, token_count, document_count, vocab_size, separator_id, token
         if labelled is not None:
             file["labelled"][:] = np.frombuffer(meaning, np.uint8)
     return offsets
-
-
-def write_at(descriptor, array, offset):
-    """Write a contiguous array at byte `offset` of an open file, all of it."""
-    left = memoryview(array).cast("B")
-    while left:
-        written = os.pwrite(descriptor, left, offset)
-        left, offset = left[written:], offset + written
 
 
 def scan(path, offset, dtype, token_count, first, last):

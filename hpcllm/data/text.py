@@ -10,6 +10,7 @@ import json
 import os
 import stat
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..errors import DataError, MissingInput, UsageError
@@ -109,7 +110,7 @@ def documents(unit, *, jsonl_field=None, document_separator="newline"):
     for line, offset, position in lines(unit, by_paragraph):
         if jsonl_field is not None:
             if line and not line.isspace():
-                yield _field(line, jsonl_field, unit, offset), position
+                yield string_field(json_object(line, unit, offset), jsonl_field, unit, offset), position
         elif not by_paragraph:
             if line and not line.isspace():
                 yield line, position
@@ -129,7 +130,7 @@ def lines(unit, by_paragraph=False):
     file and line for bytes that are not UTF-8, and for damaged gzip.
     """
     for raw, offset, position in _gzip_lines(unit) if unit.compressed else _range_lines(unit, by_paragraph):
-        yield _decode(raw, unit, offset), offset, position
+        yield decode(raw, unit, offset).rstrip("\r\n"), offset, position
 
 
 def _range_lines(unit, by_paragraph):
@@ -139,10 +140,10 @@ def _range_lines(unit, by_paragraph):
     their own borders. Both neighbours of a cut compute the same border from the file, so they share nothing.
     """
     with open(unit.path, "rb", buffering=_READ_BYTES) as file:
-        begin = _border(file, unit.start, unit, by_paragraph, limit=unit.stop)
+        begin = border(file, unit.start, unit.size, by_paragraph, limit=unit.stop)
         if begin is None:
             return
-        end = _border(file, unit.stop, unit, by_paragraph)
+        end = border(file, unit.stop, unit.size, by_paragraph)
         file.seek(begin)
         offset = begin
         while offset < end:
@@ -153,14 +154,14 @@ def _range_lines(unit, by_paragraph):
             offset += len(raw)
 
 
-def _border(file, cut, unit, by_paragraph, limit=None):
-    """Offset of the first document that begins after byte `cut`.
+def border(file, cut, size, by_paragraph=False, limit=None):
+    """Offset of the first document that begins after byte `cut` of an open file of `size` bytes.
 
     None as soon as the border of a later cut `limit` is known to be the same one, so that no unit reads far past
     its own end for its begin. Reads in blocks: a line of many gigabytes takes no memory.
     """
-    if cut == 0 or cut >= unit.size:
-        return min(cut, unit.size)
+    if cut == 0 or cut >= size:
+        return min(cut, size)
     file.seek(cut)
     offset, line, has_text, seen_blank = cut, None, False, False  # line: its offset; None in the line of the cut
     while piece := file.readline(_READ_BYTES):
@@ -176,25 +177,35 @@ def _border(file, cut, unit, by_paragraph, limit=None):
             line, has_text = offset, False
         elif limit is not None and offset > limit and not seen_blank and (line is None or has_text):
             return None  # inside one line that reaches past `limit`, from where the search goes the same way
-    return unit.size
+    return size
 
 
 def _gzip_lines(unit):
+    with unzipping(unit.path), open(unit.path, "rb") as raw_file, gzip.GzipFile(fileobj=raw_file) as file:
+        offset = 0
+        while raw := file.readline():
+            yield raw, offset, min(raw_file.tell(), unit.stop)
+            offset += len(raw)
+
+
+@contextmanager
+def unzipping(path):
+    """What gzip finds wrong with a file becomes a DataError (exit 65) that names it."""
     try:
-        with open(unit.path, "rb") as raw_file, gzip.GzipFile(fileobj=raw_file) as file:
-            offset = 0
-            while raw := file.readline():
-                yield raw, offset, min(raw_file.tell(), unit.stop)
-                offset += len(raw)
+        yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"input: {unit.path} is damaged or not gzip: {error}") from None
+        raise DataError(f"input: {path} is damaged or not gzip: {error}") from None
 
 
-def _decode(raw, unit, offset):
+def decode(raw, unit, offset):
+    """The line `raw` at byte `offset` (uncompressed) of a unit's file as str, without the file's byte order mark.
+
+    unit: has `path` and `compressed`. Raises DataError with file, line and byte where it is not UTF-8.
+    """
     if offset == 0 and raw.startswith(b"\xef\xbb\xbf"):
         raw, offset = raw[3:], 3
     try:
-        return raw.decode("utf-8").rstrip("\r\n")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         at = offset + error.start
         raise DataError(
@@ -203,37 +214,41 @@ def _decode(raw, unit, offset):
         ) from None
 
 
-def _field(line, field, unit, offset):
-    text = record(line, unit, offset, field).get(field)
-    if not isinstance(text, str):
-        raise at_line(unit, offset, f"the field {field!r} is a {type(text).__name__}, not a string")
-    return text
-
-
-def record(line, unit, offset, *fields):
-    """The JSON object in a line, which has `fields`. Raises DataError with file and line."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise at_line(unit, offset, f"not JSON ({error})") from None
-    if not isinstance(found, dict):
-        wanted = f" with the field {fields[0]!r}" if fields else ""
-        raise at_line(unit, offset, f"a JSON {type(found).__name__} where an object{wanted} was expected")
-    for field in fields:
-        if field not in found:
-            has = ", ".join(map(repr, list(found)[:8])) or "none"
-            raise at_line(unit, offset, f"no field {field!r}; it has {has}")
-        try:
-            value = found[field]
-            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode("utf-8")
-        except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, which no text encoding holds
-            raise at_line(unit, offset, f"the field {field!r} holds a lone surrogate escape such as \\ud800") from None
-    return found
-
-
-def at_line(unit, offset, why):
-    """A DataError about the line that holds byte `offset`."""
+def refusal(unit, offset, why):
+    """The DataError that says what is wrong with the line at byte `offset` of a unit's file."""
     return DataError(f"input: {unit.path} line {line_number(unit, offset)}: {why}")
+
+
+def json_object(line, unit, offset):
+    """The JSON object (dict) that a line is."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise refusal(unit, offset, f"not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise refusal(unit, offset, f"a JSON {type(record).__name__} where an object was expected")
+    return record
+
+
+def field(record, name, unit, offset):
+    """What the JSON object `record` holds as `name`."""
+    if name not in record:
+        names = ", ".join(map(repr, list(record)[:8])) or "none"
+        raise refusal(unit, offset, f"no field {name!r}; it has {names}")
+    value = record[name]
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode("utf-8")
+    except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, which no text encoding holds
+        raise refusal(unit, offset, f"the field {name!r} holds a lone surrogate escape such as \\ud800") from None
+    return value
+
+
+def string_field(record, name, unit, offset):
+    """The string that the JSON object `record` holds as `name`."""
+    text = field(record, name, unit, offset)
+    if not isinstance(text, str):
+        raise refusal(unit, offset, f"the field {name!r} is a {type(text).__name__}, not a string")
+    return text
 
 
 def line_number(unit, offset):

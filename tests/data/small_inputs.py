@@ -6,6 +6,7 @@ import random
 import numpy as np
 
 from hpcllm.data import shards
+from hpcllm.files import write_at
 
 HASH = "0123456789abcdef" * 4
 
@@ -21,8 +22,8 @@ def write_shards(folder, parts, vocab_size=1000):
         borders = np.cumsum([0, *map(len, documents)]).astype(np.int64)
         places = shards.create(path, token_count=len(tokens), document_count=len(documents), **facts)
         with open(path, "r+b") as file:
-            shards.write_at(file.fileno(), tokens, places["tokens"])
-            shards.write_at(file.fileno(), borders, places["document_offsets"])
+            write_at(file.fileno(), tokens, places["tokens"])
+            write_at(file.fileno(), borders, places["document_offsets"])
         blocks = -(-tokens.nbytes // shards.BLOCK_BYTES)
         entries.append(shards.finish(path, *shards.scan(path, places["tokens"], dtype, len(tokens), 0, blocks)))
     shards.write_manifest(os.fspath(folder), entries, **facts)
