@@ -63,9 +63,13 @@ def parser():
     g.add_argument("--validation", nargs="+", default=[], metavar="FILE_OR_GLOB", help="examples to choose a model by")
     g.add_argument("--test", nargs="+", default=[], metavar="FILE_OR_GLOB", help="examples to report results of")
     g.add_argument("--format", choices=("conll", "tsv", "csv", "jsonl"), help="(default: by the files' endings)")
-    g.add_argument("--text", metavar="NAME", help="column or field of the text (default: text; of words 0 or tokens)")
-    g.add_argument("--pair", metavar="NAME", help="column or field of a second text")
-    g.add_argument("--label", metavar="NAME", help="column or field of the label (default: label; of words -1 or tags)")
+    g.add_argument(
+        "--text-column", metavar="NAME", help="column or field of the text (default: text; of words 0 or tokens)"
+    )
+    g.add_argument("--pair-column", metavar="NAME", help="column or field of a second text")
+    g.add_argument(
+        "--label-column", metavar="NAME", help="column or field of the label (default: label; of words -1 or tags)"
+    )
     g.add_argument(
         "--columns", nargs="+", metavar="NAME", help="names of a table's columns, if its first line has none"
     )
@@ -184,7 +188,7 @@ def prepare_labelled(args, world):
     names = ("output", "tokenizer", "validation", "test", "validation_fraction", "label_separator", "max_tokens")
     names += ("shard_tokens", "overwrite")
     columns = args.columns and tuple(args.columns)
-    reading = Reading(args.format, args.text, args.pair, args.label, columns, words)
+    reading = Reading(args.format, args.text_column, args.pair_column, args.label_column, columns, words)
     summary = prepare_labelled(
         world,
         inputs=args.input,
