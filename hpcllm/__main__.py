@@ -12,7 +12,7 @@ import time
 import warnings
 
 from . import __version__
-from .errors import CannotCreate, MissingInput, Refusal, UsageError
+from .errors import CannotCreate, Refusal, UsageError
 from .mpi import launcher, leave_together
 
 _LABELS = ("sequence_classification", "token_classification")
@@ -121,14 +121,38 @@ def parser():
     p.add_argument("--plot", metavar="FILE", help="labelled data: draw which label was taken for which (matplotlib)")
     p.add_argument("--overwrite", action="store_true", help="replace those files if they exist")
 
-    p = commands.add_parser("predict", help="fill [MASK] or continue texts with a checkpoint")
-    p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN")
+    p = commands.add_parser(
+        "predict",
+        help="what a model says of texts: fill [MASK], continue, classify, tag, embed",
+        description="Of --text answers are printed. Of the rows of --input each gets a line of JSON in --output, in "
+        "order and once, whichever rank answers it; a job that was killed goes on where it was, by the same command.",
+    )
+    p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN_OR_MODEL")
     p.add_argument("--text", action="append", default=[], help="a text (may be repeated)")
-    p.add_argument("--input", metavar="FILE", help="a file with a text a line")
+    p.add_argument(
+        "--input", nargs="+", metavar="FILE_OR_GLOB", help="text, TSV, CSV (first line: names), JSONL, also .gz"
+    )
+    p.add_argument("--format", choices=("text", "tsv", "csv", "jsonl"), help="of the input (default: by its ending)")
+    p.add_argument("--text-column", default="text", metavar="NAME", help="column or field of it (default: %(default)s)")
+    p.add_argument("--pair-column", metavar="NAME", help="column or field of a second text")
     p.add_argument("--output", metavar="FILE", help="write the answers as JSONL")
     p.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
-    p.add_argument("--top-k", type=int, default=5, metavar="K", help="guesses for each mask (default: %(default)s)")
-    p.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="longest continuation")
+    p.add_argument("--task", choices=("masked_lm", "causal_lm", "sequence_classification", "token_classification",
+                   "embedding"), help="what is asked (default: what the model is for)")  # fmt: skip
+    p.add_argument("--precision", choices=("fp32", "bf16"), help="arithmetic (default: that of training)")
+    p.add_argument("--batch-tokens", type=int, metavar="N", help="of a batch, padding included (default: by device)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "xpu"), default="auto")
+    p.add_argument(
+        "--top-k", type=int, metavar="K", help="guesses for each mask (5), labels of a text, tokens to draw from"
+    )
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="longest continuation (40)")
+    p.add_argument(
+        "--temperature", type=float, metavar="T", help="draw continuations, each row by itself (0: the likeliest)"
+    )
+    p.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this probability (1)")
+    p.add_argument("--beams", type=int, metavar="B", help="look for the likeliest continuation with so many (1)")
+    p.add_argument("--seed", type=int, metavar="N", help="of what is drawn (0)")
+    p.add_argument("--pooling", choices=("mean", "first"), help="embedding: of a text's tokens (mean)")
 
     p = commands.add_parser(
         "export",
@@ -319,27 +343,33 @@ def evaluate(args):
         mpi.on_root(world.comm, files.write_json, args.output, scores)
 
 
+_OPTIONS = ("batch_tokens", "top_k", "max_new_tokens", "temperature", "top_p", "beams", "seed", "pooling")
+
+
 def predict(args):
     from . import mpi
 
+    if not args.text and not args.input:
+        raise UsageError("no text: give --text or --input").known_to_all()
+    if args.input and (args.text or not args.output):
+        raise UsageError("--input has rows, whose answers go to the file --output; --text is printed").known_to_all()
     world = mpi.join()
     from . import files
-    from .predict import predict, read_texts, show
-    from .train import run_config
+    from .predict import predict_file, predict_texts, show
 
-    def texts():
-        if args.input and not os.path.isfile(args.input):
-            raise MissingInput(f"--input {args.input} does not exist")
-        found = args.text + (read_texts(args.input) if args.input else [])
-        if not found:
-            raise UsageError("no text: give --text or --input")
-        return found
-
-    asked = mpi.on_root(world.comm, texts)
+    options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    options |= {"question": args.task, "precision": args.precision}
+    if args.input:
+        options["columns"] = (args.text_column, args.pair_column) if args.pair_column else (args.text_column,)
+        world = mpi.init(args.device)
+        how = {"overwrite": args.overwrite, "format": args.format}
+        summary = predict_file(world, args.checkpoint, args.input, args.output, **how, **options)
+        if world.is_root:
+            print(json.dumps(summary, indent=2))
+        return
     mpi.on_root(world.comm, check_output, args.output, args.overwrite)
-    settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
-    world = mpi.init(settings.train.device, settings.parallel.backend)
-    answers = predict(settings, folder, asked, world, top_k=args.top_k, max_new_tokens=args.max_new_tokens)
+    world = mpi.init(args.device)
+    answers = predict_texts(world, args.checkpoint, args.text, **options)
     if args.output:
         lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers or [])
         mpi.on_root(world.comm, files.write_text, args.output, lines)

@@ -40,6 +40,11 @@ class Vocabulary:
     ordinary: np.ndarray
     segments: bool = False
 
+    @property
+    def padding(self):
+        """The id that rows are filled up with; the model does not attend to it, so any will do."""
+        return next((number for number in (self.pad, self.eos) if number is not None), 0)
+
 
 def vocabulary(tokenizer):
     """Vocabulary of a transformers tokenizer."""
@@ -70,6 +75,8 @@ def build(section, words, sequence_length, seed, meaning=None):
         made.update(head)
         model = outline(made, section.task)
         source = weights.Fresh(model, seed)
+    if head and model.config.pad_token_id is None:  # by which decoders find a text's last token
+        model.config.pad_token_id = words.padding
     _freeze(model, section.freeze)
     check_fits(model, words, sequence_length)
     return model, source
@@ -173,19 +180,19 @@ def load(folder, task, *, strict=True, head=None):
     strict: every weight must be there and used (a checkpoint); otherwise a missing head starts at random. head: what
     its configuration is to say of labels, instead of what the folder's does.
     """
+    return load_as(folder, TASKS[task].model_class(), strict=strict, head=head)
+
+
+def load_as(folder, model_class, *, strict=True, head=None):
+    """As `load`, of a class of transformers (AutoModel, ...)."""
     folder, head = require_folder(folder), head or {}
+    how = {"output_loading_info": True, "use_safetensors": True, "dtype": torch.float32}
     try:
-        model, report = (
-            TASKS[task]
-            .model_class()
-            .from_pretrained(
-                folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **LOCAL, **head
-            )
-        )
+        model, report = model_class.from_pretrained(folder, **how, **LOCAL, **head)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise DataError(f"{folder}: the model cannot be loaded for {task}: {error}") from None
-    head, words = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is not words.weight:
+        raise DataError(f"{folder}: the model cannot be loaded for {model_class.__name__}: {error}") from None
+    output, words = model.get_output_embeddings(), model.get_input_embeddings()
+    if output is not None and output.weight is not words.weight:
         model.config.tie_word_embeddings = False  # a folder may hold both and say otherwise
     wrong = sorted(report["mismatched_keys"]) + sorted(report["missing_keys"] if strict else [])
     if wrong:

@@ -1,102 +1,186 @@
-"""Ask a trained model: fill masks (masked_lm) or continue texts (causal_lm), the texts spread over the ranks."""
+"""Ask a model about rows of text, on all ranks: what is asked is in `questions`, who answers which rows in `rows`.
 
+A unit's rows are encoded together, and computed in batches of about as many padded tokens each, the longest first. How
+they are put together depends on the rows alone, so that answers are the same bytes at any number of ranks.
+"""
+
+import inspect
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from . import model
-from .errors import DataError, UsageError
+from . import checkpoint, model
+from .data import tokenizer
+from .data.examples import filled
+from .errors import DataError, MissingInput, UsageError
 from .evaluate import arithmetic
-from .mpi import together
+from .mpi import on_root, together
+from .questions import QUESTIONS
+from .quicken import quicken
+from .rows import answer_all
 
-BLANK = "[MASK]"  # what a user writes, whatever the tokenizer calls its mask token
+_BATCH_TOKENS = {"cpu": 2048}  # more is no quicker there, and takes memory
+_BATCH_TOKENS_GPU = 16384
+# What a model folder is for, by the end of its class's name.
+_ENDINGS = {
+    "ForMaskedLM": "masked_lm",
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "ForSequenceClassification": "sequence_classification",
+    "ForTokenClassification": "token_classification",
+}
 
 
-def predict(config, folder, texts, world, *, top_k=5, max_new_tokens=40):
+def what_is(path, question=None):
+    """(folder of the model, what it is asked, arithmetic) of a checkpoint, a run or a folder in Hugging Face's layout.
+
+    question: of questions.QUESTIONS, None: by what the model is for. Root only. Raises MissingInput, DataError (a
+    checkpoint is verified), and UsageError where the model does not tell.
+    """
+    from .train import run_config
+
+    folder, precision = Path(path), "fp32"
+    if (folder / "config.json").is_file() and not (folder / "trainer_state.json").is_file():
+        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+        own = next((task for ending, task in _ENDINGS.items() if names[0].endswith(ending)), None)
+    else:
+        config, folder = run_config(path)
+        own, precision = config.model.task, config.train.precision
+    if question is None and own is None:
+        raise UsageError(f"{folder}: its config.json does not say what this model is for; say --task")
+    if question not in (None, own, "embedding"):
+        raise UsageError(
+            f"--task {question}: {folder} is a model for {own or 'no task'}; its texts may have an embedding"
+        )
+    return folder, question or own, precision
+
+
+class Model:
+    """A model that answers batches of rows on this rank."""
+
+    def __init__(self, folder, question, device, *, precision="fp32", batch_tokens=None, **options):
+        """question: of QUESTIONS; batch_tokens: padded tokens of a batch, about; options: of the question.
+
+        Raises a Refusal for what cannot be used.
+        """
+        words = tokenizer.load(folder)
+        net = model.load_as(folder, QUESTIONS[question].model_class()).to(device).eval()
+        quicken(net, device)
+        self._device, self._precision = device, precision
+        self._batch_tokens = batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_GPU)
+        known = inspect.signature(QUESTIONS[question]).parameters
+        for name in options.keys() - known.keys() - {"columns"}:
+            raise UsageError(f"--{name.replace('_', '-')} is nothing that {question} knows")
+        self._question = QUESTIONS[question](net, words, **options)
+
+    @property
+    def columns(self):
+        return self._question.columns
+
+    def answer(self, rows, advance=lambda done: None):
+        """[dict] for each of `rows` (rows.Row): its fields, and what was asked as "prediction"; see `answer_all`."""
+        question = self._question
+        # One row may take several documents.
+        asked = [(number, document) for number, row in enumerate(rows) for document in question.documents(row)]
+        lengths = np.array([len(ids) for _, (ids, *_) in asked], np.int64)
+        longest_first = np.argsort(-lengths, kind="stable")
+        found, left = [[] for _ in rows], np.bincount([number for number, _ in asked], minlength=len(rows))
+        with torch.inference_mode():
+            for group in filled(lengths[longest_first], self._batch_tokens):
+                some = [asked[at] for at in longest_first[group]]
+                with arithmetic(self._precision, self._device):
+                    answers = list(question.ask([document for _, document in some], self._device))
+                for (number, _), (place, answer) in zip(
+                    some, zip(longest_first[group], answers, strict=True), strict=True
+                ):
+                    found[number].append((place, answer))
+                    left[number] -= 1
+                advance(int((left == 0).sum()))
+        return [
+            {
+                **row.fields,
+                "prediction": question.join(row, [answer for _, answer in sorted(answers, key=lambda one: one[0])]),
+            }
+            for row, answers in zip(rows, found, strict=True)
+        ]
+
+
+def fingerprint(folder, question, precision, options):
+    """What decides answers, in words, for a run that goes on where another was killed. Root only."""
+    said = folder / checkpoint.COMPLETE
+    if said.is_file():
+        which = json.loads(said.read_text(encoding="utf-8"))["files"][checkpoint.MODEL]["sha256"]
+    else:
+        found = sorted(folder.glob("*.safetensors"))
+        if not found:
+            raise MissingInput(f"{folder} has no weights in safetensors files")
+        which = ", ".join(f"{file.name} {file.stat().st_size} bytes of {file.stat().st_mtime_ns}" for file in found)
+    return {"model": which, "question": question, "precision": precision} | options
+
+
+def predict_file(
+    world, path, inputs, output, *, question=None, precision=None, overwrite=False, format=None, **options
+):
+    """Answers to all rows of `inputs` (paths and globs) in the file `output`; returns a summary. Collective.
+
+    path, question: as `what_is`; precision: "fp32" or "bf16", None: that of training; format: of rows.FORMATS; options:
+    of Model.
+    """
+    folder, question, usual = on_root(world.comm, what_is, path, question)
+    precision = precision or usual
+    asked = on_root(world.comm, fingerprint, folder, question, precision, options)
+    with together(world.comm):
+        asker = Model(folder, question, world.device, precision=precision, **options)
+    how = {"format": format, "overwrite": overwrite, "columns": asker.columns, "fingerprint": asked}
+    summary = answer_all(world, inputs=inputs, output=output, answer=asker.answer, **how)
+    return {"model": str(folder), "question": question, **summary}
+
+
+class _Said:
+    """A text of the command line, as a row."""
+
+    def __init__(self, number, text):
+        self.number, self.fields, self.offset = number, {"text": text}, number
+
+    def refusal(self, why):
+        return DataError(f"text {self.number + 1}: {why}")
+
+
+def predict_texts(world, path, texts, *, question=None, precision=None, **options):
     """Answers to `texts` (list of str) in their order, on root; None on the other ranks. Collective.
 
-    config: config.Config of the run that trained the checkpoint `folder`. A masked_lm answer is {"text", "masks":
-    [[{"token", "probability"}, ...top_k] for each mask]}; a causal_lm answer {"text", "continuation"}, greedy.
+    As predict_file; each text is a batch of its own, so its answer does not depend on the others'.
     """
-    from .data import tokenizer
-
-    task = config.model.task
+    folder, question, usual = on_root(world.comm, what_is, path, question)
     with together(world.comm):
-        words = tokenizer.load(folder)
-        net = model.load(folder, task).to(world.device).eval()
-        answer = {"masked_lm": fill_masks, "causal_lm": continue_text}[task]
-        places = getattr(net.config, "max_position_embeddings", None) or config.train.sequence_length
-        if not 1 <= top_k <= len(words) or max_new_tokens < 1:
-            raise UsageError(f"--top-k {top_k} must be 1 to {len(words)}, --max-new-tokens {max_new_tokens} at least 1")
-        check(texts, words, task, places - (max_new_tokens if answer is continue_text else 0))
-    with torch.no_grad(), arithmetic(config.train.precision, world.device):
-        mine = [
-            answer(net, words, text, world.device, top_k=top_k, max_new_tokens=max_new_tokens)
-            for text in texts[world.rank :: world.size]
-        ]
+        asker = Model(folder, question, world.device, precision=precision or usual, **options)
+        rows = [_Said(number, text) for number, text in enumerate(texts)]
+        mine = [asker.answer([row])[0] for row in rows[world.rank :: world.size]]
     gathered = world.comm.gather(mine, root=0)
     if gathered is None:
         return None
     return [gathered[i % world.size][i // world.size] for i in range(len(texts))]
 
 
-def encode(words, text):
-    """Token ids, with the tokenizer's special tokens, of a text in which [MASK] stands for its mask token."""
-    if words.mask_token is not None:
-        text = text.replace(BLANK, words.mask_token)
-    return words(text, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def check(texts, words, task, places):
-    """Raise for texts that the model cannot answer, by number (from 1); the same on every rank."""
-    for number, text in enumerate(texts, 1):
-        ids = encode(words, text)
-        if task == "masked_lm" and words.mask_token_id not in ids:
-            raise UsageError(f'text {number} has no {BLANK} to fill: "{text[:60]}"')
-        if not ids:
-            raise UsageError(f"text {number} is empty")
-        if len(ids) > places:
-            raise DataError(
-                f"text {number} has {len(ids)} tokens, more than the {places} that this model leaves room for"
-            )
-
-
-def fill_masks(net, words, text, device, *, top_k, **_):
-    ids = torch.tensor([encode(words, text)], device=device)
-    probabilities = net(input_ids=ids).logits[ids == words.mask_token_id].float().softmax(-1)
-    values, tokens = probabilities.topk(top_k)
-    masks = [
-        [
-            {"token": words.decode([token]).strip(), "probability": round(value, 4)}
-            for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
-        ]
-        for tokens, values in zip(tokens, values, strict=True)
-    ]
-    return {"text": text, "masks": masks}
-
-
-def continue_text(net, words, text, device, *, max_new_tokens, **_):
-    ids = torch.tensor([encode(words, text)], device=device)
-    pad = words.pad_token_id if words.pad_token_id is not None else words.eos_token_id
-    made = net.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad
-    )
-    return {"text": text, "continuation": words.decode(made[0, ids.shape[1] :], skip_special_tokens=True)}
-
-
-def read_texts(path):
-    """Non-empty lines of a UTF-8 file."""
-    try:
-        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}") from None
-
-
 def show(answer):
-    """An answer as a person reads it."""
-    if "continuation" in answer:
-        return f"{answer['text']} | {answer['continuation']}"
-    filled = "; ".join(
-        ", ".join(f"{guess['token']} {guess['probability']:.3f}" for guess in guesses) for guesses in answer["masks"]
-    )
-    return f"{answer['text']}\n    {filled}"
+    """An answer to a text as a person reads it."""
+    text, said = answer["text"], answer["prediction"]
+    if "continuation" in said:
+        return f"{text} | {said['continuation']}"
+    if "masks" in said:
+        told = "; ".join(
+            ", ".join(f"{one['token']} {one['score']:.3f}" for one in guesses) for guesses in said["masks"]
+        )
+    elif "entities" in said:
+        told = (
+            ", ".join(f"{one['text']} ({one['type']}, {one['score']:.3f})" for one in said["entities"]) or "no entity"
+        )
+    elif "tags" in said:
+        told = " ".join(f"{word}/{tag}" for word, tag in zip(said["words"], said["tags"], strict=True))
+    elif "labels" in said:
+        told = ", ".join(f"{one['label']} {one['score']:.3f}" for one in said["labels"])
+    else:
+        told = json.dumps(said)
+    return f"{text}\n    {told}"

@@ -71,7 +71,7 @@ def test_a_bert_is_trained_continued_evaluated_and_asked(mpirun, run_file, tmp_p
     asked = ["-m", "hpcllm", "predict", output, *(f"--text={text}" for text in texts), "--top-k", "2"]
     answers = [json.loads(line) for line in _predict(mpirun, 2, asked, tmp_path / "a.jsonl")]
     assert [answer["text"] for answer in answers] == texts
-    assert [[len(guesses) for guesses in answer["masks"]] for answer in answers] == [[2], [2, 2], [2]]
+    assert [[len(guesses) for guesses in answer["prediction"]["masks"]] for answer in answers] == [[2], [2, 2], [2]]
     assert _predict(mpirun, 1, asked, tmp_path / "b.jsonl") == _predict(mpirun, 3, asked, tmp_path / "c.jsonl")
 
 
@@ -205,6 +205,8 @@ def test_bad_input_is_one_sentence_and_an_exit_code(
         (["plan", "nowhere.toml", "--show-mesh", "--nodes", "0", "--ranks-per-node", "1"], 2, ["count from 1"]),
         (["predict", "nowhere", "--text", "a"], 66, ["nowhere"]),
         (["predict", "nowhere"], 2, ["give --text or --input"]),
+        (["predict", "nowhere", "--input", "a.txt"], 2, ["--input has rows, whose answers go to the file --output"]),
+        (["predict", "nowhere", "--input", "a.txt", "--output", "b.jsonl"], 66, ["nowhere"]),
         (["export", "nowhere", "no-model"], 66, ["nowhere is neither a checkpoint nor a run folder"]),
         (["export", "nowhere", "no-model", "--max-shard-size", "5 apples"], 2, ['"5 apples" is not a size']),
         (["train", "nowhere.toml"], 66, ["run file nowhere.toml does not exist"]),

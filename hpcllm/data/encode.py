@@ -73,23 +73,19 @@ class Encoding:
             yield found.ids, {"second": second, "labels": numbers}
 
     def _words(self, kept, counts):
-        self.encoder.no_truncation()
-        before, after = self._around()
-        room = self.max_tokens - len(before) - len(after)
-        unknown = self._unknown()
-        words = [example.text for example, *_ in kept]
-        found = self.encoder.encode_batch(words, is_pretokenized=True, add_special_tokens=False)
-        for (example, unit, numbers), encoding in zip(kept, found, strict=True):
-            pieces = [[] for _ in example.text]
-            for token, word in zip(encoding.ids, encoding.word_ids, strict=True):
-                pieces[word].append(token)
-            counts["wordless"] += pieces.count([])
-            windows = list(_windows([piece or unknown for piece in pieces], numbers, room))
+        words = Words(self.encoder, self.max_tokens)
+        found = words.pieces([example.text for example, *_ in kept])
+        for (example, unit, numbers), (pieces, wordless) in zip(kept, found, strict=True):
+            counts["wordless"] += wordless
+            windows = list(words.windows(pieces))
             if len(windows) > 1 and not self._too_long(example, unit, counts):
                 continue
-            for number, (ids, labels) in enumerate(windows if self.truncation == "split" else windows[:1]):
-                edges = [NO_LABEL] * len(before), [NO_LABEL] * len(after)
-                yield [*before, *ids, *after], {"labels": edges[0] + labels + edges[1], "continues": number > 0}
+            at = 0
+            for number, (ids, firsts) in enumerate(windows if self.truncation == "split" else windows[:1]):
+                labels = [NO_LABEL] * len(ids)
+                for first in firsts:
+                    labels[first], at = numbers[at], at + 1
+                yield ids, {"labels": labels, "continues": number > 0}
 
     def _too_long(self, example, unit, counts):
         """Whether an example that is too long stays, in what way it may."""
@@ -99,29 +95,46 @@ class Encoding:
         counts["dropped" if self.truncation == "drop" else self.truncation] += 1
         return self.truncation != "drop"
 
+
+class Words:
+    """Sentences of words as documents of at most `max_tokens` tokens, special ones included."""
+
+    def __init__(self, encoder, max_tokens):
+        """encoder: tokenizers.Tokenizer."""
+        self._encoder = encoder
+        self._before, self._after = self._around()
+        self._room = max_tokens - len(self._before) - len(self._after)
+        token = getattr(encoder.model, "unk_token", None)
+        unknown = None if token is None else encoder.token_to_id(token)
+        self._unknown = [0 if unknown is None else unknown]
+
+    def pieces(self, sentences):
+        """For each list of words (tokens of each word: lists of ids; how many words have none but the unknown one)."""
+        self._encoder.no_truncation()
+        found = self._encoder.encode_batch(sentences, is_pretokenized=True, add_special_tokens=False)
+        for words, encoding in zip(sentences, found, strict=True):
+            pieces = [[] for _ in words]
+            for token, word in zip(encoding.ids, encoding.word_ids, strict=True):
+                pieces[word].append(token)
+            yield [piece or self._unknown for piece in pieces], pieces.count([])
+
+    def windows(self, pieces):
+        """Cut a sentence before words: yield (ids, where the first token of each word is). A longer word is cut."""
+        ids, firsts = list(self._before), []
+        for piece in pieces:
+            piece = piece[: self._room]
+            if len(ids) - len(self._before) + len(piece) > self._room:
+                yield ids + self._after, firsts
+                ids, firsts = list(self._before), []
+            firsts.append(len(ids))
+            ids += piece
+        yield ids + self._after, firsts
+
     def _around(self):
         """The special tokens before and after one text: two lists of ids."""
-        bare, whole = (self.encoder.encode("a", add_special_tokens=with_them).ids for with_them in (False, True))
+        bare, whole = (self._encoder.encode("a", add_special_tokens=them).ids for them in (False, True))
         begin = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
         return whole[:begin], whole[begin + len(bare) :]
-
-    def _unknown(self):
-        token = getattr(self.encoder.model, "unk_token", None)
-        number = None if token is None else self.encoder.token_to_id(token)
-        return [0 if number is None else number]
-
-
-def _windows(pieces, numbers, room):
-    """Cut a sentence before words into parts of at most `room` tokens: yield (ids, labels). A longer word is cut."""
-    ids, labels = [], []
-    for piece, number in zip(pieces, numbers, strict=True):
-        piece = piece[:room]
-        if len(ids) + len(piece) > room:
-            yield ids, labels
-            ids, labels = [], []
-        ids += piece
-        labels += [number] + [NO_LABEL] * (len(piece) - 1)
-    yield ids, labels
 
 
 def summary(counts):

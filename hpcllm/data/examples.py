@@ -104,8 +104,7 @@ class Examples:
         found = list(self.rows(numbers))
         longest = max(len(tokens) for tokens, _ in found)
         width = min(-(-longest // self.multiple) * self.multiple, max(longest, self.sequence_length))
-        padding = next((n for n in (self.vocabulary.pad, self.vocabulary.eos) if n is not None), 0)
-        input_ids = np.full((len(found), width), padding, np.int64)
+        input_ids = np.full((len(found), width), self.vocabulary.padding, np.int64)
         mask, segments = np.zeros_like(input_ids), np.zeros_like(input_ids)
         for row, (tokens, beside) in enumerate(found):
             input_ids[row, : len(tokens)] = tokens

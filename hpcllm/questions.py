@@ -1,0 +1,301 @@
+"""What can be asked of a model about a text: one class a question, each of which says how rows become batches of tokens
+and what a model says of a batch.
+
+    model_class()           the transformers class to load
+    columns                 columns of the input that hold the text
+    documents(row)          what of a row is computed: [(token ids, ...)], at least one
+    ask(documents, device)  what the model says of a batch of documents, one thing each
+    join(row, answers)      the answer to a row, from those to its documents: a dict for JSON
+
+A row is whatever has `fields` (dict), `offset` (int) and `refusal(why)` (the error to raise), as rows.Row.
+"""
+
+import functools
+import os
+import zlib
+
+import numpy as np
+import tokenizers
+import torch
+
+from .data import order
+from .data.encode import Words
+from .errors import UsageError
+from .metrics import tags as schemes
+from .tasks import TASKS
+
+BLANK = "[MASK]"  # what a user writes, whatever the tokenizer calls its mask token
+_DIGITS = 6  # of scores
+
+
+class _Question:
+    """What the questions have in common. options: `columns`, and of each question its own."""
+
+    def __init__(self, net, words, *, columns=("text",)):
+        self.net, self.words, self.columns = net, words, columns
+        limits = [getattr(net.config, "max_position_embeddings", None), getattr(words, "model_max_length", None)]
+        # transformers says "no limit" by an enormous number.
+        self.places = min(limit for limit in (*limits, 1 << 30) if limit)
+        pads = (words.pad_token_id, words.eos_token_id)
+        self.pad = next((number for number in pads if number is not None), 0)
+
+    def texts(self, row):
+        """The row's text, or two of them."""
+        texts = [row.fields[name] for name in self.columns]
+        if not texts[0].strip():
+            raise row.refusal("the text is empty")
+        return texts
+
+    @functools.cached_property
+    def encoder(self):
+        """The tokenizer, cutting what the model has no room for; texts about [MASK] hold the word, not the token."""
+        encoder = tokenizers.Tokenizer.from_str(self.words.backend_tokenizer.to_str())
+        encoder.enable_truncation(self.places)
+        encoder.no_padding()
+        encoder.encode_special_tokens = True
+        return encoder
+
+    def inputs(self, documents, device, left=False):
+        """The model's arguments for documents that begin with (ids, segments or None): int64 [B, L] each."""
+        width = max(len(ids) for ids, *_ in documents)
+        names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (
+            "token_type_ids" in self.words.model_input_names
+        )
+        given = {name: np.full((len(documents), width), self.pad if name == "input_ids" else 0) for name in names}
+        for row, (ids, segments, *_) in enumerate(documents):
+            where = slice(width - len(ids), None) if left else slice(len(ids))
+            given["input_ids"][row, where], given["attention_mask"][row, where] = ids, 1
+            if "token_type_ids" in given and segments is not None:
+                given["token_type_ids"][row, where] = segments
+        return {name: torch.from_numpy(values).to(device) for name, values in given.items()}
+
+    def whole(self, row):
+        """The one document of a row that must not be cut."""
+        found = self.words(*self.texts(row), verbose=False)
+        ids = found["input_ids"]
+        if not ids:
+            raise row.refusal("the text is empty")
+        if len(ids) > self.places:
+            raise row.refusal(f"{len(ids)} tokens, more than the {self.places} that this model leaves room for")
+        return ids, found.get("token_type_ids")
+
+    def cut(self, row):
+        """The one document of a row whose end may be missing; says third whether it is."""
+        found = self.encoder.encode(*self.texts(row))
+        return found.ids, found.type_ids, bool(found.overflowing)
+
+    def join(self, row, answers):
+        return answers[0]
+
+
+class FillMask(_Question):
+    """The likeliest tokens for each [MASK] of a text: {"masks": [[{"token", "score"}, ...top_k] for each]}."""
+
+    def __init__(self, net, words, *, top_k=5, **common):
+        super().__init__(net, words, **common)
+        _check_top_k(top_k, len(words))
+        self._top_k = top_k
+
+    model_class = staticmethod(TASKS["masked_lm"].model_class)
+
+    def texts(self, row):
+        return [text.replace(BLANK, self.words.mask_token) for text in super().texts(row)]
+
+    def documents(self, row):
+        document = self.whole(row)
+        if self.words.mask_token_id not in document[0]:
+            raise row.refusal(f"there is no {BLANK} to fill")
+        return [document]
+
+    def ask(self, documents, device):
+        given = self.inputs(documents, device)
+        logits = self.net(**given).logits
+        for row in range(len(documents)):
+            places = (given["input_ids"][row] == self.words.mask_token_id).nonzero().squeeze(1)
+            values, tokens = logits[row, places].float().softmax(-1).topk(self._top_k)
+            pairs = zip(tokens.tolist(), values.tolist(), strict=True)
+            yield {"masks": [[self._guess(*one) for one in zip(*pair, strict=True)] for pair in pairs]}
+
+    def _guess(self, token, score):
+        return {"token": self.words.decode([token]).strip(), "score": round(score, _DIGITS)}
+
+
+class Continue(_Question):
+    """What comes next: {"continuation"}. Greedy, or drawn (temperature above 0), or by beams.
+
+    What is drawn for a row depends on seed, file name and place of the row in it: it is the likeliest token after a
+    Gumbel number for each was added to its logit, which draws from the softmax (Gumbel 1954; Maddison et al. 2014).
+    """
+
+    def __init__(
+        self, net, words, *, max_new_tokens=40, temperature=0.0, top_k=None, top_p=1.0, beams=1, seed=0, **common
+    ):
+        super().__init__(net, words, **common)
+        if max_new_tokens < 1 or beams < 1 or temperature < 0 or not 0 < top_p <= 1:
+            raise UsageError(
+                f"--max-new-tokens ({max_new_tokens}) and --beams ({beams}) count from 1, "
+                f"--temperature ({temperature}) from 0, --top-p ({top_p}) is above 0 and at most 1"
+            )
+        if beams > 1 and temperature > 0:
+            raise UsageError("--beams look for the likeliest text, --temperature draws one; give one of them")
+        if top_k is not None:
+            _check_top_k(top_k, len(words))
+        self.places -= max_new_tokens
+        self._new, self._beams, self._seed = max_new_tokens, beams, seed
+        self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
+
+    model_class = staticmethod(TASKS["causal_lm"].model_class)
+
+    def documents(self, row):
+        source = getattr(row, "source", None)
+        name = zlib.crc32(os.path.basename(source.path).encode()) if source else 0
+        return [(*self.whole(row), order.key(self._seed, name, row.offset))]
+
+    def ask(self, documents, device):
+        given = self.inputs(documents, device, left=True)
+        given.pop("token_type_ids", None)
+        start = given["input_ids"].shape[1]
+        how = {"do_sample": False, "num_beams": self._beams, "max_new_tokens": self._new, "pad_token_id": self.pad}
+        if self._temperature:
+            keys = np.array([key for *_, key in documents], np.uint64)
+            how["logits_processor"] = [self._draw(keys, start)]
+        made = self.net.generate(**given, **how)
+        for ids in made[:, start:].tolist():
+            yield {"continuation": self.words.decode(ids, skip_special_tokens=True)}
+
+    def _draw(self, keys, start):
+        from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
+        likely = LogitsProcessorList()
+        if self._top_k is not None:
+            likely.append(TopKLogitsWarper(self._top_k))
+        if self._top_p < 1:
+            likely.append(TopPLogitsWarper(self._top_p))
+
+        def draw(tokens, logits):
+            logits = likely(tokens, logits.float() / self._temperature)
+            uniform = order.uniform(order.key(keys, tokens.shape[1] - start), logits.shape[1])
+            gumbel = -np.log(-np.log(np.clip(uniform, 2.0**-53, 1 - 2.0**-53)))
+            return logits + torch.from_numpy(gumbel).to(logits)
+
+        return draw
+
+
+class ClassifySequence(_Question):
+    """The label of a text or pair: {"label", "score"}, of any of several {"labels": [{"label", "score"}]} from 0.5 on,
+    of numbers {"value"}; with `top_k` the likeliest as "labels" in any case. Of a text too long for the model the end
+    is not seen: {"truncated": true}."""
+
+    def __init__(self, net, words, *, top_k=None, **common):
+        super().__init__(net, words, **common)
+        self._top_k, self._kind = top_k, net.config.problem_type
+        if top_k is not None:
+            _check_top_k(top_k, net.config.num_labels)
+
+    model_class = staticmethod(TASKS["sequence_classification"].model_class)
+
+    def documents(self, row):
+        return [self.cut(row)]
+
+    def ask(self, documents, device):
+        logits = self.net(**self.inputs(documents, device)).logits.float()
+        names = self.net.config.id2label
+        several = self._kind == "multi_label_classification"
+        scores = (logits.sigmoid() if several else logits.softmax(-1)).tolist()
+        for (*_, truncated), values, raw in zip(documents, scores, logits.tolist(), strict=True):
+            ranked = sorted(range(len(values)), key=lambda number: (-values[number], number))
+            told = [{"label": names[number], "score": round(values[number], _DIGITS)} for number in ranked]
+            if self._kind == "regression":
+                answer = {"value": round(raw[0], _DIGITS)}
+            elif self._top_k is not None:
+                answer = {"labels": told[: self._top_k]}
+            elif several:
+                answer = {"labels": [one for one in told if one["score"] > 0.5]}
+            else:
+                answer = told[0]
+            yield answer | ({"truncated": True} if truncated else {})
+
+
+class TagWords(_Question):
+    """The tag of each word: {"words", "tags", "scores"}, and where tags are of entities {"entities": [{"type", "text",
+    "start", "end" (words, from 0, the end not included), "score" (the least of its words')}]}.
+
+    Words stand in the field `tokens` of a row, a list, or are what blanks separate in its text.
+    """
+
+    def __init__(self, net, words, **common):
+        super().__init__(net, words, **common)
+        self._words = Words(self.encoder, self.places)
+        self._column, self.columns = self.columns[0], ()  # a row has it, or words
+
+    model_class = staticmethod(TASKS["token_classification"].model_class)
+
+    def _said(self, row):
+        text = row.fields.get(self._column)
+        words = row.fields.get("tokens", text.split() if isinstance(text, str) else None)
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or not words:
+            raise row.refusal(f'there are no words in it, neither a list "tokens" nor a text "{self._column}"')
+        return words
+
+    def documents(self, row):
+        [(pieces, _)] = self._words.pieces([self._said(row)])
+        return [(ids, None, firsts) for ids, firsts in self._words.windows(pieces)]
+
+    def ask(self, documents, device):
+        scores, found = self.net(**self.inputs(documents, device)).logits.float().softmax(-1).max(-1)
+        for (*_, firsts), values, numbers in zip(documents, scores.tolist(), found.tolist(), strict=True):
+            yield [(self.net.config.id2label[numbers[at]], round(values[at], _DIGITS)) for at in firsts]
+
+    def join(self, row, answers):
+        words = self._said(row)
+        tags, scores = (list(side) for side in zip(*(one for part in answers for one in part), strict=True))
+        told = {"words": words, "tags": tags, "scores": scores}
+        if all(name == "O" or name[1:2] == "-" for name in self.net.config.id2label.values()):
+            told["entities"] = [
+                {"type": kind, "text": " ".join(words[a:b]), "start": a, "end": b, "score": min(scores[a:b])}
+                for kind, a, b in schemes.spans(tags)
+            ]
+        return told
+
+
+class Embed(_Question):
+    """The mean of a text's last hidden states, or that of its first token: {"embedding": [...]}, of length 1."""
+
+    def __init__(self, net, words, *, pooling="mean", **common):
+        super().__init__(net, words, **common)
+        if pooling not in ("mean", "first"):
+            raise UsageError(f'pooling: "{pooling}" is not one of mean, first')
+        self._mean = pooling == "mean"
+
+    @staticmethod
+    def model_class():
+        from transformers import AutoModel
+
+        return AutoModel
+
+    def documents(self, row):
+        return [self.cut(row)]
+
+    def ask(self, documents, device):
+        given = self.inputs(documents, device)
+        hidden = self.net(**given).last_hidden_state.float()
+        mask = given["attention_mask"].unsqueeze(-1)
+        found = (hidden * mask).sum(1) / mask.sum(1) if self._mean else hidden[:, 0]
+        found = torch.nn.functional.normalize(found, dim=-1)
+        for (*_, truncated), values in zip(documents, found.tolist(), strict=True):
+            answer = {"embedding": [round(value, _DIGITS) for value in values]}
+            yield answer | ({"truncated": True} if truncated else {})
+
+
+QUESTIONS = {
+    "masked_lm": FillMask,
+    "causal_lm": Continue,
+    "sequence_classification": ClassifySequence,
+    "token_classification": TagWords,
+    "embedding": Embed,
+}
+
+
+def _check_top_k(top_k, most):
+    if not 1 <= top_k <= most:
+        raise UsageError(f"--top-k {top_k} must be 1 to {most}")
