@@ -1,7 +1,7 @@
 """A checkpoint as one folder in Hugging Face's layout, as `save_pretrained` would write it, a tensor at a time.
 
 config.json, generation_config.json where there is one, tokenizer files, and the weights under the names and in the
-shards of `save_pretrained`; no optimizer, no state of the run.
+shards of `save_pretrained`, with a model card; no optimizer, no state of the run.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import checkpoint, files, model, tensors
+from . import card, checkpoint, files, model, tensors
 from .errors import CannotCreate, DataError, UsageError
 from .monitor import Progress
 
@@ -51,7 +51,7 @@ def check(output, overwrite):
     if path.is_symlink() or not (path / CONFIG).is_file():
         raise CannotCreate(f"{output} is not a model folder (it has no {CONFIG}), so --overwrite leaves it alone")
     # Such a folder may be a checkpoint, or hold the one that is to be exported.
-    known = {CONFIG, GENERATION, INDEX, *checkpoint.TOKENIZER_FILES}
+    known = {CONFIG, GENERATION, INDEX, card.NAME, *checkpoint.TOKENIZER_FILES}
     strangers = sorted(name for name in os.listdir(path) if name not in known and not _WEIGHTS.fullmatch(name))
     if strangers:
         listed = ", ".join(strangers[:5])
@@ -77,6 +77,8 @@ def export(folder, task, output, dtype="fp32", max_shard_bytes=5 * 10**9, overwr
             with files.new_folder(output, replace=overwrite) as hidden:
                 plan.write(hidden, opened)
                 _write_beside(folder, hidden, plan)
+                text = card.card(folder, task, dtype, plan.parameters)
+                (hidden / card.NAME).write_text(text, encoding="utf-8")
                 written = [file.stat().st_size for file in hidden.iterdir()]
                 check(output, overwrite)  # something may have come there while this worked
     except SafetensorError as error:
@@ -108,7 +110,8 @@ class Plan:
             for file, part in parts.items()
         }
         self.weight_map = {name: file for file, part in parts.items() for name in part}
-        about = {"total_parameters": net.num_parameters(), "total_size": self.total_bytes}
+        self.parameters = net.num_parameters()
+        about = {"total_parameters": self.parameters, "total_size": self.total_bytes}
         self.index = {"metadata": about, "weight_map": self.weight_map} if len(parts) > 1 else None
 
     def write(self, hidden, opened):

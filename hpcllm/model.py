@@ -88,12 +88,12 @@ def outline(made, task):
         return TASKS[task].model_class().from_config(made, dtype=torch.float32)
 
 
-def resume(folder, section):
-    """(the model of a checkpoint, without weights, where they come from); see `build`."""
+def resume(folder, task, freeze=()):
+    """(the model of a checkpoint, without weights, where they come from); see `build`. freeze: as in the run file."""
     folder = require_folder(folder)
-    model, source = outline(_saved_configuration(folder), section.task), weights.Saved(folder / "model.safetensors")
+    model, source = outline(_saved_configuration(folder), task), weights.Saved(folder / "model.safetensors")
     source.check(model)
-    _freeze(model, section.freeze)
+    _freeze(model, freeze)
     return model, source
 
 

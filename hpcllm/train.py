@@ -275,7 +275,7 @@ def load_or_build(config, last, source):
     if last is None:
         how = config.train.sequence_length, config.run.seed, source.stream.labelled
         return model.build(config.model, source.vocabulary, *how)
-    net, weights = model.resume(last, config.model)
+    net, weights = model.resume(last, config.model.task, config.model.freeze)
     model.check_fits(net, source.vocabulary, config.train.sequence_length)
     return net, weights
 

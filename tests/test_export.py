@@ -126,7 +126,7 @@ def test_the_folder_is_the_one_of_save_pretrained(saved, base, kind, dtype, limi
             assert opened.metadata() == {"format": "pt"}
     written, known = ({file.name for file in (base / name).iterdir()} for name in ("out", "reference"))
     others = {name for name in written - known if not name.endswith(".safetensors")}
-    assert others == {"tokenizer.json", "tokenizer_config.json"}
+    assert others == {"README.md", "tokenizer.json", "tokenizer_config.json"}
     assert ("generation_config.json" in written) == ("generation_config.json" in known)
 
 

@@ -155,6 +155,33 @@ def test_other_families_learn_too(world, labelled, tmp_path, family, kind):
     assert results["test_accuracy"] > 0.85, results
 
 
+def test_a_decoder_without_a_padding_token_sees_the_last_token_of_each_text(world, tmp_path):
+    write_tokenizer(tmp_path / "tokenizer", "bpe")
+    write(tmp_path / "train.jsonl", "single", 40, 1)
+    prepare_labelled(
+        world,
+        inputs=[str(tmp_path / "train.jsonl")],
+        output=str(tmp_path / "single"),
+        tokenizer=str(tmp_path / "tokenizer"),
+        kind="single",
+        reading=reading("single"),
+        max_tokens=16,
+    )
+    how = {"data.train": f"{tmp_path}/single/train", "model.config.vocab_size": 400}
+    values = settings(tmp_path, tmp_path / "run", "single", "gpt2", **how).model_dump(exclude_none=True)
+    run = config.load({**values, "data": {"train": f"{tmp_path}/single/train", "tokenizer": f"{tmp_path}/tokenizer"}})
+    results = train.train(run, hpcllm.mpi.alone(world))
+    net = model.load(results["checkpoint"], run.model.task).eval()
+    source = opened(run, world, "train")
+    batch = source.training_step(0, 0, 1, run.train)[4]
+    assert batch.inputs["attention_mask"].min() == 0 and net.config.pad_token_id == source.vocabulary.eos
+    with torch.no_grad():
+        together = net(**batch.inputs).logits
+        for row, mask in enumerate(batch.inputs["attention_mask"].bool()):
+            alone = net(input_ids=batch.inputs["input_ids"][row][mask].unsqueeze(0)).logits[0]
+            assert torch.allclose(together[row], alone, atol=1e-5)
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 2, 7])
