@@ -50,7 +50,22 @@ def test_the_job_of_three_axes_is_that_of_gpt_and_shows_its_mesh_before_it_train
     assert options[0] == options[1]
 
 
-@pytest.mark.parametrize("name", ["train_bert", "train_gpt", "train_gpt_3d"])
+def test_the_two_scripts_that_fine_tune_differ_in_names_alone():
+    ner, texts = ((SLURM / f"finetune_{name}.sbatch").read_text() for name in ("ner", "classification"))
+    ner, texts = (script[script.index("# Options before the file name") :] for script in (ner, texts))
+    for one, other in (
+        ("finetune_ner", "finetune_classification"),
+        ("corpus/ner", "corpus/texts"),
+        ("/ner", "/classification"),
+    ):
+        ner = ner.replace(one, other)
+    same = ner.replace("token_classification", "sequence_classification").replace(
+        "training sentences", "training texts"
+    )
+    assert [line.split() for line in same.splitlines()] == [line.split() for line in texts.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["train_bert", "train_gpt", "train_gpt_3d", "finetune_ner", "finetune_classification"])
 def test_the_run_file_fits_the_job_script_beside_it(name):
     script = (SLURM / f"{name}.sbatch").read_text()
     options = script[script.index("#SBATCH") :]
@@ -112,6 +127,81 @@ def test_without_slurm_the_same_scripts_prepare_and_train_with_mpirun(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{ranks} ranks on 1 host" in done.stdout and "start 1: mpirun -np" in done.stdout
     assert (here / "runs/bert/checkpoint-3/.complete").is_file()
+
+
+def write_tiny_model(folder):
+    """A BERT of one layer and its tokenizer, as one finds pre-trained models."""
+    import transformers
+
+    from hpcllm.data import tokenizer
+
+    words = tokenizer.train("wordpiece", 60, lambda: iter(["anna sees paris", "bert sees rome"] * 2))
+    tokenizer.save(words, "wordpiece", folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    made = transformers.BertConfig(vocab_size=words.get_vocab_size(), **sizes)
+    transformers.BertModel(made).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["ner", "classification"])
+def test_without_slurm_labelled_files_become_a_fine_tuned_model(tmp_path, name):
+    here, data = tmp_path / "my workstation", tmp_path / "my workstation" / "corpus" / "mine"
+    data.mkdir(parents=True)
+    write_tiny_model(here / "model")
+    if name == "ner":
+        lines = [
+            f"{who} B-person\nsees O\n{where} B-place\n\n" for who in ("anna", "bert") for where in ("paris", "rome")
+        ]
+        train, test = ("train.conll", "".join(lines * 10)), ("test.conll", "".join(lines))
+    else:
+        rows = [f"{who} sees {where}\t{where}\n" for who in ("anna", "bert") for where in ("paris", "rome")]
+        train, test = ("train.tsv", "text\tlabel\n" + "".join(rows * 10)), ("test.tsv", "text\tlabel\n" + "".join(rows))
+    for file, text in (train, test, (train[0].replace("train", "validation"), test[1])):
+        (data / file).write_text(text)
+    done = bash(
+        SLURM / f"finetune_{name}.sbatch",
+        *("train.num_train_epochs=1", "train.global_batch_size=8", "train.micro_batch_size=4"),
+        cwd=here,
+        ranks=2,
+        MODEL="model",
+        DATA="corpus/mine",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = here / "runs" / name
+    results = json.loads((run / "results.json").read_text())
+    assert results["step"] == 5 and results["test_samples"] == results["eval_samples"] == 4
+    assert results["best_step"] == 5 and (run / "checkpoint-5" / ".complete").is_file()
+    assert (run / "test_report.txt").read_text() in done.stdout
+
+
+@pytest.mark.parametrize("name", ["ner", "classification"])
+def test_a_job_that_fine_tunes_prepares_once_and_says_what_it_misses(tmp_path, name):
+    (tmp_path / "mine.sh").write_text("launch() { printf '<%s>' \"$@\"; echo; }\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+
+    def run(**env):
+        script = SLURM / f"finetune_{name}.sbatch"
+        done = bash(script, "a b", cwd=tmp_path, ranks=2, HPCLLM_SITE="mine.sh", **env)
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    code, told, why = run()
+    assert (code, told) == (66, []) and f"finetune_{name}: no pre-trained model in 'models/pretrained'" in why
+    code, told, why = run(MODEL="model", DATA="my data")
+    assert (code, told) == (66, []) and "no shards in 'my data/prepared', no file 'my data/train.*': set DATA" in why
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data" / "train.jsonl").touch()
+    code, told, why = run(MODEL="model", DATA="my data")
+    assert (code, len(told), why) == (0, 2, "") and told[0].endswith("<my data/train.*><--validation-fraction><0.1>")
+    for part in ("validation", "test"):
+        (tmp_path / "my data" / f"{part}.jsonl").touch()
+    _, told, _ = run(MODEL="model", DATA="my data")
+    assert told[0].endswith("<my data/train.*><--validation><my data/validation.*><--test><my data/test.*>")
+    for part in ("train", "test"):
+        (tmp_path / "shards" / part).mkdir(parents=True)
+    code, told, why = run(MODEL="model", PREPARED="shards")
+    given = "<model.init_from=model><data.train=shards/train><data.validation=shards/validation><data.test=shards/test>"
+    assert (code, why) == (0, "")
+    assert told == [f"<hpcllm><train><{SLURM}/finetune_{name}.toml>{given}<a b><--resume>"]
 
 
 @pytest.mark.skipif(not (SLURM.parent / ".venv/bin/hpcllm").exists(), reason="no .venv in the repository (make venv)")
