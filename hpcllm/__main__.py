@@ -35,7 +35,8 @@ def parser():
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     p = commands.add_parser("prepare", help="text to tokens: a folder of HDF5 shards and a tokenizer")
-    p.add_argument("--input", nargs="+", required=True, metavar="FILE_OR_GLOB", help="plain text or JSONL, also .gz")
+    p.add_argument("--input", nargs="+", required=True, metavar="FILE_OR_GLOB", help="plain text or JSONL; with --task "
+                   "CoNLL columns, TSV, CSV or JSONL; also .gz")  # fmt: skip
     p.add_argument("--output", required=True, metavar="DIR", help="gets train/, validation/ and tokenizer/")
     p.add_argument(
         "--tokenizer", metavar="DIR", help="a tokenizer folder in Hugging Face's layout (default: train one)"
@@ -196,12 +197,35 @@ def prepare(args):
 
     names = ("output", "tokenizer", "tokenizer_kind", "vocab_size", "jsonl_field", "document_separator")
     names += ("validation_fraction", "shard_tokens", "overwrite")
+    _refuse_others(args)
     world = mpi.join()
     if args.task:
         return prepare_labelled(args, world)
     summary = prepare(world, inputs=args.input, **{name: getattr(args, name) for name in names})
     if world.is_root:
         print(json.dumps(summary, indent=2))
+
+
+# Options of `prepare` that are for one kind of input alone.
+_OF_TEXT = ("tokenizer_kind", "vocab_size", "jsonl_field", "document_separator")
+_OF_TABLES = ("pair_column", "columns", "problem", "label_separator")
+_OF_LABELS = ("validation", "test", "format", "text_column", "label_column", "labels", "max_tokens", "truncation")
+
+
+def _refuse_others(args):
+    """Refuse options of another kind of input than the one that is prepared: they would do nothing."""
+    defaults = parser().parse_args(["prepare", "--input", "", "--output", ""])
+    if not args.task:
+        wrong, why = _OF_LABELS + _OF_TABLES, "is for labelled data; say what they are for: --task"
+    elif args.task == "token_classification":
+        wrong, why = _OF_TEXT + _OF_TABLES, f"does nothing with --task {args.task}"
+    else:
+        wrong, why = _OF_TEXT, f"does nothing with --task {args.task}"
+    given = [name for name in wrong if getattr(args, name) != getattr(defaults, name)]
+    if not given and args.problem == "value" and args.labels:
+        given, why = ["labels"], "names labels, and values have no names"
+    if given:
+        raise UsageError(f"--{given[0].replace('_', '-')} {why}").known_to_all()
 
 
 def prepare_labelled(args, world):
@@ -296,14 +320,14 @@ def plan_layout(args):
         raise refusal.known_to_all() from None
 
 
-def check_output(path, overwrite):
+def check_output(path, overwrite, option="--output"):
     """Refuse a file that is in the way, or a folder that is not there, before the work and not after it."""
     if path is None:
         return
     if os.path.exists(path) and not (overwrite and os.path.isfile(path)):
-        raise CannotCreate(f"--output {path} exists; choose another name or --overwrite")
+        raise CannotCreate(f"{option} {path} exists; choose another name or --overwrite")
     if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
-        raise CannotCreate(f"--output {path}: there is no such folder, or it may not be written to")
+        raise CannotCreate(f"{option} {path}: there is no such folder, or it may not be written to")
 
 
 def evaluate(args):
@@ -316,8 +340,8 @@ def evaluate(args):
     from .parallel.apply import whole
     from .train import open_source, read_tokenizer, run_config
 
-    for path in (args.output, args.plot):
-        mpi.on_root(world.comm, check_output, path, args.overwrite)
+    for path, option in ((args.output, "--output"), (args.plot, "--plot")):
+        mpi.on_root(world.comm, check_output, path, args.overwrite, option)
     settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
     data = args.data or settings.data.validation
     if data is None:

@@ -17,15 +17,19 @@ def step(state):
     return (state.get("best") or {}).get("step")
 
 
+def check(plan, metrics):
+    """Raise UsageError where evaluations have no such number. metrics: names of those that they have."""
+    name = plan.metric_for_best_model.removeprefix("eval_")
+    if name not in (known := ["loss", *metrics]):
+        raise UsageError(f'train: metric_for_best_model: evaluations have no "{name}", but {", ".join(known)}')
+
+
 def compare(state, plan, scores):
     """Whether this step's evaluation is the best so far, which `state` then says. plan: the run file's [train]."""
     metric = plan.metric_for_best_model
     if metric is None or not scores:
         return False
     name = metric.removeprefix("eval_")
-    if f"eval_{name}" not in scores:
-        known = ", ".join(key.removeprefix("eval_") for key in scores)
-        raise UsageError(f'train: metric_for_best_model: evaluations have no "{name}", but {known}').known_to_all()
     value, before = scores[f"eval_{name}"], state.get("best")
     better = before is None or (value < before["value"] if name in _ERRORS else value > before["value"])
     if better:

@@ -19,6 +19,12 @@ from .errors import MissingInput, UsageError
 LABELLED = ("sequence_classification", "token_classification")
 
 
+# What says the same in another way, of which a run file has but one.
+_INSTEAD = {"train.max_steps": "num_train_epochs", "train.num_train_epochs": "max_steps"}
+_INSTEAD |= {"train.warmup_steps": "warmup_ratio", "train.warmup_ratio": "warmup_steps"}
+_INSTEAD |= {"model.config": "init_from", "model.init_from": "config"}
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
@@ -351,6 +357,9 @@ def _override(values, override):
         if not isinstance(values, dict):
             raise UsageError(f'"{override}": {part} is a value, not a section')
     values[parts[-1]] = value
+    instead = _INSTEAD.get(".".join(parts[:-1]) + "." + parts[-1])
+    if instead:
+        values.pop(instead, None)  # the run file's, which the override is given instead of
 
 
 def _section_of(location):

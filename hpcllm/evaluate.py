@@ -30,9 +30,9 @@ def of_task(source, placed, precision, score=False):
     Its loss is the task's `loss_sum`'s first value; with `score` it is both.
     """
     task, device, mesh = source.task, placed.device, placed.mesh
-    options = {
-        name: value.to(device) if torch.is_tensor(value) else value for name, value in source.loss_options.items()
-    }
+    # What is measured is the plain loss, however training weighs it.
+    options = {} if score else source.loss_options
+    options = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
 
     def inputs(batch):
         given = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
@@ -96,7 +96,7 @@ def _labelled(placed, source, width, precision):
     mine, losses = {}, []
     for batch, result in _results(placed, source, width, precision):
         if result is not None and batch.samples:
-            losses.append((result[0].item(), batch.targets))
+            losses.append((result[0].item(), source.task.weight(batch.labels, None)))
             found = source.task.answers(batch.labels, result[1].cpu())
             mine.update(zip(batch.numbers.tolist(), found, strict=True))
     everybody = [None] * dist.get_world_size(placed.mesh.losses)

@@ -172,6 +172,8 @@ def _freeze(model, patterns):
     for name, parameter in model.named_parameters():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"model: freeze: {', '.join(patterns)} leaves no parameter to train")
 
 
 def load(folder, task, *, strict=True, head=None):

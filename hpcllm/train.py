@@ -43,7 +43,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
             raise UsageError("parallel: offload = true spares the memory of GPUs, and these ranks compute on the CPU")
         if layout.pipeline > 1 and parallel.backend == "gloo" and world.device.type == "cuda":
             raise UsageError('parallel: backend = "gloo" sends no GPU memory between stages; take "mpi" or "nccl"')
-    words = on_root(world.comm, read_tokenizer, config.data.tokenizer_dir)
+    words = on_root(world.comm, read_tokenizer, config.data.tokenizer_dir, config.data.train)
     source = open_source(config, world, config.data.train, words)
     config = config.model_copy(update={"train": config.train.with_steps(len(source))})
     plan = config.train
@@ -52,6 +52,8 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     validation, test = (folder and open_source(config, world, folder, words, names) for folder in held_out)
     last, state, results = on_root(world.comm, find_start, config, resume, overwrite)
     with together(world.comm):
+        if plan.metric_for_best_model:
+            best.check(plan, source.task.metrics(source.meaning))
         batches.require(source, plan.global_batch_size, "a global batch needs")
         check_same_run(config, source, state)
     if results is not None:
@@ -168,10 +170,15 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     return results
 
 
-def read_tokenizer(folder):
-    """(model.Vocabulary, hash, folder) of the tokenizer in `folder`. Root only: the others are told."""
-    from .data import tokenizer
+def read_tokenizer(folder, data=None):
+    """(model.Vocabulary, hash, folder) of the tokenizer in `folder`. Root only: the others are told.
 
+    data: the folder of shards that it is for, which is missed first where nothing was prepared.
+    """
+    from .data import shards, tokenizer
+
+    if data is not None:
+        shards.read_manifest(data)
     loaded = tokenizer.load(folder)
     return model.vocabulary(loaded), tokenizer.tokenizer_hash(loaded), folder
 
@@ -307,6 +314,7 @@ def describe(config, world, placed, source, validation, state):
     plan = config.train
     epochs = plan.max_steps * plan.global_batch_size / len(source)
     evaluated = f", {len(validation)} validation samples" if validation else ""
+    count = plan.accumulation(layout.data)
     up_to = "up to " if source.stream.labelled else ""
     name, where = model.class_name(placed.model), str(world.device)
     if world.device.type == "cpu":
@@ -317,7 +325,7 @@ def describe(config, world, placed, source, validation, state):
         f"{world.describe()}\n{how}\n"
         f"{config.model.task}: {name}, {parameters / 1e6:.1f} M parameters, {plan.precision} on {where}\n"
         f"{len(source)} samples of {up_to}{plan.sequence_length} tokens{evaluated}; {plan.max_steps} steps of "
-        f"{plan.global_batch_size} sequences = {epochs:.2f} epochs; {plan.accumulation(layout.data)} micro-batches of "
+        f"{plan.global_batch_size} sequences = {epochs:.2f} epochs; {count} micro-batch{'es' * (count > 1)} of "
         f"{plan.micro_batch_size} per rank and step"
         + (f"\ncontinuing from step {state['step']}" if state["step"] else "")
     )
@@ -401,12 +409,13 @@ def report(journal, progress, plan, state, loss, rate, grad_norm, times, path):
 
 
 def run_config(path):
-    """(config.Config, checkpoint folder) of a checkpoint, or of the newest one in a run folder. Root only."""
+    """(config.Config, checkpoint folder) of a checkpoint, or of a run the best, else the newest one. Root only."""
     folder = Path(path)
     if not (folder / "trainer_state.json").is_file():
         found = checkpoint.find(folder)
         if not found:
             raise MissingInput(f"{folder} is neither a checkpoint nor a run folder with a complete checkpoint")
-        folder = found[-1]
+        step = best.step(checkpoint.read_state(found[-1]))
+        folder = next((path for path in found if path.name == f"checkpoint-{step}"), found[-1])
     checkpoint.verify(folder)
     return load(checkpoint.read_state(folder)["config"]), folder

@@ -209,6 +209,13 @@ def test_bad_input_is_one_sentence_and_an_exit_code(
         (["predict", "nowhere", "--input", "a.txt", "--output", "b.jsonl"], 66, ["nowhere"]),
         (["export", "nowhere", "no-model"], 66, ["nowhere is neither a checkpoint nor a run folder"]),
         (["export", "nowhere", "no-model", "--max-shard-size", "5 apples"], 2, ['"5 apples" is not a size']),
+        (["prepare", "--input", "a", "--output", "b", "--labels", "x"], 2, ["--labels is for labelled data"]),
+        (
+            ["prepare", "--input", "a", "--output", "b", "--task", "token_classification", "--problem", "multi"],
+            2,
+            ["--problem does nothing with --task token_classification"],
+        ),
+        (["evaluate", "a", "--plot", "nowhere/a.png"], 73, ["--plot nowhere/a.png: there is no such folder"]),
         (["train", "nowhere.toml"], 66, ["run file nowhere.toml does not exist"]),
         (["train"], 2, ["RUN.toml"]),
         (["train", "a.toml", "--fast"], 2, ["unrecognized arguments: --fast"]),

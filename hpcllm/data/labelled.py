@@ -35,8 +35,8 @@ class Reading:
     """Where in the input text and labels stand.
 
     format: one of FORMATS, None: by each file's ending; text, pair, label: name of a column or field, or number of a
-    column (from 0, or from the end as -1), None: as is usual, and no pair; columns: names for tables without a header
-    line; words: examples are lists of words with a label each.
+    column (from 0, or from the end as -1), None: as is usual (of CoNLL-U form and UPOS), and no pair; columns: names
+    for tables without a header line; words: examples are lists of words with a label each.
     """
 
     format: str | None = None
@@ -46,9 +46,15 @@ class Reading:
     columns: tuple | None = None
     words: bool = False
 
-    def named(self, kind):
-        """(name or number of the text, of the pair, of the label) in files of a format."""
-        usual = ("0", "-1") if kind == "conll" else ("tokens", "tags") if self.words else ("text", "label")
+    def named(self, kind, universal=False):
+        """(name or number of the text, of the pair, of the label) in files of a format. universal: of CoNLL-U."""
+        usual = (
+            (("1", "3") if universal else ("0", "-1"))
+            if kind == "conll"
+            else ("tokens", "tags")
+            if self.words
+            else ("text", "label")
+        )
         return self.text or usual[0], self.pair, self.label or usual[1]
 
     def format_of(self, path):
@@ -81,7 +87,8 @@ def examples(unit, reading):
 
 def _sentences(unit, reading):
     words, labels, width, begin, position = [], [], 0, 0, 0
-    word_column, _, label_column = reading.named("conll")
+    universal = unit.path.removesuffix(".gz").endswith(".conllu")
+    word_column, _, label_column = reading.named("conll", universal)
     for line, offset, position in text.lines(unit, by_paragraph=True):
         if not line.strip() or line.startswith(_DOCUMENT):
             if words:
@@ -91,6 +98,8 @@ def _sentences(unit, reading):
         if _COMMENT.match(line):
             continue
         fields = line.split("\t") if "\t" in line else line.split()
+        if universal and re.match(r"\d+[-.]", line):  # several words written as one, or words that are not there
+            continue
         if not words:
             width, begin = len(fields), offset
         if len(fields) != width:
@@ -119,8 +128,13 @@ def _rows(unit, reading, kind):
     wanted = [name for name in (of_text, of_pair, of_label) if name is not None]
     missing = [name for name in wanted if name not in names]
     if missing:
-        where = "--columns names" if reading.columns else f"the first line of {unit.path} names"
-        raise UsageError(f'input: there is no column "{missing[0]}"; {where} {", ".join(names)}')
+        said = ", ".join(name[:30] for name in names[:8]) + ", ..." * (len(names) > 8)
+        if reading.columns:
+            raise UsageError(f'input: there is no column "{missing[0]}"; --columns names {said}')
+        raise UsageError(
+            f'input: there is no column "{missing[0]}"; the first line of {unit.path} names {said}. If that line is an '
+            "example, name the columns: --columns"
+        )
     for line, offset, position in text.lines(unit):
         if not line.strip() or (offset == 0 and not reading.columns):
             continue

@@ -37,6 +37,7 @@ class Labels:
             return _value(example, unit)
         names = named(self.kind, example, unit, self.separator)
         if self.chunks:
+            _require_chunks(names, unit, example.offset)
             names = to_iob2(names)
         places = self._places()
         unknown = [name for name in names if name not in places]
@@ -94,6 +95,13 @@ def to_iob2(tags):
     return made
 
 
+def _require_chunks(tags, unit, offset):
+    for tag in tags:
+        if not is_chunk(tag):
+            why = f'the tag "{tag}" is neither {OUTSIDE} nor a part of an entity, such as B-{tag}, as other tags are'
+            raise text.refusal(unit, offset, why)
+
+
 def is_chunk(tag):
     return tag == OUTSIDE or re.fullmatch(r"[BIESLUM]-.+", tag) is not None
 
@@ -108,13 +116,20 @@ def find(comm, kind, units, reading, separator, given):
         return Labels(kind, ())
     if given is not None and len(set(given)) < len(given):
         raise UsageError("labels: a name is given twice").known_to_all()
-    mine = set(given or ())
+    mine = dict.fromkeys(given or ())  # name: where it was first
     with together(comm):
         for unit in units if given is None else ():
             for example, _ in labelled.examples(unit, reading):
-                mine.update(named(kind, example, unit, separator))
+                for name in named(kind, example, unit, separator):
+                    mine.setdefault(name, (unit, example.offset))
     names = set().union(*comm.allgather(sorted(mine)))
-    chunks = kind == "tags" and names != {OUTSIDE} and all(map(is_chunk, names))
+    chunks = kind == "tags" and any(is_chunk(name) for name in names - {OUTSIDE})
+    if given is None:
+        with together(comm):
+            for name, where in mine.items() if chunks else ():
+                _require_chunks([name], *where)
+    else:
+        chunks = chunks and all(map(is_chunk, names))
     if not names:
         raise DataError("input: the training examples have no labels").known_to_all()
     if given is not None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import DataError, MissingInput, Refusal, UsageError
 from ..files import failing_as_io
-from ..mpi import agree, on_root
+from ..mpi import agree, on_root, together
 from . import encode, labelled, labels, scratch, shards, text
 from .layout import write_part
 from .prepare import TRAIN, VALIDATION, Split, check_output, tokenizer_on_all, use_own_cores
@@ -70,11 +70,12 @@ def prepare_labelled(
         mine = share([unit.text.weight for unit in units], comm.size)[comm.rank]
         ours = [units[index].text for index in mine if units[index].part == TRAIN]
         known = labels.find(comm, kind, ours, reading, label_separator, given_labels)
-        encoding = encode.Encoding(encoder, known, max_tokens, truncation)
+        with together(comm):
+            encoding = encode.Encoding(encoder, known, max_tokens, truncation)
         split = Split(validation_fraction)
         parts = [part for part in PARTS if sources[part] or part in split.parts]
         spool, counts = _encode(comm, folder, units, mine, parts, reading, encoding, facts, split)
-        told = _check_counts(comm, counts, known)
+        told = _check_counts(comm, counts, known, validation_fraction)
         meaning = {
             "kind": kind,
             "names": list(known.names),
@@ -181,7 +182,7 @@ def _count_labels(counts, kind, numbers):
             counts["label", number] += 1
 
 
-def _check_counts(comm, counts, known):
+def _check_counts(comm, counts, known, validation_fraction):
     """{part: what became of its examples, and how often each label occurs}, of all ranks. Refuses an empty part."""
     everybody = comm.allgather(counts)
     told = {}
@@ -192,6 +193,8 @@ def _check_counts(comm, counts, known):
             total.update(rank[part])
         if not total["documents"]:
             read = f"{total['read']} were read, {total['empty']} of them empty, {total['dropped']} dropped"
+            if validation_fraction and part in (TRAIN, VALIDATION):
+                read += f"; validation-fraction is {validation_fraction}"
             raise DataError(f"input: no example is left for {part} ({read})").known_to_all()
         names = {name: total["label", number] for number, name in enumerate(known.names)}
         told[part] = {"became": {**encode.summary(total), "longest": longest}, "label_counts": names}

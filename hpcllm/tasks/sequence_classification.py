@@ -94,6 +94,12 @@ def scores(answers, meaning):
     return classes.scores(matrix), classes.report(matrix, names), matrix
 
 
+def metrics(meaning):
+    """Names of the numbers in `scores`."""
+    answer = np.zeros(len(meaning["names"]), bool) if meaning["kind"] == "multi" else np.int64(0)
+    return list(scores([(answer, answer)], meaning)[0])
+
+
 def check_loss(meaning, class_weights, label_smoothing):
     """Raise UsageError for what the loss of these labels has none of."""
     if meaning["kind"] == "value" and (class_weights is not None or label_smoothing):

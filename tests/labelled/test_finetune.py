@@ -301,6 +301,45 @@ def test_a_pretrained_encoder_gets_a_head_and_what_is_frozen_stays(world, labell
     assert isinstance(find("anna sees paris"), list)
 
 
+@pytest.mark.mpi
+def test_evaluations_measure_the_plain_loss_however_training_weighs_it(world, labelled, tmp_path):
+    base, scores = shared(world, tmp_path), []
+    for name, how in (("plain", {}), ("weighted", {"train.class_weights": "[5, 1]", "train.label_smoothing": 0.2})):
+        run = settings(labelled, base / name, "single", **{"train.max_steps": 2, "train.learning_rate": 1e-12, **how})
+        scores.append(train.train(run, world))
+    assert scores[0]["eval_loss"] == pytest.approx(scores[1]["eval_loss"], rel=1e-6)
+    assert records(base / "plain")[0] != pytest.approx(records(base / "weighted")[0], rel=1e-3)
+
+
+@pytest.mark.mpi
+def test_of_a_run_that_looks_for_the_best_checkpoint_that_one_is_taken(world, labelled, tmp_path):
+    base = shared(world, tmp_path)
+    how = {"train.eval_every_steps": 2, "train.metric_for_best_model": "loss", "train.learning_rate": 0.3}
+    results = train.train(settings(labelled, base / "run", "single", **how), world)
+    _, folder = train.run_config(base / "run")
+    assert str(folder) == results["checkpoint"] and results["best_step"] < 6
+
+
+def test_a_metric_that_evaluations_do_not_have_is_refused_before_anything_is_written(world, labelled, tmp_path):
+    for kind, known in (("single", "accuracy"), ("multi", "f1"), ("value", "pearson"), ("tags", "f1_macro")):
+        run = settings(labelled, tmp_path / "run", kind, **{"train.metric_for_best_model": "F1"})
+        with pytest.raises(UsageError, match=f'evaluations have no "F1", but loss, .*{known}'):
+            train.train(run, hpcllm.mpi.alone(world))
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_epochs_may_be_given_steps(labelled, tmp_path):
+    values = settings(labelled, tmp_path, "single").model_dump(exclude_none=True)
+    del values["train"]["max_steps"]
+    values["train"]["num_train_epochs"] = 2.0
+    assert config.load(values, ["train.max_steps=5"]).train.num_train_epochs is None
+
+
+def test_a_model_of_which_all_is_frozen_is_refused(world, labelled, tmp_path):
+    with pytest.raises(UsageError, match=r"model: freeze: \* leaves no parameter to train"):
+        train.train(settings(labelled, tmp_path, "tags", **{"model.freeze": '["*"]'}), world)
+
+
 def test_names_that_nobody_has_cannot_be_frozen(world, labelled, tmp_path):
     run = settings(labelled, tmp_path, "tags", **{"model.freeze": '["bert.embedings.*"]'})
     with pytest.raises(UsageError, match=r'no parameter is called "bert\.embedings\.\*" \(near: bert\.embeddings'):
@@ -391,13 +430,17 @@ def test_data_of_another_task_or_with_other_labels_are_refused(world, labelled, 
         ({"train.warmup_ratio": 0.1}, "either warmup_steps or warmup_ratio"),
         ({"train.early_stopping_patience": 2}, "needs metric_for_best_model and eval_every_steps"),
         ({"parallel.pipeline": 2}, "goes with the data and tensor axes"),
-        ({"parallel.tensor": 2, "parallel.sequence": "true"}, "goes with the data and tensor axes"),
+        ({"parallel.tensor": 2, "parallel.sequence": True}, "goes with the data and tensor axes"),
         ({"data.attention": "document"}, 'data.attention = "row"'),
     ],
 )
 def test_run_files_that_contradict_themselves_are_refused(labelled, tmp_path, changes, words):
+    values = settings(labelled, tmp_path, "single").model_dump(exclude_none=True)
+    for key, value in changes.items():
+        section, name = key.split(".")
+        values[section][name] = value
     with pytest.raises(UsageError, match=words):
-        settings(labelled, tmp_path, "single", **changes)
+        config.load(values)
 
 
 def test_epochs_are_steps_once_the_data_are_known():

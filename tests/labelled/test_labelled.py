@@ -36,6 +36,19 @@ def test_columns_of_conll_are_words_and_tags(tmp_path):
     assert pairs(read(tmp_path / "b.conll", "New York\tB-LOC\n", words=True)) == [(["New York"], ["B-LOC"])]
 
 
+def test_conll_u_has_words_and_parts_of_speech_at_their_places(tmp_path):
+    lines = [
+        "# text = del mar",
+        "1-2\tdel\t_\t_",
+        "1\tde\tde\tADP",
+        "2\tel\tel\tDET",
+        "2.1\tx\tx\tX",
+        "3\tmar\tmar\tNOUN",
+    ]
+    found = [(["de", "el", "mar"], ["ADP", "DET", "NOUN"])]
+    assert pairs(read(tmp_path / "a.conllu", "\n".join(lines) + "\n", words=True)) == found
+
+
 def test_tables_have_named_columns(tmp_path):
     tsv = 'id\ttext\tlabel\n1\ta "b\tpos\n\n2\tc, d\tneg\n'
     assert pairs(read(tmp_path / "a.tsv", tsv)) == [('a "b', "pos"), ("c, d", "neg")]

@@ -176,3 +176,29 @@ def test_a_part_of_which_nothing_is_left_is_refused(world, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": " ", "label": "a"}\n{"text": "the of paris rome", "label": "a"}\n')
     with pytest.raises(DataError, match=r"no example is left for train .2 were read, 1 of them empty, 1 dropped"):
         prepared(world, tmp_path, "out", "single", max_tokens=5, truncation="drop")
+
+
+def test_a_tag_that_is_no_part_of_an_entity_is_named_where_others_are(world, tmp_path):
+    write_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "train.conll").write_text("anna B-person\n\nsees O\nrome BPLACE\n")
+    with pytest.raises(DataError, match=r'train\.conll line 3: the tag "BPLACE" is neither O nor a part of an entity'):
+        prepared(world, tmp_path, "out", "tags", inputs=[str(tmp_path / "train.conll")])
+    (tmp_path / "train.conll").write_text("anna B-person\n\nsees O\n")
+    (tmp_path / "test.conll").write_text("sees O\n\nrome X-place\n")
+    with pytest.raises(DataError, match=r'test\.conll line 3: the tag "X-place" is neither O nor a part of an entity'):
+        prepared(
+            world, tmp_path, "out", "tags", inputs=[str(tmp_path / "train.conll")], test=[str(tmp_path / "test.conll")]
+        )
+    # Parts of speech are what they are.
+    (tmp_path / "train.conll").write_text("anna PROPN\n\nsees VERB\n")
+    assert prepared(world, tmp_path, "out", "tags", inputs=[str(tmp_path / "train.conll")])["labels"] == [
+        "PROPN",
+        "VERB",
+    ]
+
+
+def test_a_validation_fraction_that_leaves_nothing_is_named(world, tmp_path):
+    write_tokenizer(tmp_path / "tokenizer")
+    write(tmp_path / "train.jsonl", "single", 3, 1)
+    with pytest.raises(DataError, match=r"left for validation \(0 were read.*; validation-fraction is 1e-09\)"):
+        prepared(world, tmp_path, "out", "single", validation_fraction=1e-9)
