@@ -11,7 +11,7 @@ from hpcllm.__main__ import parser
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 TASKS = sorted((ROOT / "docs" / "tasks").glob("*.md"))
-FINE_TUNING = [ROOT / "docs" / "fine_tuning.md", *TASKS]
+FINE_TUNING = [ROOT / "docs" / "fine_tuning.md", ROOT / "docs" / "predict.md", *TASKS]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
@@ -31,7 +31,11 @@ def test_the_run_file_of_a_task_is_that_of_its_job_script(document):
 @pytest.mark.parametrize("document", FINE_TUNING, ids=lambda document: document.name)
 def test_commands_have_the_options_that_are_told_of_them(document):
     commands = parser()._subparsers._group_actions[0].choices
-    known = {option for name in ("prepare", "train", "evaluate") for option in commands[name]._option_string_actions}
+    known = {
+        option
+        for name in ("prepare", "train", "evaluate", "predict")
+        for option in commands[name]._option_string_actions
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text())) <= known
 
 

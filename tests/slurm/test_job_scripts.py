@@ -173,6 +173,16 @@ def test_without_slurm_labelled_files_become_a_fine_tuned_model(tmp_path, name):
     assert (run / "test_report.txt").read_text() in done.stdout
 
 
+def test_a_job_that_predicts_names_model_input_and_output_and_hands_on_the_rest(tmp_path):
+    (tmp_path / "mine.sh").write_text("launch() { printf '<%s>' \"$@\"; return 7; }\n")
+    script, asked = SLURM / "predict.sbatch", ("my run", "rows *.jsonl", "out.jsonl")
+    done = bash(script, *asked, "--top-k", "2", cwd=tmp_path, ranks=2, HPCLLM_SITE="mine.sh")
+    expected = "<hpcllm><predict><my run><--input><rows *.jsonl><--output><out.jsonl><--top-k><2>"
+    assert (done.returncode, done.stdout) == (7, expected)
+    done = bash(script, *asked[:2], cwd=tmp_path, ranks=2, HPCLLM_SITE="mine.sh")
+    assert done.returncode == 2 and done.stderr.startswith("usage: sbatch slurm/predict.sbatch MODEL INPUT OUTPUT")
+
+
 @pytest.mark.parametrize("name", ["ner", "classification"])
 def test_a_job_that_fine_tunes_prepares_once_and_says_what_it_misses(tmp_path, name):
     (tmp_path / "mine.sh").write_text("launch() { printf '<%s>' \"$@\"; echo; }\n")
