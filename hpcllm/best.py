@@ -1,9 +1,10 @@
 """Which checkpoint of a run is the best, by a number of its evaluations. Part of the run's state; plain functions.
 
-state["best"] is {"step": that of the best, "value": its number, "evaluations": how many there were since}; None before
-the first evaluation, and in runs that do not ask.
+state["best"] is {"step": that of the best, "value": its number, "evaluations": how many there were since,
+"metric" and "data": by what it was told}; None before the first evaluation, and in runs that do not ask.
 """
 
+import math
 from pathlib import Path
 
 from .errors import UsageError
@@ -24,16 +25,30 @@ def check(plan, metrics):
         raise UsageError(f'train: metric_for_best_model: evaluations have no "{name}", but {", ".join(known)}')
 
 
-def compare(state, plan, scores):
-    """Whether this step's evaluation is the best so far, which `state` then says. plan: the run file's [train]."""
+def forget_others(state, plan, data):
+    """Drop a best that was told by another number, or on other data, than the run file's now. data: their digest."""
+    before = state.get("best")
+    if before and (before["metric"], before["data"]) != (plan.metric_for_best_model, data):
+        state["best"] = None
+
+
+def compare(state, plan, scores, data):
+    """Whether this step's evaluation is the best so far, which `state` then says.
+
+    plan: the run file's [train]; scores: of the evaluation, on data of the digest `data`. What is no number is worst.
+    """
     metric = plan.metric_for_best_model
     if metric is None or not scores:
         return False
     name = metric.removeprefix("eval_")
     value, before = scores[f"eval_{name}"], state.get("best")
-    better = before is None or (value < before["value"] if name in _ERRORS else value > before["value"])
+    if before is None or not math.isfinite(before["value"]):
+        better = before is None or math.isfinite(value)
+    else:
+        better = value < before["value"] if name in _ERRORS else value > before["value"]
     if better:
-        state["best"] = {"step": state["step"], "value": value, "evaluations": 0}
+        told = {"step": state["step"], "value": value, "evaluations": 0}
+        state["best"] = told | {"metric": metric, "data": data}
     else:
         before["evaluations"] += 1
     return better

@@ -73,6 +73,15 @@ def _scores(file, checkpoint):
     return ["## Scores", "", *lines, ""]
 
 
+def _event(line):
+    """An event; None for what a node that died while it wrote has left of one."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and {"event", "restart", "time"} <= event.keys() else None
+
+
 def node_hours(file, step):
     """Hosts times hours that the run whose events.jsonl is `file` took to reach `step`, all its starts added up.
 
@@ -80,7 +89,7 @@ def node_hours(file, step):
     """
     if not file.is_file():
         return None
-    events = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    events = [event for event in map(_event, file.read_text(encoding="utf-8").splitlines()) if event]
     total = 0.0
     for _, some in itertools.groupby(events, key=lambda event: event["restart"]):
         some = list(some)

@@ -22,7 +22,6 @@ LABELLED = ("sequence_classification", "token_classification")
 # What says the same in another way, of which a run file has but one.
 _INSTEAD = {"train.max_steps": "num_train_epochs", "train.num_train_epochs": "max_steps"}
 _INSTEAD |= {"train.warmup_steps": "warmup_ratio", "train.warmup_ratio": "warmup_steps"}
-_INSTEAD |= {"model.config": "init_from", "model.init_from": "config"}
 
 
 class Section(BaseModel):

@@ -75,7 +75,7 @@ def build(section, words, sequence_length, seed, meaning=None):
         made.update(head)
         model = outline(made, section.task)
         source = weights.Fresh(model, seed)
-    if head and model.config.pad_token_id is None:  # by which decoders find a text's last token
+    if head:  # decoders find a text's last token by what rows are filled up with
         model.config.pad_token_id = words.padding
     _freeze(model, section.freeze)
     check_fits(model, words, sequence_length)
@@ -91,7 +91,7 @@ def outline(made, task):
 def resume(folder, task, freeze=()):
     """(the model of a checkpoint, without weights, where they come from); see `build`. freeze: as in the run file."""
     folder = require_folder(folder)
-    model, source = outline(_saved_configuration(folder), task), weights.Saved(folder / "model.safetensors")
+    model, source = outline(_saved_configuration(folder), task), saved(folder)
     source.check(model)
     _freeze(model, freeze)
     return model, source
@@ -147,11 +147,18 @@ def _saved_configuration(folder):
 
 
 def label_names(folder, task):
-    """Names of the labels of the model in `folder`, in order; None for a task without labels, and for values."""
+    """(kind, names in order) of the labels of the model in `folder`, as data say it; None for a task without labels."""
     config = _saved_configuration(require_folder(folder))
-    if task not in LABELLED or config.problem_type == "regression":
+    if task not in LABELLED:
         return None
-    return [config.id2label[number] for number in range(config.num_labels)]
+    kinds = TASKS[task].KINDS
+    kind = next(k for k, said in kinds.items() if said == config.problem_type) if isinstance(kinds, dict) else kinds[0]
+    return kind, [] if kind == "value" else [config.id2label[number] for number in range(config.num_labels)]
+
+
+def saved(folder):
+    """Where the weights of the checkpoint `folder` come from (weights.Saved)."""
+    return weights.Saved(Path(folder) / "model.safetensors")
 
 
 def require_folder(folder):
@@ -185,8 +192,8 @@ def load(folder, task, *, strict=True, head=None):
     return load_as(folder, TASKS[task].model_class(), strict=strict, head=head)
 
 
-def load_as(folder, model_class, *, strict=True, head=None):
-    """As `load`, of a class of transformers (AutoModel, ...)."""
+def load_as(folder, model_class, *, strict=True, head=None, unused=()):
+    """As `load`, of a class of transformers (AutoModel, ...). unused: beginnings of names that may be missing."""
     folder, head = require_folder(folder), head or {}
     how = {"output_loading_info": True, "use_safetensors": True, "dtype": torch.float32}
     try:
@@ -196,7 +203,8 @@ def load_as(folder, model_class, *, strict=True, head=None):
     output, words = model.get_output_embeddings(), model.get_input_embeddings()
     if output is not None and output.weight is not words.weight:
         model.config.tie_word_embeddings = False  # a folder may hold both and say otherwise
-    wrong = sorted(report["mismatched_keys"]) + sorted(report["missing_keys"] if strict else [])
+    missing = [name for name in report["missing_keys"] if not name.startswith(tuple(unused))]
+    wrong = sorted(report["mismatched_keys"]) + sorted(missing if strict else [])
     if wrong:
         raise DataError(f"{folder}: weights missing or of another shape: {', '.join(map(str, wrong[:5]))}")
     for parameter in model.parameters():

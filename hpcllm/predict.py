@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import checkpoint, model
+from . import checkpoint, files, model
 from .data import tokenizer
 from .data.examples import filled
 from .errors import DataError, MissingInput, UsageError
@@ -66,10 +66,17 @@ class Model:
         Raises a Refusal for what cannot be used.
         """
         words = tokenizer.load(folder)
-        net = model.load_as(folder, QUESTIONS[question].model_class()).to(device).eval()
+        asked = QUESTIONS[question]
+        net = model.load_as(folder, asked.model_class(), unused=asked.unused).to(device).eval()
         quicken(net, device)
         self._device, self._precision = device, precision
         self._batch_tokens = batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_GPU)
+        self.decides = {
+            "device": device.type,
+            "batch tokens": self._batch_tokens,
+            "tokenizer": tokenizer.tokenizer_hash(words),
+            "configuration": files.digest(Path(folder) / "config.json"),
+        }
         known = inspect.signature(QUESTIONS[question]).parameters
         for name in options.keys() - known.keys() - {"columns"}:
             raise UsageError(f"--{name.replace('_', '-')} is nothing that {question} knows")
@@ -84,7 +91,7 @@ class Model:
         question = self._question
         # One row may take several documents.
         asked = [(number, document) for number, row in enumerate(rows) for document in question.documents(row)]
-        lengths = np.array([len(ids) for _, (ids, *_) in asked], np.int64)
+        lengths = np.array([question.size(ids) for _, (ids, *_) in asked], np.int64)
         longest_first = np.argsort(-lengths, kind="stable")
         found, left = [[] for _ in rows], np.bincount([number for number, _ in asked], minlength=len(rows))
         with torch.inference_mode():
@@ -133,7 +140,7 @@ def predict_file(
     asked = on_root(world.comm, fingerprint, folder, question, precision, options)
     with together(world.comm):
         asker = Model(folder, question, world.device, precision=precision, **options)
-    how = {"format": format, "overwrite": overwrite, "columns": asker.columns, "fingerprint": asked}
+    how = {"format": format, "overwrite": overwrite, "columns": asker.columns, "fingerprint": asked | asker.decides}
     summary = answer_all(world, inputs=inputs, output=output, answer=asker.answer, **how)
     return {"model": str(folder), "question": question, **summary}
 

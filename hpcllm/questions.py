@@ -31,13 +31,19 @@ _DIGITS = 6  # of scores
 class _Question:
     """What the questions have in common. options: `columns`, and of each question its own."""
 
+    unused = ()  # what of the class's weights it can do without: beginnings of names
+
     def __init__(self, net, words, *, columns=("text",)):
         self.net, self.words, self.columns = net, words, columns
         limits = [getattr(net.config, "max_position_embeddings", None), getattr(words, "model_max_length", None)]
         # transformers says "no limit" by an enormous number.
         self.places = min(limit for limit in (*limits, 1 << 30) if limit)
         pads = (words.pad_token_id, words.eos_token_id)
-        self.pad = next((number for number in pads if number is not None), 0)
+        self.pad = net.config.pad_token_id = next((number for number in pads if number is not None), 0)
+
+    def size(self, ids):
+        """Tokens that a document of these ids takes room for."""
+        return len(ids)
 
     def texts(self, row):
         """The row's text, or two of them."""
@@ -145,6 +151,9 @@ class Continue(_Question):
         self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
 
     model_class = staticmethod(TASKS["causal_lm"].model_class)
+
+    def size(self, ids):
+        return (len(ids) + self._new) * self._beams
 
     def documents(self, row):
         source = getattr(row, "source", None)
@@ -260,6 +269,8 @@ class TagWords(_Question):
 
 class Embed(_Question):
     """The mean of a text's last hidden states, or that of its first token: {"embedding": [...]}, of length 1."""
+
+    unused = ("pooler.",)
 
     def __init__(self, net, words, *, pooling="mean", **common):
         super().__init__(net, words, **common)

@@ -47,13 +47,14 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     source = open_source(config, world, config.data.train, words)
     config = config.model_copy(update={"train": config.train.with_steps(len(source))})
     plan = config.train
-    names = source.stream.labelled and source.stream.labelled["names"]
+    names = source.stream.labelled and examples.labels_of(source.stream)
     held_out = config.data.validation, config.data.test
     validation, test = (folder and open_source(config, world, folder, words, names) for folder in held_out)
     last, state, results = on_root(world.comm, find_start, config, resume, overwrite)
     with together(world.comm):
         if plan.metric_for_best_model:
             best.check(plan, source.task.metrics(source.meaning))
+        best.forget_others(state, plan, validation and validation.stream.digest)
         batches.require(source, plan.global_batch_size, "a global batch needs")
         check_same_run(config, source, state)
     if results is not None:
@@ -117,6 +118,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         if not validation:
             return {}
         scores, _ = evaluate.evaluate(placed, validation, plan.micro_batch_size, plan.precision)
+        scores = world.comm.bcast(scores, root=0)  # what follows is decided by them, on every rank
         journal.metrics({"step": state["step"], "samples": state["samples"], **scores})
         shown = ("loss", "accuracy", "f1", "pearson", plan.metric_for_best_model)
         told = (
@@ -153,7 +155,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         done, better = state["step"] == plan.max_steps, False
         if done or due(state["step"], plan.eval_every_steps):
             scores = measure()
-            better = best.compare(state, plan, scores)
+            better = best.compare(state, plan, scores, validation and validation.stream.digest)
             done = done or best.hopeless(state, plan)
         if done or better or due(state["step"], config.checkpoint.every_steps):
             path = save()
@@ -163,7 +165,10 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     if state.get("best"):
         results |= best.results(state, config)
     if source.stream.labelled:
-        results |= finish(config, world, results["checkpoint"], validation, test, progress)
+        if results["checkpoint"] != str(path):
+            with together(world.comm):
+                placed.refill(model.saved(results["checkpoint"]))
+        results |= finish(config, world, placed, validation, test, progress)
     on_root(world.comm, files.write_json, Path(config.run.output_dir) / "results.json", results)
     journal.event("communication", choices=choose.made())
     journal.event("end", **results)
@@ -187,7 +192,7 @@ def open_source(config, world, folder, words, names=None):
     """The samples of the shards in `folder`, checked against task and tokenizer: a data.batches.Source of text or
     data.examples.Examples. Collective.
 
-    words: what `read_tokenizer` returned; names: of the labels that these must be.
+    words: what `read_tokenizer` returned; names: (kind, names) of the labels that these must have.
     """
     from .data import shards, tokenizer
 
@@ -242,6 +247,8 @@ def find_start(config, resume, overwrite):
         older = f" to continue from {found[-2].name}" if len(found) > 1 else ""
         raise DataError(f"{error}; move the folder away{older}") from None
     state = {**checkpoint.read_state(found[-1]), "restart": state["restart"]}
+    if f"checkpoint-{best.step(state)}" not in [path.name for path in found]:
+        state["best"] = None  # it was moved away, or this is older
     if state["step"] > config.train.max_steps:
         raise UsageError(f"--resume: {found[-1]} is beyond train.max_steps ({config.train.max_steps})")
     file = output / "results.json"
@@ -354,15 +361,8 @@ def one_step(placed, adjust, micro_batches, rate, source, plan):
     return loss_sum, targets, tokens, pairs, grad_norm
 
 
-def finish(config, world, path, validation, test, progress):
-    """Evaluate the run's result, the checkpoint `path`, on labelled validation and test data, and write reports.
-
-    Returns the scores. Collective.
-    """
-    from .parallel.apply import whole
-
-    with together(world.comm):
-        placed = whole(model.load(path, config.model.task).to(world.device), world)
+def finish(config, world, placed, validation, test, progress):
+    """Evaluate the run's result on labelled validation and test data, write reports, return the scores. Collective."""
     scores = {}
     for prefix, source in (("eval", validation), ("test", test)):
         if source:
@@ -371,7 +371,7 @@ def finish(config, world, path, validation, test, progress):
             )
             on_root(world.comm, evaluate.write, config.run.output_dir, prefix, found, report, source.meaning)
             progress.say(f"{prefix}: {source.stream.folder}\n{report[0]}")
-            scores |= found
+            scores |= world.comm.bcast(found, root=0)
     return scores
 
 

@@ -54,6 +54,11 @@ def give(modules, device):
 def fill(placed, source, device):
     """Give the parameters of `placed` (parallel.apply.Placed) memory on `device` and their values from `source`."""
     give([part.model for part in placed.parts], device)
+    refill(placed, source)
+
+
+def refill(placed, source):
+    """Give the parameters of `placed` their values from `source`."""
     source.fill(
         {
             name: (placed.places(placed.pieces[name], parameter), local(parameter.detach()))

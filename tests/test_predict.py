@@ -194,6 +194,9 @@ def test_embeddings_are_means_of_length_one(world, models):
         pooling: predict.predict_texts(world, folder, some, question="embedding", pooling=pooling)
         for pooling in ("mean", "first")
     }
+    # Models for words have no pooler, which nobody needs.
+    [answer] = predict.predict_texts(world, models / "token_classification", some[:1], question="embedding")
+    assert len(answer["prediction"]["embedding"]) == 32
     for number, text in enumerate(some):
         hidden = net(**words(text, return_tensors="pt")).last_hidden_state[0].detach()
         for pooling, wanted in (("mean", hidden.mean(0)), ("first", hidden[0])):
@@ -259,9 +262,10 @@ def test_words_of_rows_may_be_lists(world, models, tmp_path):
 def test_a_job_that_is_killed_goes_on_to_the_same_bytes(models, tmp_path, mpirun):
     (tmp_path / "rows.txt").write_text("".join(text + "\n" for text in texts(8000, 8)))
     asked = ["-m", "hpcllm", "predict", models / "sequence_classification", "--input", tmp_path / "rows.txt"]
+    asked += ["--batch-tokens", "64"]  # small ones: it has to take a while
     mpirun(2, [*asked, "--output", tmp_path / "whole.jsonl"], check=True)
     command = [*find_mpirun(), "-np", "2", sys.executable, *map(str, asked), "--output", str(tmp_path / "killed.jsonl")]
-    for delay in (0.0, 0.1, 0.3):
+    for delay in (0.0, 0.1, 0.2):
         job = subprocess.Popen(command, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         folder, deadline = tmp_path / ".killed.jsonl.partial", time.monotonic() + 60
         before = spooled(folder)

@@ -6,6 +6,8 @@ word's tokens the first has its label, the others none (-100), as in Devlin et a
 tokens (of characters that the tokenizer removes) is an unknown one, so that each has its label.
 """
 
+import functools
+import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +75,7 @@ class Encoding:
             yield found.ids, {"second": second, "labels": numbers}
 
     def _words(self, kept, counts):
-        words = Words(self.encoder, self.max_tokens)
+        words = self._sentences
         found = words.pieces([example.text for example, *_ in kept])
         for (example, unit, numbers), (pieces, wordless) in zip(kept, found, strict=True):
             counts["wordless"] += wordless
@@ -86,6 +88,10 @@ class Encoding:
                 for first in firsts:
                     labels[first], at = numbers[at], at + 1
                 yield ids, {"labels": labels, "continues": number > 0}
+
+    @functools.cached_property
+    def _sentences(self):
+        return Words(self.encoder, self.max_tokens)
 
     def _too_long(self, example, unit, counts):
         """Whether an example that is too long stays, in what way it may."""
@@ -100,8 +106,18 @@ class Words:
     """Sentences of words as documents of at most `max_tokens` tokens, special ones included."""
 
     def __init__(self, encoder, max_tokens):
-        """encoder: tokenizers.Tokenizer."""
-        self._encoder = encoder
+        """encoder: tokenizers.Tokenizer; which stays as it is.
+
+        Byte-level ones, of GPT-2 and its kin, tell a word after a blank from the same one at the beginning. Words of a
+        sentence are encoded as those after blanks.
+        """
+        told = json.loads(encoder.to_str())
+        before = told["pre_tokenizer"] or {}
+        for one in (before, *before.get("pretokenizers", ())):
+            if one.get("type") == "ByteLevel":
+                one["add_prefix_space"] = True
+        self._encoder = type(encoder).from_str(json.dumps(told))
+        self._encoder.encode_special_tokens = True
         self._before, self._after = self._around()
         self._room = max_tokens - len(self._before) - len(self._after)
         token = getattr(encoder.model, "unk_token", None)

@@ -161,15 +161,17 @@ class ExampleBatch:
 
 
 def open_part(stream, task, vocabulary, config, device, names=None):
-    """The Examples of `stream`, checked against the run file `config` and the `names` of the labels it must have.
+    """The Examples of `stream`, checked against the run file `config` and the labels (kind, `names`) it must have.
 
     Raises DataError for other labels, and for examples longer than train.sequence_length.
     """
     meaning, train = stream.labelled, config.train
     task.head(meaning)  # that there are labels, and the task's
     task.check_loss(meaning, train.class_weights, train.label_smoothing)
-    if names is not None and meaning["names"] != names:
-        theirs, ours = (", ".join(some[:8]) + ", ..." * (len(some) > 8) for some in (meaning["names"], names))
+    if names is not None and labels_of(stream) != names:
+        theirs, ours = (
+            f"{kind} " + ", ".join(some[:8]) + ", ..." * (len(some) > 8) for kind, some in (labels_of(stream), names)
+        )
         raise DataError(f"data: {stream.folder} has the labels {theirs}, the model {ours}; prepare all data in one go")
     longest = meaning["became"]["longest"]
     if longest > train.sequence_length:
@@ -181,6 +183,11 @@ def open_part(stream, task, vocabulary, config, device, names=None):
     weights = class_weights(meaning, train.class_weights)
     how = train.sequence_length, config.run.seed, multiple, weights, train.label_smoothing
     return Examples(stream, task, vocabulary, *how)
+
+
+def labels_of(stream):
+    """(kind, names) of the labels of a labelled stream."""
+    return stream.labelled["kind"], stream.labelled["names"]
 
 
 def class_weights(meaning, asked):

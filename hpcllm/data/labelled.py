@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import DataError, UsageError
 from . import text
 
 FORMATS = ("conll", "tsv", "csv", "jsonl")
@@ -135,6 +135,9 @@ def _rows(unit, reading, kind):
             f'input: there is no column "{missing[0]}"; the first line of {unit.path} names {said}. If that line is an '
             "example, name the columns: --columns"
         )
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f'input: {unit.path} has two columns "{twice[:30]}"')
     for line, offset, position in text.lines(unit):
         if not line.strip() or (offset == 0 and not reading.columns):
             continue
@@ -150,6 +153,7 @@ def _split(line, kind, unit, offset):
     if kind == "tsv":
         return line.split("\t")
     try:
+        csv.field_size_limit(2**31 - 1)  # its default would refuse a text of 128 KiB
         return next(csv.reader([line], strict=True))
     except csv.Error as error:
         why = f"not a row of CSV ({error}); a quoted field ends in the line where it begins, or write JSON lines"

@@ -8,7 +8,6 @@ Kinds of labels, by the run file's task and `prepare`'s options:
     tags        one name of several a word; entities in any scheme (IOB1, IOB2, BIOES, ...) become IOB2
 """
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -77,10 +76,13 @@ def _name(label):
     return label.strip() or None if isinstance(label, str) else None
 
 
+_LARGEST = 3.4028234e38  # of fp32, as which values are kept
+
+
 def _value(example, unit):
     try:
         value = float(example.label)
-        if isinstance(example.label, bool) or not math.isfinite(value):
+        if isinstance(example.label, bool) or not abs(value) <= _LARGEST:
             raise ValueError
         return value
     except (TypeError, ValueError):

@@ -211,6 +211,13 @@ class Placed:
         if self.one_copy:
             self.one_copy.ready()
 
+    def refill(self, source):
+        """Weights from `source` (weights.Saved) instead of those that are there. No rank may be using them."""
+        self.reshard()
+        weights.refill(self, source)
+        if self.one_copy:
+            self.one_copy.changed()
+
     def reshard(self):
         """Every rank holds its shards alone again, as optimizer and checkpoints know them."""
         for part in self.parts:

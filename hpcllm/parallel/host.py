@@ -227,6 +227,10 @@ class OneCopy:
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
 
+    def changed(self):
+        """The slices have other values than the copies that are made of them."""
+        self._dirty = True
+
     @work.timed
     def add_up(self):
         """Leave the sum of all ranks' gradients in those of this rank's slices."""

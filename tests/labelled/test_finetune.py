@@ -412,7 +412,7 @@ def test_data_of_another_task_or_with_other_labels_are_refused(world, labelled, 
         with pytest.raises(DataError, match=words):
             train.train(run, world)
     run = settings(labelled, tmp_path, "single", **{"data.validation": f"{labelled}/multi/validation"})
-    with pytest.raises(DataError, match="has the labels person, place, the model bad, good"):
+    with pytest.raises(DataError, match="has the labels multi person, place, the model single bad, good"):
         train.train(run, world)
     run = settings(labelled, tmp_path, "single", **{"train.sequence_length": 8})
     with pytest.raises(DataError, match=r"has examples of 16 tokens, more than train.sequence_length \(8\)"):
