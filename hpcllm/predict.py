@@ -20,6 +20,7 @@ from .mpi import on_root, together
 from .questions import QUESTIONS
 from .quicken import quicken
 from .rows import answer_all
+from .run_folder import run_config
 
 _BATCH_TOKENS = {"cpu": 2048}  # more is no quicker there, and takes memory
 _BATCH_TOKENS_GPU = 16384
@@ -39,8 +40,6 @@ def what_is(path, question=None):
     question: of questions.QUESTIONS, None: by what the model is for. Root only. Raises MissingInput, DataError (a
     checkpoint is verified), and UsageError where the model does not tell.
     """
-    from .train import run_config
-
     folder, precision = Path(path), "fp32"
     if (folder / "config.json").is_file() and not (folder / "trainer_state.json").is_file():
         names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
@@ -77,10 +76,10 @@ class Model:
             "tokenizer": tokenizer.tokenizer_hash(words),
             "configuration": files.digest(Path(folder) / "config.json"),
         }
-        known = inspect.signature(QUESTIONS[question]).parameters
+        known = inspect.signature(asked).parameters
         for name in options.keys() - known.keys() - {"columns"}:
             raise UsageError(f"--{name.replace('_', '-')} is nothing that {question} knows")
-        self._question = QUESTIONS[question](net, words, **options)
+        self._question = asked(net, words, **options)
 
     @property
     def columns(self):
@@ -99,9 +98,7 @@ class Model:
                 some = [asked[at] for at in longest_first[group]]
                 with arithmetic(self._precision, self._device):
                     answers = list(question.ask([document for _, document in some], self._device))
-                for (number, _), (place, answer) in zip(
-                    some, zip(longest_first[group], answers, strict=True), strict=True
-                ):
+                for (number, _), place, answer in zip(some, longest_first[group], answers, strict=True):
                     found[number].append((place, answer))
                     left[number] -= 1
                 advance(int((left == 0).sum()))

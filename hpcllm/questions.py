@@ -20,6 +20,7 @@ import torch
 
 from .data import order
 from .data.encode import Words
+from .data.labels import is_chunk
 from .errors import UsageError
 from .metrics import tags as schemes
 from .tasks import TASKS
@@ -235,6 +236,7 @@ class TagWords(_Question):
     def __init__(self, net, words, **common):
         super().__init__(net, words, **common)
         self._words = Words(self.encoder, self.places)
+        self._chunks = all(map(is_chunk, net.config.id2label.values()))
         self._column, self.columns = self.columns[0], ()  # a row has it, or words
 
     model_class = staticmethod(TASKS["token_classification"].model_class)
@@ -259,7 +261,7 @@ class TagWords(_Question):
         words = self._said(row)
         tags, scores = (list(side) for side in zip(*(one for part in answers for one in part), strict=True))
         told = {"words": words, "tags": tags, "scores": scores}
-        if all(name == "O" or name[1:2] == "-" for name in self.net.config.id2label.values()):
+        if self._chunks:
             told["entities"] = [
                 {"type": kind, "text": " ".join(words[a:b]), "start": a, "end": b, "score": min(scores[a:b])}
                 for kind, a, b in schemes.spans(tags)

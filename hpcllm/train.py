@@ -1,17 +1,16 @@
 """Training, from a run file to a trained model: the story in `train`, its parts below it in the order they appear."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from . import attention, best, checkpoint, evaluate, files, model, monitor, optimizer, startup, utilisation
-from .config import LABELLED, load
+from . import attention, best, checkpoint, evaluate, files, model, monitor, optimizer, run_folder, startup, utilisation
+from .config import LABELLED
 from .data import batches, examples
-from .errors import CannotCreate, DataError, Diverged, MissingInput, UsageError
+from .errors import DataError, Diverged, UsageError
 from .mpi import choose, device, on_root, together
 from .parallel import compiled, host
 from .parallel import mesh as meshes
@@ -50,7 +49,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     names = source.stream.labelled and examples.labels_of(source.stream)
     held_out = config.data.validation, config.data.test
     validation, test = (folder and open_source(config, world, folder, words, names) for folder in held_out)
-    last, state, results = on_root(world.comm, find_start, config, resume, overwrite)
+    last, state, results = on_root(world.comm, run_folder.find_start, config, resume, overwrite)
     with together(world.comm):
         if plan.metric_for_best_model:
             best.check(plan, source.task.metrics(source.meaning))
@@ -91,7 +90,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     with together(world.comm):
         if last:
             checkpoint.load_optimizer(last, placed, adjust)
-    on_root(world.comm, open_output, config, resume, overwrite)
+    on_root(world.comm, run_folder.open_output, config, resume, overwrite)
     journal = monitor.Journal(config.run.output_dir, state["restart"], world.is_root)
     start = {"ranks": world.size, "hosts": world.hosts, "library": world.library, "layout": layout.describe()}
     journal.event("start", step=state["step"], **start)
@@ -116,18 +115,17 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
 
     def measure():
         if not validation:
-            return {}
-        scores, _ = evaluate.evaluate(placed, validation, plan.micro_batch_size, plan.precision)
+            return {}, None
+        scores, told = evaluate.evaluate(placed, validation, plan.micro_batch_size, plan.precision)
         scores = world.comm.bcast(scores, root=0)  # what follows is decided by them, on every rank
         journal.metrics({"step": state["step"], "samples": state["samples"], **scores})
         shown = ("loss", "accuracy", "f1", "pearson", plan.metric_for_best_model)
-        told = (
-            f"eval_{name}={scores[f'eval_{name}']:.4f}" for name in dict.fromkeys(shown) if f"eval_{name}" in scores
-        )
-        progress.say(f"step {state['step']} {' '.join(told)}")
-        return scores
+        shown = (f"eval_{name}" for name in dict.fromkeys(shown))
+        numbers = (f"{name}={scores[name]:.4f}" for name in shown if name in scores)
+        progress.say(f"step {state['step']} {' '.join(numbers)}")
+        return scores, told
 
-    clock, path, scores = monitor.Clock(world.group, mesh.losses), last, {}
+    clock, path, scores, told = monitor.Clock(world.group, mesh.losses), last, {}, None
     positions = itertools.count(state["samples"], plan.global_batch_size)
     todo = itertools.islice(positions, plan.max_steps - state["step"])
     steps = batches.ahead(
@@ -154,12 +152,13 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
             parts = None
         done, better = state["step"] == plan.max_steps, False
         if done or due(state["step"], plan.eval_every_steps):
-            scores = measure()
+            scores, told = measure()
             better = best.compare(state, plan, scores, validation and validation.stream.digest)
             done = done or best.hopeless(state, plan)
         if done or better or due(state["step"], config.checkpoint.every_steps):
             path = save()
-    scores = scores or measure()  # of a run that ended between its last checkpoint and its results
+    if not scores:  # of a run that ended between its last checkpoint and its results
+        scores, told = measure()
     progress.close()
     results = {"step": state["step"], "samples": state["samples"], "checkpoint": str(path), **scores}
     if state.get("best"):
@@ -168,7 +167,8 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         if results["checkpoint"] != str(path):
             with together(world.comm):
                 placed.refill(model.saved(results["checkpoint"]))
-        results |= finish(config, world, placed, validation, test, progress)
+            scores, told = {}, None  # were of other weights
+        results |= finish(config, world, placed, validation, test, progress, scores, told)
     on_root(world.comm, files.write_json, Path(config.run.output_dir) / "results.json", results)
     journal.event("communication", choices=choose.made())
     journal.event("end", **results)
@@ -212,54 +212,6 @@ def open_source(config, world, folder, words, names=None):
     return source
 
 
-_OURS = ("config.toml", "metrics.jsonl", "events.jsonl", "results.json")
-_REPORTS = [f"{part}_{name}" for part in ("eval", "test") for name in ("results.json", "report.txt", "confusion.png")]
-
-
-def find_start(config, resume, overwrite):
-    """(checkpoint to continue from or None, its state, results of a run that is over or None). Root only.
-
-    Refuses an output folder that is in the way, and verifies the checkpoint.
-    """
-    output = Path(config.run.output_dir)
-    if resume and overwrite:
-        raise UsageError("--resume continues a run and --overwrite deletes it; give one of them")
-    if output.exists() and not output.is_dir():
-        raise CannotCreate(f"run.output_dir: {output} is a file")
-    found = checkpoint.find(output)
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / "events.jsonl").is_file():
-            raise CannotCreate(
-                f"run.output_dir: {output} is not empty and holds no run of hpcllm; choose another folder"
-            )
-        if not resume and not overwrite:
-            raise CannotCreate(
-                f"run.output_dir: {output} holds a run already (newest checkpoint: "
-                f"{found[-1].name if found else 'none'}); "
-                "continue it with --resume, replace it with --overwrite, or choose another folder"
-            )
-    state = {"step": 0, "samples": 0, "restart": monitor.starts(output) if resume else 0}
-    if not resume or not found:
-        return None, state, None
-    try:
-        checkpoint.verify(found[-1])
-    except DataError as error:
-        older = f" to continue from {found[-2].name}" if len(found) > 1 else ""
-        raise DataError(f"{error}; move the folder away{older}") from None
-    state = {**checkpoint.read_state(found[-1]), "restart": state["restart"]}
-    if f"checkpoint-{best.step(state)}" not in [path.name for path in found]:
-        state["best"] = None  # it was moved away, or this is older
-    if state["step"] > config.train.max_steps:
-        raise UsageError(f"--resume: {found[-1]} is beyond train.max_steps ({config.train.max_steps})")
-    file = output / "results.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"step": None}
-    over = state["step"] == config.train.max_steps or results.get("stopped_early")
-    if not over or results["step"] != state["step"]:  # or those of a shorter run
-        return found[-1], state, None
-    print(f"{output}: the run is over, all {state['step']} steps of it; for more give train.max_steps", flush=True)
-    return found[-1], state, results
-
-
 def check_same_run(config, source, state):
     """Refuse to continue a run whose data, model or order the run file has changed since."""
     saved = state.get("config")
@@ -292,23 +244,6 @@ def load_or_build(config, last, source):
     net, weights = model.resume(last, config.model.task, config.model.freeze)
     model.check_fits(net, source.vocabulary, config.train.sequence_length)
     return net, weights
-
-
-def open_output(config, resume, overwrite):
-    """Make the output folder, emptied of an older run where that was asked for, and write config.toml. Root only."""
-    output = Path(config.run.output_dir)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            for old in checkpoint.find(output):
-                files.remove_folder(old)
-            for name in (*_OURS, *_REPORTS):
-                (output / name).unlink(missing_ok=True)
-        checkpoint.remove_unfinished(output)
-        (output / "events.jsonl").touch()  # what says that this folder is a run of ours
-    except OSError as error:
-        raise CannotCreate(f"run.output_dir: {output} cannot be created: {error.strerror}") from None
-    files.write_text(output / "config.toml", config.toml())
 
 
 def describe(config, world, placed, source, validation, state):
@@ -361,14 +296,16 @@ def one_step(placed, adjust, micro_batches, rate, source, plan):
     return loss_sum, targets, tokens, pairs, grad_norm
 
 
-def finish(config, world, placed, validation, test, progress):
-    """Evaluate the run's result on labelled validation and test data, write reports, return the scores. Collective."""
-    scores = {}
+def finish(config, world, placed, validation, test, progress, scores, told):
+    """Evaluate the run's result on labelled validation and test data, write reports, return the scores. Collective.
+
+    scores, told: of the validation data, where they are of these weights; else empty and None.
+    """
+    scores, how = dict(scores), (config.train.micro_batch_size, config.train.precision)
     for prefix, source in (("eval", validation), ("test", test)):
         if source:
-            found, report = evaluate.evaluate(
-                placed, source, config.train.micro_batch_size, config.train.precision, prefix
-            )
+            known = prefix == "eval" and scores
+            found, report = (scores, told) if known else evaluate.evaluate(placed, source, *how, prefix)
             on_root(world.comm, evaluate.write, config.run.output_dir, prefix, found, report, source.meaning)
             progress.say(f"{prefix}: {source.stream.folder}\n{report[0]}")
             scores |= world.comm.bcast(found, root=0)
@@ -406,16 +343,3 @@ def report(journal, progress, plan, state, loss, rate, grad_norm, times, path):
     )
     told = due(state["step"], plan.log_every_steps) or state["step"] in (1, plan.max_steps)
     progress.update(state["step"], text if told else None, f"loss {loss:.3f}, {tokens_per_s:.0f} tokens/s")
-
-
-def run_config(path):
-    """(config.Config, checkpoint folder) of a checkpoint, or of a run the best, else the newest one. Root only."""
-    folder = Path(path)
-    if not (folder / "trainer_state.json").is_file():
-        found = checkpoint.find(folder)
-        if not found:
-            raise MissingInput(f"{folder} is neither a checkpoint nor a run folder with a complete checkpoint")
-        step = best.step(checkpoint.read_state(found[-1]))
-        folder = next((path for path in found if path.name == f"checkpoint-{step}"), found[-1])
-    checkpoint.verify(folder)
-    return load(checkpoint.read_state(folder)["config"]), folder

@@ -7,7 +7,7 @@ import pytest
 from launching import ROOT
 
 from hpcllm import config
-from hpcllm.__main__ import parser
+from hpcllm.arguments import parser
 
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 TASKS = sorted((ROOT / "docs" / "tasks").glob("*.md"))

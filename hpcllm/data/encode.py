@@ -8,7 +8,6 @@ tokens (of characters that the tokenizer removes) is an unknown one, so that eac
 
 import functools
 import json
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,4 +155,4 @@ class Words:
 def summary(counts):
     """Of the Counter that `documents` filled, what a user wants to know, zeros included."""
     names = ("read", "empty", "cut", "dropped", "split", "wordless")
-    return {name: int(Counter(counts)[name]) for name in names}
+    return {name: counts[name] for name in names}

@@ -49,11 +49,15 @@ class Examples:
         return self.stream.document_count
 
     @functools.cached_property
+    def _columns(self):
+        return shards.columns_of(self.meaning)
+
+    @functools.cached_property
     def _shards(self):
         """[(first example, first token, what is beside the tokens)] of each shard."""
-        columns, found, example, token = shards.columns_of({"labelled": self.meaning}), [], 0, 0
+        found, example, token = [], 0, 0
         for path in self.stream.paths:
-            beside = shards.map_beside(path, columns)
+            beside = shards.map_beside(path, self._columns)
             found.append((example, token, beside))
             offsets = beside["document_offsets"]
             example, token = example + len(offsets) - 1, token + int(offsets[-1])
@@ -76,12 +80,13 @@ class Examples:
     def rows(self, numbers):
         """Yield (tokens, {column: its rows}) of each of the examples `numbers`."""
         firsts = [example for example, *_ in self._shards]
-        columns = shards.columns_of({"labelled": self.meaning})
         for number in numbers.tolist():
             begin, end = self._begins[number : number + 2].tolist()
             example, token, shard = self._shards[bisect.bisect_right(firsts, number) - 1]
             tokens, row = slice(begin - token, end - token), number - example
-            beside = {c.name: shard[c.name][tokens, 0] if c.of == "token" else shard[c.name][row] for c in columns}
+            beside = {
+                c.name: shard[c.name][tokens, 0] if c.of == "token" else shard[c.name][row] for c in self._columns
+            }
             yield self.stream.gather(np.array([begin]), end - begin)[0], beside
 
     def training_step(self, position, rank, size, train):
@@ -127,7 +132,7 @@ class Examples:
         given = {"input_ids": row, "attention_mask": torch.ones_like(row)}
         if self.vocabulary.segments:
             given["token_type_ids"] = row
-        width = next(c.width for c in shards.columns_of({"labelled": self.meaning}) if c.name == "labels")
+        width = next(c.width for c in self._columns if c.name == "labels")
         labels = torch.from_numpy(self.task.labels([np.full(width, NO_LABEL)], row.shape[1], self.meaning))
         return ExampleBatch(given, labels, 0, 0, np.arange(0), 0.0)
 

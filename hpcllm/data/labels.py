@@ -8,6 +8,7 @@ Kinds of labels, by the run file's task and `prepare`'s options:
     tags        one name of several a word; entities in any scheme (IOB1, IOB2, BIOES, ...) become IOB2
 """
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -38,17 +39,17 @@ class Labels:
         if self.chunks:
             _require_chunks(names, unit, example.offset)
             names = to_iob2(names)
-        places = self._places()
-        unknown = [name for name in names if name not in places]
+        unknown = [name for name in names if name not in self._places]
         if unknown:
             shown = ", ".join(self.names[:12]) + (", ..." if len(self.names) > 12 else "")
             why = f'the label "{unknown[0]}" is none of the {len(self.names)} of the training examples ({shown}); '
             raise text.refusal(unit, example.offset, why + "name all of them: --labels")
         if self.kind == "multi":
             return [name in names for name in self.names]
-        numbers = [places[name] for name in names]
+        numbers = [self._places[name] for name in names]
         return numbers if self.kind == "tags" else numbers[0]
 
+    @functools.cached_property
     def _places(self):
         return {name: number for number, name in enumerate(self.names)}
 

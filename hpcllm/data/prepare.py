@@ -20,7 +20,7 @@ from .layout import write_part
 from .progress import meet
 from .tokenise import pieces, tokenise
 
-TRAIN, VALIDATION, TOKENIZER = "train", "validation", "tokenizer"
+TRAIN, VALIDATION, TEST, TOKENIZER = "train", "validation", "test", "tokenizer"
 
 
 def prepare(
@@ -84,14 +84,19 @@ def prepare(
 
 def _plan(inputs, output, reading, validation_fraction, shard_tokens, overwrite):
     """Check all that can be checked without reading the text, and return the units of work."""
-    if not 0 <= validation_fraction < 1:
-        raise UsageError(f"validation-fraction: {validation_fraction} is not at least 0 and below 1")
-    if shard_tokens < 1:
-        raise UsageError(f"shard-tokens: {shard_tokens} is not a positive number")
+    check_numbers(validation_fraction, shard_tokens)
     paths = text.find_inputs(inputs)
     text.check_format(paths, **reading)
     check_output(output, paths, overwrite)
     return text.cut(paths)
+
+
+def check_numbers(validation_fraction, shard_tokens):
+    """Raise UsageError for numbers that mean nothing."""
+    if not 0 <= validation_fraction < 1:
+        raise UsageError(f"validation-fraction: {validation_fraction} is not at least 0 and below 1")
+    if shard_tokens < 1:
+        raise UsageError(f"shard-tokens: {shard_tokens} is not a positive number")
 
 
 def check_output(output, paths, overwrite):
@@ -108,7 +113,7 @@ def _check_replaceable(output, paths):
     """Refuse to overwrite anything but what an earlier `prepare` wrote, or to delete the input with it."""
     if os.path.islink(output) or not os.path.isdir(output):
         raise CannotCreate(f"output: {output} is not a folder that can be overwritten")
-    strangers = sorted(set(os.listdir(output)) - {TRAIN, VALIDATION, TOKENIZER})
+    strangers = sorted(set(os.listdir(output)) - {TRAIN, VALIDATION, TEST, TOKENIZER})
     if strangers:
         listed = ", ".join(strangers[:5])
         raise CannotCreate(f"output: {output} also holds {listed}; --overwrite would delete what prepare did not write")

@@ -14,16 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import DataError, MissingInput, Refusal, UsageError
-from ..files import failing_as_io
-from ..mpi import agree, on_root, together
-from . import encode, labelled, labels, scratch, shards, text
+from ..errors import DataError, MissingInput, UsageError
+from ..mpi import on_root, together
+from . import encode, labelled, labels, scratch, text
 from .layout import write_part
-from .prepare import TRAIN, VALIDATION, Split, check_output, tokenizer_on_all, use_own_cores
-from .progress import Progress
-from .tokenise import BATCH_CHARACTERS, Spool, share
+from .prepare import TEST, TRAIN, VALIDATION, Split, check_numbers, check_output, tokenizer_on_all, use_own_cores
+from .tokenise import BATCH_CHARACTERS, fill, share
 
-TEST = "test"
 PARTS = (TRAIN, VALIDATION, TEST)
 
 
@@ -74,7 +71,12 @@ def prepare_labelled(
             encoding = encode.Encoding(encoder, known, max_tokens, truncation)
         split = Split(validation_fraction)
         parts = [part for part in PARTS if sources[part] or part in split.parts]
-        spool, counts = _encode(comm, folder, units, mine, parts, reading, encoding, facts, split)
+        counts = {part: Counter() for part in parts}
+
+        def work(spool, progress):
+            _encode_units(spool, units, mine, reading, encoding, split, progress, counts)
+
+        spool = fill(comm, folder, [unit.text for unit in units], parts, facts, work, encoding.columns)
         told = _check_counts(comm, counts, known, validation_fraction)
         meaning = {
             "kind": kind,
@@ -101,12 +103,9 @@ def prepare_labelled(
 
 def _plan(sources, output, tokenizer, reading, validation_fraction, shard_tokens, overwrite):
     """Check all that can be checked without reading examples, and return the units of work."""
-    if not 0 <= validation_fraction < 1:
-        raise UsageError(f"validation-fraction: {validation_fraction} is not at least 0 and below 1")
+    check_numbers(validation_fraction, shard_tokens)
     if validation_fraction and sources[VALIDATION]:
         raise UsageError("give either validation files or a validation-fraction of the training examples")
-    if shard_tokens < 1:
-        raise UsageError(f"shard-tokens: {shard_tokens} is not a positive number")
     if tokenizer is None:
         raise UsageError("tokenizer: name the folder of the model to fine-tune, or of its tokenizer")
     if not os.path.isdir(tokenizer):
@@ -120,22 +119,6 @@ def _plan(sources, output, tokenizer, reading, validation_fraction, shard_tokens
             units += [_Unit(part, unit) for unit in text.cut(some)]
     check_output(output, every, overwrite)
     return units
-
-
-def _encode(comm, folder, units, mine, parts, reading, encoding, facts, split):
-    """Every rank encodes its units: (its tokenise.Spool, {part: Counter}). An error on one rank stops all of them."""
-    spool, error, counts = None, None, {part: Counter() for part in parts}
-    progress = Progress(comm, "prepare", sum(unit.text.stop - unit.text.start for unit in units))
-    try:
-        with failing_as_io(folder):
-            spool = Spool(folder, comm.rank, parts, shards.token_dtype(facts["vocab_size"]), encoding.columns)
-            _encode_units(spool, units, mine, reading, encoding, split, progress, counts)
-            spool.close()
-    except Refusal as refusal:
-        error = refusal
-    progress.finish(failed=error is not None)
-    agree(comm, error)
-    return spool, counts
 
 
 def _encode_units(spool, units, mine, reading, encoding, split, progress, counts):

@@ -74,9 +74,9 @@ class Column:
         return (document_count if self.of == "document" else token_count), self.width
 
 
-def columns_of(facts):
-    """The columns that a manifest, or what is to become one, speaks of: a list of Column."""
-    return [Column(**column) for column in facts.get("labelled", {}).get("columns", [])]
+def columns_of(labelled):
+    """The columns that a manifest's "labelled" speaks of: a list of Column; None has none."""
+    return [Column(**column) for column in labelled["columns"]] if labelled else []
 
 
 def token_dtype(vocab_size):
@@ -133,7 +133,7 @@ def create(path, *, token_count, document_count, vocab_size, separator_id, token
             meaning = _json(labelled).encode()
             data.append(("labelled", np.dtype("|u1"), (len(meaning),)))
             file.create_group("columns")
-            for column in columns_of({"labelled": labelled}):
+            for column in columns_of(labelled):
                 data.append((column.label, np.dtype(column.dtype), column.shape(token_count, document_count)))
         offsets = {}
         for label, kind, shape in data:
@@ -338,7 +338,7 @@ def _check_content(path, file, shard, manifest):
     meaning = _json(manifest["labelled"]).encode() if "labelled" in manifest else b""
     if meaning:
         expected["labelled"] = np.dtype("|u1"), (len(meaning),)
-    for column in columns_of(manifest):
+    for column in columns_of(manifest.get("labelled")):
         expected[column.label] = np.dtype(column.dtype), column.shape(tokens, shard["document_count"])
     for label, (wanted, shape) in expected.items():
         link = file.get(label, getlink=True)

@@ -107,13 +107,22 @@ class Spool:
 
 def tokenise(comm, folder, units, reading, encoder, facts, split):
     """Every rank tokenises its units into its spool. An error on one rank stops all of them."""
-    spool, error = None, None
     mine = share([unit.weight for unit in units], comm.size)[comm.rank]
+
+    def work(spool, progress):
+        _tokenise_units(spool, mine, units, reading, encoder, facts["separator_id"], split, progress)
+
+    return fill(comm, folder, units, split.parts, facts, work)
+
+
+def fill(comm, folder, units, parts, facts, work, columns=()):
+    """The Spool that `work(spool, progress)` fills on this rank, of all `units`. An error on one rank stops all."""
+    spool, error = None, None
     progress = Progress(comm, "prepare", sum(unit.stop - unit.start for unit in units))
     try:
         with failing_as_io(folder):
-            spool = Spool(folder, comm.rank, split.parts, shards.token_dtype(facts["vocab_size"]))
-            _tokenise_units(spool, mine, units, reading, encoder, facts["separator_id"], split, progress)
+            spool = Spool(folder, comm.rank, parts, shards.token_dtype(facts["vocab_size"]), columns)
+            work(spool, progress)
             spool.close()
     except Refusal as refusal:
         error = refusal

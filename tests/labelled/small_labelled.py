@@ -5,6 +5,7 @@ import random
 
 from hpcllm.data import tokenizer
 from hpcllm.data.labelled import Reading
+from hpcllm.data.prepare_labelled import prepare_labelled
 
 WORDS = {
     "O": [
@@ -76,3 +77,14 @@ def write_tokenizer(folder, kind="wordpiece"):
     size = 140 if kind == "wordpiece" else 320
     tokenizer.save(tokenizer.train(kind, size, lambda: iter(texts)), kind, str(folder))
     return folder
+
+
+def prepare(world, base, output, kind, **how):
+    """`prepare_labelled` of `base`'s JSON lines, by its tokenizer, as is usual for a kind of labels."""
+    usual = {
+        "inputs": [f"{base}/*.jsonl"],
+        "reading": reading(kind),
+        "truncation": "split" if kind == "tags" else "cut",
+    }
+    usual |= {"output": str(base / output), "tokenizer": str(base / "tokenizer"), "kind": kind}
+    return prepare_labelled(world, **usual | how)

@@ -7,12 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from small_labelled import reading, sentences, write, write_tokenizer
+from small_labelled import prepare, sentences, write, write_tokenizer
 from test_finetune import settings
 
 import hpcllm.mpi
 from hpcllm import card, export, predict, train
-from hpcllm.data.prepare_labelled import prepare_labelled
 
 TEXTS = [" ".join(words) for words, _ in sentences(12, 77)]
 SCRIPT = """
@@ -43,18 +42,9 @@ def trained(tmp_path, kind):
     write_tokenizer(tmp_path / "tokenizer")
     for number, part in enumerate(("train", "validation", "test")):
         write(tmp_path / f"{part}.jsonl", kind, 80, number)
-    prepare_labelled(
-        hpcllm.mpi.join(),
-        inputs=[str(tmp_path / "train.jsonl")],
-        validation=[str(tmp_path / "validation.jsonl")],
-        test=[str(tmp_path / "test.jsonl")],
-        output=str(tmp_path / kind),
-        tokenizer=str(tmp_path / "tokenizer"),
-        kind=kind,
-        reading=reading(kind),
-        max_tokens=16,
-        truncation="split" if kind == "tags" else "cut",
-    )
+    validation, test = ([f"{tmp_path}/{part}.jsonl"] for part in ("validation", "test"))
+    sources = {"inputs": [f"{tmp_path}/train.jsonl"], "validation": validation, "test": test}
+    prepare(hpcllm.mpi.join(), tmp_path, kind, kind, max_tokens=16, **sources)
     run = settings(tmp_path, tmp_path / "run", kind, **{"train.max_steps": 30, "train.learning_rate": 1e-2})
     return run, train.train(run, hpcllm.mpi.init("cpu"))
 

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_labelled import KINDS, reading, write, write_tokenizer
+from small_labelled import KINDS, prepare, write, write_tokenizer
 from transformers import AutoConfig, AutoModel, pipeline
 
 import hpcllm.mpi
-from hpcllm import config, evaluate, model, train
-from hpcllm.data.prepare_labelled import prepare_labelled
+from hpcllm import config, evaluate, model, run_folder, train
 from hpcllm.errors import DataError, UsageError
 from hpcllm.parallel.apply import whole
 from hpcllm.tasks import TASKS
@@ -37,18 +36,8 @@ def labelled(tmp_path_factory):
                 write(base / f"{kind}-{part}.jsonl", kind, count, number)
     world.comm.Barrier()
     for kind in KINDS:
-        prepare_labelled(
-            world,
-            inputs=[f"{base}/{kind}-train.jsonl"],
-            validation=[f"{base}/{kind}-validation.jsonl"],
-            test=[f"{base}/{kind}-test.jsonl"],
-            output=str(base / kind),
-            tokenizer=str(base / "tokenizer"),
-            kind=kind,
-            reading=reading(kind),
-            max_tokens=16,
-            truncation="split" if kind == "tags" else "cut",
-        )
+        train_files, validation, test = ([f"{base}/{kind}-{part}.jsonl"] for part in ("train", "validation", "test"))
+        prepare(world, base, kind, kind, max_tokens=16, inputs=train_files, validation=validation, test=test)
     return base
 
 
@@ -158,15 +147,7 @@ def test_other_families_learn_too(world, labelled, tmp_path, family, kind):
 def test_a_decoder_without_a_padding_token_sees_the_last_token_of_each_text(world, tmp_path):
     write_tokenizer(tmp_path / "tokenizer", "bpe")
     write(tmp_path / "train.jsonl", "single", 40, 1)
-    prepare_labelled(
-        world,
-        inputs=[str(tmp_path / "train.jsonl")],
-        output=str(tmp_path / "single"),
-        tokenizer=str(tmp_path / "tokenizer"),
-        kind="single",
-        reading=reading("single"),
-        max_tokens=16,
-    )
+    prepare(world, tmp_path, "single", "single", max_tokens=16)
     how = {"data.train": f"{tmp_path}/single/train", "model.config.vocab_size": 400}
     values = settings(tmp_path, tmp_path / "run", "single", "gpt2", **how).model_dump(exclude_none=True)
     run = config.load({**values, "data": {"train": f"{tmp_path}/single/train", "tokenizer": f"{tmp_path}/tokenizer"}})
@@ -191,17 +172,8 @@ def test_scores_are_the_same_to_the_last_digit_at_any_number_of_ranks(world, lab
         write(base / "few.jsonl", kind, count, 9)
     world.comm.Barrier()
     names = model_names(labelled, kind)
-    prepare_labelled(
-        world,
-        inputs=[f"{base}/few.jsonl"],
-        output=str(base / "few"),
-        tokenizer=str(labelled / "tokenizer"),
-        kind=kind,
-        reading=reading(kind),
-        given_labels=names,
-        max_tokens=16,
-        truncation="split" if kind == "tags" else "cut",
-    )
+    how = {"given_labels": names, "max_tokens": 16, "tokenizer": str(labelled / "tokenizer")}
+    prepare(world, base, "few", kind, **how)
     run = settings(
         labelled, base / "run", kind, **{"data.train": f"{base}/few/train", "data.tokenizer": f"{base}/few/tokenizer"}
     )
@@ -316,7 +288,7 @@ def test_of_a_run_that_looks_for_the_best_checkpoint_that_one_is_taken(world, la
     base = shared(world, tmp_path)
     how = {"train.eval_every_steps": 2, "train.metric_for_best_model": "loss", "train.learning_rate": 0.3}
     results = train.train(settings(labelled, base / "run", "single", **how), world)
-    _, folder = train.run_config(base / "run")
+    _, folder = run_folder.run_config(base / "run")
     assert str(folder) == results["checkpoint"] and results["best_step"] < 6
 
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_labelled import KINDS, reading, write, write_tokenizer
+from small_labelled import KINDS, prepare, write, write_tokenizer
 
 import hpcllm.mpi
 from hpcllm import model
 from hpcllm.data import examples, order, shards, tokenizer
-from hpcllm.data.prepare_labelled import prepare_labelled
 from hpcllm.tasks import TASKS
 
 
@@ -49,17 +48,7 @@ def source(folder, kind, **how):
     """Examples of 57 sentences in several shards."""
     write_tokenizer(folder / "tokenizer")
     write(folder / "train.jsonl", kind, 57, 5)
-    prepare_labelled(
-        hpcllm.mpi.join(),
-        inputs=[str(folder / "train.jsonl")],
-        output=str(folder / "out"),
-        tokenizer=str(folder / "tokenizer"),
-        kind=kind,
-        reading=reading(kind),
-        max_tokens=12,
-        truncation="split" if kind == "tags" else "cut",
-        shard_tokens=200,
-    )
+    prepare(hpcllm.mpi.join(), folder, "out", kind, max_tokens=12, shard_tokens=200)
     stream = shards.open_folder(str(folder / "out" / "train"))
     task = TASKS["token_classification" if kind == "tags" else "sequence_classification"]
     words = model.vocabulary(tokenizer.load(str(folder / "tokenizer")))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_labelled import KINDS, reading, record, sentences, write, write_tokenizer
+from small_labelled import KINDS, prepare, record, sentences, write, write_tokenizer
 
 import hpcllm.mpi
 from hpcllm.data import shards
-from hpcllm.data.prepare_labelled import prepare_labelled, table
+from hpcllm.data.prepare_labelled import table
 from hpcllm.errors import CannotCreate, DataError, MissingInput, UsageError
 
 COUNT = 200
@@ -25,15 +25,6 @@ def base(world, tmp_path):
         write_tokenizer(base / "tokenizer")
     world.comm.Barrier()
     return base
-
-
-def prepared(world, base, output, kind, **how):
-    how = {
-        "truncation": "split" if kind == "tags" else "cut",
-        "reading": reading(kind),
-        "inputs": [f"{base}/*.jsonl"],
-    } | how
-    return prepare_labelled(world, output=str(base / output), tokenizer=str(base / "tokenizer"), kind=kind, **how)
 
 
 def written(world, base, kind, count=COUNT, name="train.jsonl"):
@@ -56,8 +47,8 @@ def test_shards_are_the_same_bytes_at_any_number_of_ranks(world, base, kind, mon
     monkeypatch.setattr("hpcllm.data.text._UNIT_BYTES", (1000, 1000))
     written(world, base, kind)
     how = {"validation_fraction": 0.2, "shard_tokens": 500, "max_tokens": 12}
-    together = prepared(world, base, "together", kind, **how)
-    alone = prepared(hpcllm.mpi.alone(world), base, f"alone-{world.rank}", kind, **how)
+    together = prepare(world, base, "together", kind, **how)
+    alone = prepare(hpcllm.mpi.alone(world), base, f"alone-{world.rank}", kind, **how)
     assert digests(base / "together") == digests(base / f"alone-{world.rank}")
     for part in ("train", "validation"):
         assert together[part] == alone[part]
@@ -70,7 +61,10 @@ def test_shards_are_the_same_bytes_at_any_number_of_ranks(world, base, kind, mon
 
 def columns(folder):
     manifest = shards.read_manifest(str(folder))
-    mapped = [shards.map_beside(folder / shard["name"], shards.columns_of(manifest)) for shard in manifest["shards"]]
+    mapped = [
+        shards.map_beside(folder / shard["name"], shards.columns_of(manifest["labelled"]))
+        for shard in manifest["shards"]
+    ]
     return {name: np.concatenate([one[name] for one in mapped]) for name in mapped[0] if name != "document_offsets"}
 
 
@@ -78,7 +72,7 @@ def test_columns_hold_the_labels_of_the_input_in_its_order(world, tmp_path):
     write_tokenizer(tmp_path / "tokenizer")
     for kind in KINDS:
         write(tmp_path / "train.jsonl", kind, COUNT, 1)
-        summary = prepared(world, tmp_path, kind, kind, max_tokens=100)
+        summary = prepare(world, tmp_path, kind, kind, max_tokens=100)
         examples = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
         wanted = [example["tags" if kind == "tags" else "label"] for example in examples]
         names, found = summary["labels"], columns(tmp_path / kind / "train")["labels"]
@@ -107,10 +101,11 @@ def test_validation_and_test_files_are_parts_of_their_own(world, tmp_path):
         "validation": [f"{tmp_path}/b.jsonl"],
         "test": [f"{tmp_path}/c.jsonl"],
     }
-    summary = prepared(world, tmp_path, "out", "single", **sources)
+    summary = prepare(world, tmp_path, "out", "single", **sources)
     assert [summary[part]["examples"] for part in ("train", "validation", "test")] == [30, 20, 10]
     told = table(summary)
     assert "examples read" in told and told.splitlines()[0].split() == ["train", "validation", "test"]
+    assert prepare(world, tmp_path, "out", "single", **sources, overwrite=True)["test"] == summary["test"]
     row = next(line for line in told.splitlines() if line.startswith("label good"))
     assert [int(n) for n in row.split()[2:]] == [
         summary[p]["label_counts"]["good"] for p in ("train", "validation", "test")
@@ -130,7 +125,7 @@ def test_what_is_wrong_is_told_on_every_rank_and_nothing_is_left(world, base):
 
     def refused(kind, words, **how):
         with pytest.raises(kind, match=words):
-            prepared(world, base, "out", "single", **how)
+            prepare(world, base, "out", "single", **how)
         world.comm.Barrier()
         assert sorted(path.name for path in base.iterdir()) == before
 
@@ -149,16 +144,16 @@ def test_what_is_wrong_is_told_on_every_rank_and_nothing_is_left(world, base):
         validation=train,
         validation_fraction=0.1,
     )
-    prepared(world, base, "out", "single", inputs=train)
+    prepare(world, base, "out", "single", inputs=train)
     with pytest.raises(CannotCreate, match="exists"):
-        prepared(world, base, "out", "single", inputs=train)
-    prepared(world, base, "out", "single", inputs=train, overwrite=True)
+        prepare(world, base, "out", "single", inputs=train)
+    prepare(world, base, "out", "single", inputs=train, overwrite=True)
 
 
 def test_labels_of_a_shard_must_be_those_of_the_manifest(world, tmp_path):
     write_tokenizer(tmp_path / "tokenizer")
     write(tmp_path / "train.jsonl", "single", 20, 1)
-    prepared(world, tmp_path, "out", "single")
+    prepare(world, tmp_path, "out", "single")
     folder = tmp_path / "out" / "train"
     manifest = shards.read_manifest(str(folder))
     manifest["labelled"]["names"] = ["good", "bad"]
@@ -175,23 +170,23 @@ def test_a_part_of_which_nothing_is_left_is_refused(world, tmp_path):
     write_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "train.jsonl").write_text('{"text": " ", "label": "a"}\n{"text": "the of paris rome", "label": "a"}\n')
     with pytest.raises(DataError, match=r"no example is left for train .2 were read, 1 of them empty, 1 dropped"):
-        prepared(world, tmp_path, "out", "single", max_tokens=5, truncation="drop")
+        prepare(world, tmp_path, "out", "single", max_tokens=5, truncation="drop")
 
 
 def test_a_tag_that_is_no_part_of_an_entity_is_named_where_others_are(world, tmp_path):
     write_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "train.conll").write_text("anna B-person\n\nsees O\nrome BPLACE\n")
     with pytest.raises(DataError, match=r'train\.conll line 3: the tag "BPLACE" is neither O nor a part of an entity'):
-        prepared(world, tmp_path, "out", "tags", inputs=[str(tmp_path / "train.conll")])
+        prepare(world, tmp_path, "out", "tags", inputs=[str(tmp_path / "train.conll")])
     (tmp_path / "train.conll").write_text("anna B-person\n\nsees O\n")
     (tmp_path / "test.conll").write_text("sees O\n\nrome X-place\n")
     with pytest.raises(DataError, match=r'test\.conll line 3: the tag "X-place" is neither O nor a part of an entity'):
-        prepared(
+        prepare(
             world, tmp_path, "out", "tags", inputs=[str(tmp_path / "train.conll")], test=[str(tmp_path / "test.conll")]
         )
     # Parts of speech are what they are.
     (tmp_path / "train.conll").write_text("anna PROPN\n\nsees VERB\n")
-    assert prepared(world, tmp_path, "out", "tags", inputs=[str(tmp_path / "train.conll")])["labels"] == [
+    assert prepare(world, tmp_path, "out", "tags", inputs=[str(tmp_path / "train.conll")])["labels"] == [
         "PROPN",
         "VERB",
     ]
@@ -201,4 +196,4 @@ def test_a_validation_fraction_that_leaves_nothing_is_named(world, tmp_path):
     write_tokenizer(tmp_path / "tokenizer")
     write(tmp_path / "train.jsonl", "single", 3, 1)
     with pytest.raises(DataError, match=r"left for validation \(0 were read.*; validation-fraction is 1e-09\)"):
-        prepared(world, tmp_path, "out", "single", validation_fraction=1e-9)
+        prepare(world, tmp_path, "out", "single", validation_fraction=1e-9)

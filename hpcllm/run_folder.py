@@ -1,0 +1,88 @@
+"""The folder of a run: what is in it, whether a new run or a continued one may have it, which checkpoint stands for it.
+
+All of it is root's: the others are told.
+"""
+
+import json
+from pathlib import Path
+
+from . import best, checkpoint, files, monitor
+from .config import load
+from .errors import CannotCreate, DataError, MissingInput, UsageError
+
+_OURS = ("config.toml", "metrics.jsonl", "events.jsonl", "results.json")
+_REPORTS = [f"{part}_{name}" for part in ("eval", "test") for name in ("results.json", "report.txt", "confusion.png")]
+
+
+def find_start(config, resume, overwrite):
+    """(checkpoint to continue from or None, its state, results of a run that is over or None). Root only.
+
+    Refuses an output folder that is in the way, and verifies the checkpoint.
+    """
+    output = Path(config.run.output_dir)
+    if resume and overwrite:
+        raise UsageError("--resume continues a run and --overwrite deletes it; give one of them")
+    if output.exists() and not output.is_dir():
+        raise CannotCreate(f"run.output_dir: {output} is a file")
+    found = checkpoint.find(output)
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / "events.jsonl").is_file():
+            raise CannotCreate(
+                f"run.output_dir: {output} is not empty and holds no run of hpcllm; choose another folder"
+            )
+        if not resume and not overwrite:
+            raise CannotCreate(
+                f"run.output_dir: {output} holds a run already (newest checkpoint: "
+                f"{found[-1].name if found else 'none'}); "
+                "continue it with --resume, replace it with --overwrite, or choose another folder"
+            )
+    state = {"step": 0, "samples": 0, "restart": monitor.starts(output) if resume else 0}
+    if not resume or not found:
+        return None, state, None
+    try:
+        checkpoint.verify(found[-1])
+    except DataError as error:
+        older = f" to continue from {found[-2].name}" if len(found) > 1 else ""
+        raise DataError(f"{error}; move the folder away{older}") from None
+    state = {**checkpoint.read_state(found[-1]), "restart": state["restart"]}
+    if f"checkpoint-{best.step(state)}" not in [path.name for path in found]:
+        state["best"] = None  # it was moved away, or this is older
+    if state["step"] > config.train.max_steps:
+        raise UsageError(f"--resume: {found[-1]} is beyond train.max_steps ({config.train.max_steps})")
+    file = output / "results.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"step": None}
+    over = state["step"] == config.train.max_steps or results.get("stopped_early")
+    if not over or results["step"] != state["step"]:  # or those of a shorter run
+        return found[-1], state, None
+    print(f"{output}: the run is over, all {state['step']} steps of it; for more give train.max_steps", flush=True)
+    return found[-1], state, results
+
+
+def open_output(config, resume, overwrite):
+    """Make the output folder, emptied of an older run where that was asked for, and write config.toml. Root only."""
+    output = Path(config.run.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for old in checkpoint.find(output):
+                files.remove_folder(old)
+            for name in (*_OURS, *_REPORTS):
+                (output / name).unlink(missing_ok=True)
+        checkpoint.remove_unfinished(output)
+        (output / "events.jsonl").touch()  # what says that this folder is a run of ours
+    except OSError as error:
+        raise CannotCreate(f"run.output_dir: {output} cannot be created: {error.strerror}") from None
+    files.write_text(output / "config.toml", config.toml())
+
+
+def run_config(path):
+    """(config.Config, checkpoint folder) of a checkpoint, or of a run the best, else the newest one. Root only."""
+    folder = Path(path)
+    if not (folder / "trainer_state.json").is_file():
+        found = checkpoint.find(folder)
+        if not found:
+            raise MissingInput(f"{folder} is neither a checkpoint nor a run folder with a complete checkpoint")
+        step = best.step(checkpoint.read_state(found[-1]))
+        folder = next((path for path in found if path.name == f"checkpoint-{step}"), found[-1])
+    checkpoint.verify(folder)
+    return load(checkpoint.read_state(folder)["config"]), folder
