@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import torch
 
@@ -30,22 +31,21 @@ def batch(number, rank, size, rows):
 
 def hpcllm(arguments):
     from hpcllm import mpi, optimizer, train
-    from hpcllm.config import Config, Parallel, Train
+    from hpcllm.config import Parallel, Train
     from hpcllm.data.batches import MicroBatch
     from hpcllm.parallel import host
     from hpcllm.parallel import mesh as meshes
     from hpcllm.parallel.apply import apply
     from hpcllm.quicken import quicken
+    from hpcllm.tasks import TASKS
 
     world = mpi.init("cpu")
     before = jobs.held()
     settings = {"max_steps": WARM_UP + TIMED, "sequence_length": 256, "precision": arguments.precision}
     settings |= {"global_batch_size": arguments.rows * world.size, "micro_batch_size": arguments.rows}
     plan = Train(**settings, learning_rate=1e-4, weight_decay=0.01, max_grad_norm=0.0)
-    model = {"task": "causal_lm", "config": {"model_type": "gpt2"}}
-    run = {"run": {"output_dir": "none"}, "data": {"train": "none"}, "model": model}
-    config = Config(**run, parallel=Parallel(sharding=arguments.sharding), train=plan)
-    parallel = host.resolve(config.parallel, world)
+    source = SimpleNamespace(task=TASKS["causal_lm"], loss_options={})
+    parallel = host.resolve(Parallel(sharding=arguments.sharding), world)
     mesh = meshes.build(meshes.layout(parallel, world.comm.allgather(world.host)), world)
     net = build()
     quicken(net, world.device)
@@ -56,7 +56,7 @@ def hpcllm(arguments):
         if micro_batches is None:
             ids, labels = batch(number, world.rank, world.size, arguments.rows)
             micro_batches = [MicroBatch(ids, labels, 1, len(ids))]
-        loss, targets, *_ = train.one_step(placed, adjust, micro_batches, plan.learning_rate, config)
+        loss, targets, *_ = train.one_step(placed, adjust, micro_batches, plan.learning_rate, source, plan)
         return loss.item() * world.size / targets
 
     return world.rank, world.size, world.comm.Barrier, step, before

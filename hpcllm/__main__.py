@@ -32,19 +32,28 @@ def prepare(args):
 
 # Options of `prepare` that are for one kind of input alone.
 _OF_TEXT = ("tokenizer_kind", "vocab_size", "jsonl_field", "document_separator")
-_OF_TABLES = ("pair_column", "columns", "problem", "label_separator")
-_OF_LABELS = ("validation", "test", "format", "text_column", "label_column", "labels", "max_tokens", "truncation")
+_OF_TABLES = ("columns",)
+_OF_CLASSES = ("pair_column", "problem", "label_separator")
+_OF_NAMES = ("labels",)
+_OF_DIALOGUES = ("chat_template",)
+_OF_LABELS = ("validation", "test", "format", "text_column", "label_column", "max_tokens", "truncation")
+# What does nothing with a task, beside what is for plain text.
+_NOTHING_WITH = {
+    "sequence_classification": _OF_DIALOGUES,
+    "token_classification": _OF_DIALOGUES + _OF_TABLES + _OF_CLASSES,
+    "seq2seq_lm": _OF_DIALOGUES + _OF_CLASSES + _OF_NAMES,
+    "dialogue": _OF_TABLES + _OF_CLASSES + _OF_NAMES,
+}
 
 
 def _refuse_others(args):
     """Refuse options of another kind of input than the one that is prepared: they would do nothing."""
     defaults = parser().parse_args(["prepare", "--input", "", "--output", ""])
-    if not args.task:
-        wrong, why = _OF_LABELS + _OF_TABLES, "is for labelled data; say what they are for: --task"
-    elif args.task == "token_classification":
-        wrong, why = _OF_TEXT + _OF_TABLES, f"does nothing with --task {args.task}"
+    if args.task:
+        wrong, why = _OF_TEXT + _NOTHING_WITH[args.task], f"does nothing with --task {args.task}"
     else:
-        wrong, why = _OF_TEXT, f"does nothing with --task {args.task}"
+        wrong = _OF_LABELS + _OF_TABLES + _OF_CLASSES + _OF_NAMES + _OF_DIALOGUES
+        why = "is for labelled data; say what they are for: --task"
     given = [name for name in wrong if getattr(args, name) != getattr(defaults, name)]
     if not given and args.problem == "value" and args.labels:
         given, why = ["labels"], "names labels, and values have no names"
@@ -55,19 +64,18 @@ def _refuse_others(args):
 def prepare_labelled(args, world):
     from .data.labelled import Reading
     from .data.prepare_labelled import prepare_labelled, table
+    from .names import KIND
 
-    words = args.task == "token_classification"
     names = ("output", "tokenizer", "validation", "test", "validation_fraction", "label_separator", "max_tokens")
-    names += ("shard_tokens", "overwrite")
-    columns = args.columns and tuple(args.columns)
-    reading = Reading(args.format, args.text_column, args.pair_column, args.label_column, columns, words)
+    names += ("chat_template", "shard_tokens", "overwrite")
+    kind, columns = KIND.get(args.task, args.problem), args.columns and tuple(args.columns)
+    reading = Reading(kind, args.format, args.text_column, args.pair_column, args.label_column, columns)
     summary = prepare_labelled(
         world,
         inputs=args.input,
-        kind="tags" if words else args.problem,
         reading=reading,
         given_labels=args.labels,
-        truncation=args.truncation or ("split" if words else "cut"),
+        truncation=args.truncation or ("split" if kind == "tags" else "cut"),
         **{name: getattr(args, name) for name in names},
     )
     if world.is_root:

@@ -2,11 +2,9 @@
 
 import argparse
 
-from . import __version__
+from . import __version__, names
 from .errors import UsageError
 from .mpi import launcher, leave_together
-
-_LABELS = ("sequence_classification", "token_classification")
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +30,8 @@ def parser():
     p.add_argument(
         "--tokenizer", metavar="DIR", help="a tokenizer folder in Hugging Face's layout (default: train one)"
     )
-    p.add_argument("--tokenizer-kind", choices=("wordpiece", "bpe"), default="wordpiece", help="(default: %(default)s)")
+    p.add_argument("--tokenizer-kind", choices=("wordpiece", "bpe", "t5"), default="wordpiece", help="to train: for "
+                   "BERT, GPT or T5 (default: %(default)s)")  # fmt: skip
     p.add_argument("--vocab-size", type=int, default=30522, metavar="N", help="tokens to train (default: %(default)s)")
     p.add_argument("--jsonl-field", metavar="NAME", help="the input is JSONL and this field holds the text")
     p.add_argument(
@@ -51,17 +50,21 @@ def parser():
     )
     p.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     g = p.add_argument_group("labelled data, to fine-tune")
-    g.add_argument("--task", choices=_LABELS, help="what the labels are for; without, text is for pre-training")
+    g.add_argument(
+        "--task", choices=names.OF_EXAMPLES, help="what the labels are for; without, text is for pre-training"
+    )
     g.add_argument("--validation", nargs="+", default=[], metavar="FILE_OR_GLOB", help="examples to choose a model by")
     g.add_argument("--test", nargs="+", default=[], metavar="FILE_OR_GLOB", help="examples to report results of")
     g.add_argument("--format", choices=("conll", "tsv", "csv", "jsonl"), help="(default: by the files' endings)")
     g.add_argument(
-        "--text-column", metavar="NAME", help="column or field of the text (default: text; of words 0 or tokens)"
-    )
+        "--text-column", metavar="NAME", help="column or field of the text (default: text; of words 0 or tokens; of "
+        "texts to write source; of dialogues messages or prompt)"
+    )  # fmt: skip
     g.add_argument("--pair-column", metavar="NAME", help="column or field of a second text")
     g.add_argument(
-        "--label-column", metavar="NAME", help="column or field of the label (default: label; of words -1 or tags)"
-    )
+        "--label-column", metavar="NAME", help="column or field of the label (default: label; of words -1 or tags; of "
+        "texts to write target; of prompts completion)"
+    )  # fmt: skip
     g.add_argument(
         "--columns", nargs="+", metavar="NAME", help="names of a table's columns, if its first line has none"
     )
@@ -71,6 +74,8 @@ def parser():
     g.add_argument(
         "--label-separator", default=",", metavar="TEXT", help="between a text's names (default: %(default)s)"
     )
+    g.add_argument("--chat-template", metavar="FILE", help="dialogue: Jinja that writes turns down, or plain (default: "
+                   "the tokenizer's own)")  # fmt: skip
     g.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest example (default: %(default)s)")
     g.add_argument("--truncation", choices=("cut", "drop", "error", "split"), help="of longer ones: lose their end, or "
                    "all, refuse them, or go on in another (default: split sentences of words, cut texts)")  # fmt: skip
@@ -115,7 +120,7 @@ def parser():
 
     p = commands.add_parser(
         "predict",
-        help="what a model says of texts: fill [MASK], continue, classify, tag, embed",
+        help="what a model says of texts: fill [MASK], continue, rewrite, reply, classify, tag, embed",
         description="Of --text answers are printed. Of the rows of --input each gets a line of JSON in --output, in "
         "order and once, whichever rank answers it; a job that was killed goes on where it was, by the same command.",
     )
@@ -129,8 +134,7 @@ def parser():
     p.add_argument("--pair-column", metavar="NAME", help="column or field of a second text")
     p.add_argument("--output", metavar="FILE", help="write the answers as JSONL")
     p.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
-    p.add_argument("--task", choices=("masked_lm", "causal_lm", "sequence_classification", "token_classification",
-                   "embedding"), help="what is asked (default: what the model is for)")  # fmt: skip
+    p.add_argument("--task", choices=(*names.TASKS, "embedding"), help="what is asked (default: what the model is for)")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="arithmetic (default: that of training)")
     p.add_argument("--batch-tokens", type=int, metavar="N", help="of a batch, padding included (default: by device)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "xpu"), default="auto")

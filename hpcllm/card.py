@@ -10,6 +10,8 @@ _PIPELINES = {
     "causal_lm": "text-generation",
     "sequence_classification": "text-classification",
     "token_classification": "token-classification",
+    "seq2seq_lm": "text2text-generation",
+    "dialogue": "text-generation",
 }
 _LABELS_SHOWN = 200
 

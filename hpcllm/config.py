@@ -13,11 +13,8 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from . import names
 from .errors import MissingInput, UsageError
-
-# Tasks that learn from what `hpcllm prepare --task` wrote.
-LABELLED = ("sequence_classification", "token_classification")
-
 
 # What says the same in another way, of which a run file has but one.
 _INSTEAD = {"train.max_steps": "num_train_epochs", "train.num_train_epochs": "max_steps"}
@@ -52,7 +49,7 @@ class Data(Section):
     """What a token of a row attends to: the row, which runs across documents, or its own document alone, in which its
     position counts from 0, too. Rows and their order are the same."""
     mlm_probability: float = Field(0.15, gt=0, lt=1)
-    """masked_lm: fraction of the tokens that are targets."""
+    """masked_lm, and seq2seq_lm on text: fraction of the tokens that are hidden, which are the targets."""
 
     @property
     def tokenizer_dir(self):
@@ -60,10 +57,11 @@ class Data(Section):
 
 
 class Model(Section):
-    task: Literal["masked_lm", "causal_lm", "sequence_classification", "token_classification"]
-    """What is learnt: masked_lm (BERT and its kin) or causal_lm (GPT-2, Llama and their kin) from text;
-    sequence_classification (of texts, pairs of texts; also numbers) or token_classification (entities, parts of speech)
-    from labelled data."""
+    task: Literal[names.TASKS]
+    """What is learnt: masked_lm (BERT and its kin), causal_lm (GPT-2, Llama and their kin) or seq2seq_lm (T5: spans are
+    filled in) from text; sequence_classification (of texts, pairs of texts; also numbers), token_classification
+    (entities, parts of speech), seq2seq_lm (a text from another) or dialogue (what an assistant says) from labelled
+    data."""
     config: dict[str, Any] | None = None
     """A transformers configuration: model_type and any of its arguments. Weights start at random."""
     init_from: str | None = None
@@ -293,27 +291,37 @@ class Config(Section):
 
     @model_validator(mode="after")
     def what_labelled_data_have(self):
-        labelled = self.model.task in LABELLED
-        if not labelled:
-            given = {"data.test": self.data.test, "train.metric_for_best_model": self.train.metric_for_best_model}
-            given |= {
-                "train.class_weights": self.train.class_weights,
-                "train.label_smoothing": self.train.label_smoothing,
-            }
-            wrong = [name for name, value in given.items() if value]
-            if wrong:
-                raise ValueError(f'{wrong[0]} is for labelled data, model.task = "{self.model.task}" learns from text')
-            return self
+        try:  # of a task that learns from both only the data tell
+            if self.model.task not in names.OF_EXAMPLES:
+                self.check_text()
+            if self.model.task not in names.OF_TEXT:
+                self.check_examples()
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def check_text(self):
+        """Raise UsageError for what a run that learns from text has no use for."""
+        given = {"data.test": self.data.test, "train.metric_for_best_model": self.train.metric_for_best_model}
+        given |= {
+            "train.class_weights": self.train.class_weights,
+            "train.label_smoothing": self.train.label_smoothing,
+        }
+        wrong = [name for name, value in given.items() if value]
+        if wrong:
+            raise UsageError(f'{wrong[0]} is for labelled data, model.task = "{self.model.task}" learns from text')
+
+    def check_examples(self):
+        """Raise UsageError for what a run that learns from labelled data cannot be."""
         parallel = self.parallel
         given = {"pipeline": parallel.pipeline > 1, "context": parallel.context > 1, "sequence": parallel.sequence}
         wrong = [f"parallel.{name}" for name, there in given.items() if there]
         if wrong:
-            raise ValueError(f"{wrong[0]}: {self.model.task} goes with the data and tensor axes, and any sharding")
+            raise UsageError(f"{wrong[0]}: {self.model.task} goes with the data and tensor axes, and any sharding")
         if self.data.reader == "mpio" or self.data.attention == "document":
-            raise ValueError('labelled data are read with data.reader = "mapped" and data.attention = "row"')
+            raise UsageError('labelled data are read with data.reader = "mapped" and data.attention = "row"')
         if self.train.metric_for_best_model and not self.data.validation:
-            raise ValueError("train.metric_for_best_model compares evaluations; name data.validation")
-        return self
+            raise UsageError("train.metric_for_best_model compares evaluations; name data.validation")
 
     def toml(self):
         """The resolved run file, defaults filled in."""

@@ -48,11 +48,12 @@ def of_task(source, placed, precision, score=False):
 def evaluate(placed, source, width, precision, prefix="eval"):
     """How good `placed` (parallel.apply.Placed) is on all of `source`, {f"{prefix}_{metric}": number}, and a report.
 
-    width: samples per forward. The report is (text table, confusion matrix or None) for labelled examples, None for
-    text, of which there are mean loss per target (nats), perplexity and accuracy. Collective.
+    width: samples per forward. The report is (text table, confusion matrix or None) of tasks that have scores of their
+    own, None where answers are text, of which there are mean loss per target (nats), perplexity and accuracy.
+    Collective.
     """
     placed.train(False)
-    scores, report = (_labelled if source.stream.labelled else _text)(placed, source, width, precision)
+    scores, report = (_labelled if hasattr(source.task, "scores") else _text)(placed, source, width, precision)
     placed.train()
     placed.reshard()
     return {f"{prefix}_{name}": value for name, value in scores.items()}, report
@@ -71,24 +72,31 @@ def _results(placed, source, width, precision):
 
 
 def _text(placed, source, width, precision):
-    """Each rank sums over its samples in fp64; sums and counts meet once at the end."""
-    sums = torch.zeros(4, dtype=torch.float64)  # loss, right, targets, samples
+    """Sums of the batches meet at the end, and are added up and rounded once: the same at any number of ranks."""
     once = placed.mesh.place["context"] == 0  # what a batch counts, not its parts
+    losses, counts = [], torch.zeros(3, dtype=torch.int64)  # right, targets, samples
     for batch, result in _results(placed, source, width, precision):
         if result is not None:
-            counts = [once * batch.targets, once * batch.samples]
-            sums += torch.tensor([result[0].item(), result[1].item(), *counts], dtype=torch.float64)
-    dist.all_reduce(sums, group=placed.mesh.losses)
-    loss, right, targets, samples = sums.tolist()
-    mean = loss / max(targets, 1)
+            losses.append(result[0].item())
+            counts += torch.tensor([int(result[1]), once * int(batch.targets), once * batch.samples])
+    dist.all_reduce(counts, group=placed.mesh.losses)
+    right, targets, samples = counts.tolist()
+    mean = _sum(losses, placed) / max(targets, 1)
     scores = {
         "loss": mean,
         "perplexity": math.exp(min(mean, 700.0)),
         "accuracy": right / max(targets, 1),
-        "targets": int(targets),
-        "samples": int(samples),
+        "targets": targets,
+        "samples": samples,
     }
     return scores, None
+
+
+def _sum(numbers, placed):
+    """The sum of all ranks' numbers, rounded once, so that it does not matter who has which."""
+    everybody = [None] * dist.get_world_size(placed.mesh.losses)
+    dist.all_gather_object(everybody, numbers, group=placed.mesh.losses)
+    return math.fsum(number for each in everybody for number in each)
 
 
 def _labelled(placed, source, width, precision):
@@ -111,9 +119,11 @@ def _labelled(placed, source, width, precision):
 
 
 def write(folder, prefix, scores, report, meaning):
-    """`prefix`_results.json, _report.txt and, where matplotlib is, _confusion.png of labelled data. Root only."""
-    text, matrix = report
+    """`prefix`_results.json, and of a report _report.txt and, where matplotlib is, _confusion.png. Root only."""
     files.write_json(Path(folder) / f"{prefix}_results.json", scores)
+    if report is None:
+        return
+    text, matrix = report
     files.write_text(Path(folder) / f"{prefix}_report.txt", text + "\n")
     if matrix is not None and importlib.util.find_spec("matplotlib"):
         picture.confusion_picture(matrix, meaning["names"], str(Path(folder) / f"{prefix}_confusion.png"))

@@ -7,6 +7,7 @@ model folder is run, and only safetensors weights are read.
 import contextlib
 import difflib
 import fnmatch
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 
 from . import weights
-from .config import LABELLED
 from .errors import DataError, MissingInput, UsageError
 from .tasks import TASKS
 
@@ -26,7 +26,8 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}
 class Vocabulary:
     """Token ids with a meaning; None where the tokenizer has none. special, ordinary: int64 arrays of ids.
 
-    size: one more than the highest id; segments: models get token_type_ids, which tell a second text from a first.
+    size: one more than the highest id; segments: models get token_type_ids, which tell a second text from a first;
+    sentinels: ids of <extra_id_0>, <extra_id_1>, ..., which stand for what is hidden.
     """
 
     size: int
@@ -39,6 +40,7 @@ class Vocabulary:
     special: np.ndarray
     ordinary: np.ndarray
     segments: bool = False
+    sentinels: tuple = ()
 
     @property
     def padding(self):
@@ -48,14 +50,16 @@ class Vocabulary:
 
 def vocabulary(tokenizer):
     """Vocabulary of a transformers tokenizer."""
-    numbers = np.array(sorted(tokenizer.get_vocab().values()), dtype=np.int64)  # there may be gaps
+    known = tokenizer.get_vocab()
+    numbers = np.array(sorted(known.values()), dtype=np.int64)  # there may be gaps
     special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
     names = ("cls", "sep", "mask", "pad", "bos", "eos")
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
-    segments = "token_type_ids" in tokenizer.model_input_names
-    return Vocabulary(
-        int(numbers[-1]) + 1, **ids, special=special, ordinary=np.setdiff1d(numbers, special), segments=segments
-    )
+    sentinels = map(known.get, map("<extra_id_{}>".format, itertools.count()))
+    more = {"special": special, "ordinary": np.setdiff1d(numbers, special)}
+    more |= {"segments": "token_type_ids" in tokenizer.model_input_names}
+    more |= {"sentinels": tuple(itertools.takewhile(lambda number: number is not None, sentinels))}
+    return Vocabulary(int(numbers[-1]) + 1, **ids, **more)
 
 
 def build(section, words, sequence_length, seed, meaning=None):
@@ -133,6 +137,8 @@ def configuration(section, words=None):
         for name in ("pad", "bos", "eos"):
             if f"{name}_token_id" in known:
                 given.setdefault(f"{name}_token_id", getattr(words, name))
+        if plain.is_encoder_decoder:  # what a decoder's first token is, as T5 has it
+            given.setdefault("decoder_start_token_id", words.padding)
     with _refused_by_transformers():
         return family(**given)
 
@@ -149,9 +155,9 @@ def _saved_configuration(folder):
 def label_names(folder, task):
     """(kind, names in order) of the labels of the model in `folder`, as data say it; None for a task without labels."""
     config = _saved_configuration(require_folder(folder))
-    if task not in LABELLED:
+    kinds = getattr(TASKS[task], "KINDS", None)
+    if kinds is None or not hasattr(TASKS[task], "scores"):
         return None
-    kinds = TASKS[task].KINDS
     kind = next(k for k, said in kinds.items() if said == config.problem_type) if isinstance(kinds, dict) else kinds[0]
     return kind, [] if kind == "value" else [config.id2label[number] for number in range(config.num_labels)]
 

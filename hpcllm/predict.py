@@ -31,7 +31,10 @@ _ENDINGS = {
     "LMHeadModel": "causal_lm",
     "ForSequenceClassification": "sequence_classification",
     "ForTokenClassification": "token_classification",
+    "ForConditionalGeneration": "seq2seq_lm",
 }
+# What else than its own texts a model for a task may be asked.
+_ALSO = {"causal_lm": ("dialogue",), "dialogue": ("causal_lm",)}
 
 
 def what_is(path, question=None):
@@ -49,7 +52,7 @@ def what_is(path, question=None):
         own, precision = config.model.task, config.train.precision
     if question is None and own is None:
         raise UsageError(f"{folder}: its config.json does not say what this model is for; say --task")
-    if question not in (None, own, "embedding"):
+    if question not in (None, own, "embedding", *_ALSO.get(own, ())):
         raise UsageError(
             f"--task {question}: {folder} is a model for {own or 'no task'}; its texts may have an embedding"
         )
@@ -173,6 +176,8 @@ def show(answer):
     text, said = answer["text"], answer["prediction"]
     if "continuation" in said:
         return f"{text} | {said['continuation']}"
+    if "written" in said:
+        return f"{text}\n    {said['written']}"
     if "masks" in said:
         told = "; ".join(
             ", ".join(f"{one['token']} {one['score']:.3f}" for one in guesses) for guesses in said["masks"]

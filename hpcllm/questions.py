@@ -21,11 +21,13 @@ import torch
 from .data import order
 from .data.encode import Words
 from .data.labels import is_chunk
+from .data.turns import messages
 from .errors import UsageError
 from .metrics import tags as schemes
 from .tasks import TASKS
 
 BLANK = "[MASK]"  # what a user writes, whatever the tokenizer calls its mask token
+MESSAGES = "messages"  # the field that has the turns of a dialogue
 _DIGITS = 6  # of scores
 
 
@@ -79,12 +81,15 @@ class _Question:
     def whole(self, row):
         """The one document of a row that must not be cut."""
         found = self.words(*self.texts(row), verbose=False)
-        ids = found["input_ids"]
+        return self.fitting(row, found["input_ids"]), found.get("token_type_ids")
+
+    def fitting(self, row, ids):
+        """`ids`, for which there is room."""
         if not ids:
             raise row.refusal("the text is empty")
         if len(ids) > self.places:
             raise row.refusal(f"{len(ids)} tokens, more than the {self.places} that this model leaves room for")
-        return ids, found.get("token_type_ids")
+        return ids
 
     def cut(self, row):
         """The one document of a row whose end may be missing; says third whether it is."""
@@ -152,6 +157,7 @@ class Continue(_Question):
         self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
 
     model_class = staticmethod(TASKS["causal_lm"].model_class)
+    told, strips = "continuation", ""  # what the answer is called, and what may stand around it
 
     def size(self, ids):
         return (len(ids) + self._new) * self._beams
@@ -162,18 +168,20 @@ class Continue(_Question):
         return [(*self.whole(row), order.key(self._seed, name, row.offset))]
 
     def ask(self, documents, device):
-        given = self.inputs(documents, device, left=True)
+        encodes = self.net.config.is_encoder_decoder
+        given = self.inputs(documents, device, left=not encodes)
         given.pop("token_type_ids", None)
-        start = given["input_ids"].shape[1]
+        start = 1 if encodes else given["input_ids"].shape[1]
         how = {"do_sample": False, "num_beams": self._beams, "max_new_tokens": self._new, "pad_token_id": self.pad}
         if self._temperature:
             keys = np.array([key for *_, key in documents], np.uint64)
             how["logits_processor"] = [self._draw(keys, start)]
         made = self.net.generate(**given, **how)
         for ids in made[:, start:].tolist():
-            yield {"continuation": self.words.decode(ids, skip_special_tokens=True)}
+            yield {self.told: self.words.decode(ids, skip_special_tokens=True).strip(self.strips)}
 
     def _draw(self, keys, start):
+        """Draws, where `start` places of what a model wrote were there before it."""
         from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
         likely = LogitsProcessorList()
@@ -189,6 +197,41 @@ class Continue(_Question):
             return logits + torch.from_numpy(gumbel).to(logits)
 
         return draw
+
+
+class Write(Continue):
+    """A text from a text, by a model with encoder and decoder: {"written"}. What is to be read may be as long as the
+    model's positions, if it has such."""
+
+    told = "written"
+
+    def __init__(self, net, words, **options):
+        super().__init__(net, words, **options)
+        self.places += self._new  # what is written has places of its own
+
+    model_class = staticmethod(TASKS["seq2seq_lm"].model_class)
+
+
+class Reply(Continue):
+    """What an assistant says next: {"reply"}. A row has turns in its field `messages`, or a text, which a user says."""
+
+    told, strips = "reply", " \n"
+
+    def __init__(self, net, words, **options):
+        super().__init__(net, words, **options)
+        if words.chat_template is None:
+            raise UsageError("the tokenizer of this model has no chat template; --task causal_lm goes on with texts")
+        self._column, self.columns = self.columns[0], ()  # a row has it, or messages
+
+    def whole(self, row):
+        said = row.fields.get(MESSAGES, [{"role": "user", "content": row.fields.get(self._column)}])
+        try:
+            contents, _, roles = messages(said)
+            turns = [{"role": role, "content": one} for role, one in zip(roles, contents, strict=True)]
+            prompt = self.words.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # Jinja's, and what templates raise of themselves, are among them
+            raise row.refusal(f'"{MESSAGES}" or the text "{self._column}": {error}') from None
+        return self.fitting(row, self.words(prompt, add_special_tokens=False, verbose=False)["input_ids"]), None
 
 
 class ClassifySequence(_Question):
@@ -303,6 +346,8 @@ class Embed(_Question):
 QUESTIONS = {
     "masked_lm": FillMask,
     "causal_lm": Continue,
+    "seq2seq_lm": Write,
+    "dialogue": Reply,
     "sequence_classification": ClassifySequence,
     "token_classification": TagWords,
     "embedding": Embed,

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from . import attention, best, checkpoint, evaluate, files, model, monitor, optimizer, run_folder, startup, utilisation
-from .config import LABELLED
 from .data import batches, examples
 from .errors import DataError, Diverged, UsageError
 from .mpi import choose, device, on_root, together
@@ -202,10 +201,12 @@ def open_source(config, world, folder, words, names=None):
     with together(world.comm):
         tokenizer.check_same(stream, tokenizer_dir, tokenizer_hash)
         task.check(vocabulary)
-        if config.model.task in LABELLED:
-            return examples.open_part(stream, task, vocabulary, config, world.device, names)
-        if stream.labelled:
+        if stream.labelled and not hasattr(task, "KINDS"):
             raise DataError(f"data: {folder} holds labelled examples, {config.model.task} learns from text")
+        if stream.labelled or not hasattr(task, "span"):
+            config.check_examples()
+            return examples.open_part(stream, task, vocabulary, config, world.device, names)
+        config.check_text()
         how = config.train.sequence_length, config.data.mlm_probability, config.run.seed, config.data.attention
         source = batches.Source(stream, task, vocabulary, *how)
         batches.require(source, 1, f"{folder}: a run needs at least")
@@ -307,7 +308,8 @@ def finish(config, world, placed, validation, test, progress, scores, told):
             known = prefix == "eval" and scores
             found, report = (scores, told) if known else evaluate.evaluate(placed, source, *how, prefix)
             on_root(world.comm, evaluate.write, config.run.output_dir, prefix, found, report, source.meaning)
-            progress.say(f"{prefix}: {source.stream.folder}\n{report[0]}")
+            if report:
+                progress.say(f"{prefix}: {source.stream.folder}\n{report[0]}")
             scores |= world.comm.bcast(found, root=0)
     return scores
 

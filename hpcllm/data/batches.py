@@ -74,12 +74,12 @@ class Source:
 
     def __len__(self):
         """Whole samples in the stream; the tokens after the last one are not used."""
-        taken, stride = self.task.span(self.sequence_length)
+        taken, stride = self.task.span(self.sequence_length, self.mlm_probability)
         return max(0, (self.stream.token_count - taken) // stride + 1)
 
     def micro_batch(self, samples, epochs):
         """Rows for int64 arrays [B] of sample numbers and their epochs."""
-        taken, stride = self.task.span(self.sequence_length)
+        taken, stride = self.task.span(self.sequence_length, self.mlm_probability)
         keys = order.key(self.seed, epochs, samples)
         tokens = self.stream.gather(samples * stride, taken)
         input_ids, labels = self.task.rows(tokens, keys, self.vocabulary, self.mlm_probability)

@@ -4,67 +4,95 @@ Policies, by name. An example of more than `max_tokens` tokens is cut ("cut": it
 text's), left out ("drop"), refused ("error"), or, where words have labels, goes on in another document ("split"). Of a
 word's tokens the first has its label, the others none (-100), as in Devlin et al. 2019, section 5.3. A word without
 tokens (of characters that the tokenizer removes) is an unknown one, so that each has its label.
+
+Each kind of labels has a class, of which `Encoding` is the base: `encoding` makes the right one.
 """
 
 import functools
 import json
-from dataclasses import dataclass
-from typing import Any
+
+import numpy as np
 
 from ..errors import UsageError
-from . import text
+from . import text, turns
 from .shards import Column
 
 TRUNCATION = ("cut", "drop", "error", "split")
 NO_LABEL = -100
 
 
-@dataclass(frozen=True)
+def encoding(encoder, labels, max_tokens, truncation, separator_id=None, template=None):
+    """The Encoding of a kind of labels.
+
+    encoder: tokenizers.Tokenizer; labels: labels.Labels; truncation: a policy; separator_id: the token that ends a text
+    that a model writes ("text"); template: of dialogues (turns.Template). Raises UsageError.
+    """
+    own = {"tags": Tags, "text": Targets, "turns": Turns}.get(labels.kind, Encoding)
+    more = {"text": {"end": separator_id}, "turns": {"template": template}}.get(labels.kind, {})
+    return own(encoder, labels, max_tokens, truncation, **more)
+
+
 class Encoding:
-    """How examples become documents. encoder: tokenizers.Tokenizer; labels: labels.Labels; truncation: a policy."""
+    """How examples become documents: texts, or pairs of them, with a label.
 
-    encoder: Any
-    labels: Any
-    max_tokens: int
-    truncation: str
+    Columns: second: where the second text of a pair begins; labels: numbers of names, 0 or 1 for each name, or the
+    value.
+    """
 
-    def __post_init__(self):
-        if self.truncation == "split" and self.labels.kind != "tags":
+    def __init__(self, encoder, labels, max_tokens, truncation):
+        self.encoder, self.labels, self.max_tokens, self.truncation = encoder, labels, max_tokens, truncation
+        if truncation == "split" and labels.kind != "tags":
             raise UsageError('truncation: "split" is for words with tags; take "cut", "drop" or "error"')
-        least = self.encoder.num_special_tokens_to_add(True) + 2
-        if self.max_tokens < least:
-            raise UsageError(f"max-tokens: {self.max_tokens} leaves no room for text; the least is {least}")
+        least = encoder.num_special_tokens_to_add(True) + 2
+        if max_tokens < least:
+            raise UsageError(f"max-tokens: {max_tokens} leaves no room for text; the least is {least}")
 
     @property
     def columns(self):
-        """The shards.Column of these examples, in order.
-
-        second: where the second text of a pair begins; labels: numbers of names, 0 or 1 for each name, or the value;
-        of tags one a token; continues: 1 where a sentence goes on that was split.
-        """
-        kind, count = self.labels.kind, len(self.labels.names)
-        if kind == "tags":
-            return [Column("labels", "token", "<i2"), Column("continues", "document", "|u1")]
-        dtype, width = {"single": ("<i4", 1), "multi": ("|u1", count), "value": ("<f4", 1)}[kind]
-        return [Column("second", "document", "<i4"), Column("labels", "document", dtype, width)]
+        """The shards.Column of these examples, in order."""
+        kinds = {"single": ("<i4", 1), "multi": ("|u1", len(self.labels.names)), "value": ("<f4", 1)}
+        return [Column("second", "document", "<i4"), Column("labels", "document", *kinds[self.labels.kind])]
 
     def documents(self, batch, counts):
         """Yield (ids, {column: numbers}) for a list of (labelled.Example, its unit).
 
-        counts: a Counter of what becomes of examples: read, empty, cut, dropped, split, wordless.
+        counts: a Counter of what becomes of examples: read, empty, cut, dropped, split, wordless, documents; their
+        "longest", and how often each label is there, ("label", its number).
         """
+        for ids, beside in self._kept(batch, counts):
+            counts["documents"] += 1
+            counts["longest"] = max(counts["longest"], self.length(ids, beside))
+            for number in self.numbers(beside):
+                counts["label", number] += 1
+            yield ids, beside
+
+    def length(self, ids, beside):
+        """Tokens that a model reads at once, of a document."""
+        return len(ids)
+
+    def numbers(self, beside):
+        """The numbers of the names in a document's columns."""
+        if self.labels.kind == "multi":
+            return np.flatnonzero(beside["labels"]).tolist()
+        return [beside["labels"]] if self.labels.kind == "single" else []
+
+    def _kept(self, batch, counts):
         counts["read"] += len(batch)
         kept = []
         for example, unit in batch:
             numbers = self.labels.numbers(example, unit)
-            if example.text and (not isinstance(example.text, str) or not example.text.isspace()):
-                kept.append((example, unit, numbers))
-            else:
+            if self.empty(example):
                 counts["empty"] += 1
+            else:
+                kept.append((example, unit, numbers))
         if kept:
-            yield from (self._words if self.labels.kind == "tags" else self._texts)(kept, counts)
+            yield from self._encode(kept, counts)
 
-    def _texts(self, kept, counts):
+    def empty(self, example):
+        """Whether there is nothing in an example to learn from."""
+        return not example.text or example.text.isspace()
+
+    def _encode(self, kept, counts):
         self.encoder.enable_truncation(self.max_tokens)
         texts = [e.text if e.pair is None else (e.text, e.pair) for e, *_ in kept]
         for (example, unit, numbers), found in zip(kept, self.encoder.encode_batch(texts), strict=True):
@@ -73,7 +101,32 @@ class Encoding:
             second = found.type_ids.index(1) if 1 in found.type_ids else len(found.ids)
             yield found.ids, {"second": second, "labels": numbers}
 
-    def _words(self, kept, counts):
+    def _too_long(self, example, unit, counts):
+        """Whether an example that is too long stays, in what way it may."""
+        if self.truncation == "error":
+            others = "cut, drop or split" if self.labels.kind == "tags" else "cut or drop"
+            why = f"more than {self.max_tokens} tokens; say what to do with such: --truncation {others}"
+            raise text.refusal(unit, example.offset, why)
+        counts["dropped" if self.truncation == "drop" else self.truncation] += 1
+        return self.truncation != "drop"
+
+
+class Tags(Encoding):
+    """Words with a tag each.
+
+    Columns: labels: of the first token of a word the number of its tag; continues: 1 where a sentence goes on that was
+    split.
+    """
+
+    columns = (Column("labels", "token", "<i2"), Column("continues", "document", "|u1"))
+
+    def numbers(self, beside):
+        return [number for number in beside["labels"] if number != NO_LABEL]
+
+    def empty(self, example):
+        return not example.text
+
+    def _encode(self, kept, counts):
         words = self._sentences
         found = words.pieces([example.text for example, *_ in kept])
         for (example, unit, numbers), (pieces, wordless) in zip(kept, found, strict=True):
@@ -92,13 +145,69 @@ class Encoding:
     def _sentences(self):
         return Words(self.encoder, self.max_tokens)
 
-    def _too_long(self, example, unit, counts):
-        """Whether an example that is too long stays, in what way it may."""
-        if self.truncation == "error":
-            why = f"more than {self.max_tokens} tokens; say what to do with such: --truncation cut, drop or split"
-            raise text.refusal(unit, example.offset, why)
-        counts["dropped" if self.truncation == "drop" else self.truncation] += 1
-        return self.truncation != "drop"
+
+class Targets(Encoding):
+    """A text to read and another to write: both in one document, each of at most `max_tokens` tokens.
+
+    Column: second: where the text to write begins, whose last token is `end` (cut ones excepted).
+    """
+
+    columns = (Column("second", "document", "<i4"),)
+
+    def __init__(self, *common, end):
+        super().__init__(*common)
+        self._end = end
+
+    def length(self, ids, beside):
+        return max(beside["second"], len(ids) - beside["second"])
+
+    def empty(self, example):
+        return super().empty(example) or not example.label or example.label.isspace()
+
+    def _encode(self, kept, counts):
+        self.encoder.no_truncation()
+        texts = [text for example, *_ in kept for text in (example.text, example.label)]
+        found = [self._whole(one.ids) for one in self.encoder.encode_batch(texts)]
+        for (example, unit, _), source, target in zip(kept, found[::2], found[1::2], strict=True):
+            if max(len(source), len(target)) > self.max_tokens:
+                if not self._too_long(example, unit, counts):
+                    continue
+                source, target = self._cut(source), target[: self.max_tokens]
+            yield source + target, {"second": len(source)}
+
+    def _whole(self, ids):
+        return ids if ids[-1:] == [self._end] else [*ids, self._end]
+
+    def _cut(self, ids):
+        return ids if len(ids) <= self.max_tokens else [*ids[: self.max_tokens - 1], self._end]
+
+
+class Turns(Encoding):
+    """A dialogue as its template writes it down, of which what the assistant says is learnt.
+
+    Column: learnt: 1 for tokens that end in what the assistant says, and in what ends it.
+    """
+
+    columns = (Column("learnt", "token", "|u1"),)
+
+    def __init__(self, *common, template):
+        super().__init__(*common)
+        self._template = template
+
+    def empty(self, example):
+        return turns.ASSISTANT not in example.label
+
+    def _encode(self, kept, counts):
+        for example, unit, _ in kept:
+            ids, learnt = self._template.encode(example, unit)
+            if len(ids) > self.max_tokens:
+                if not self._too_long(example, unit, counts):
+                    continue
+                ids, learnt = ids[: self.max_tokens], learnt[: self.max_tokens]
+            if any(learnt[1:]):
+                yield ids, {"learnt": learnt}
+            else:
+                counts["empty"] += 1
 
 
 class Words:

@@ -6,6 +6,7 @@ long ones few, and all ranks have as much to do. What a micro-batch holds depend
 """
 
 import bisect
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 
 from ..errors import DataError, UsageError
 from . import order, shards
-from .encode import NO_LABEL
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Examples:
 
     @property
     def loss_options(self):
-        return {"class_weights": self.class_weights, "label_smoothing": self.label_smoothing}
+        """What the task's loss takes beside inputs and targets, as far as it was asked for."""
+        asked = {"class_weights": self.class_weights, "label_smoothing": self.label_smoothing or None}
+        return {name: value for name, value in asked.items() if value is not None}
 
     @property
     def meaning(self):
@@ -107,34 +109,19 @@ class Examples:
     def micro_batch(self, numbers, epochs):
         """ExampleBatch of int64 arrays [B] of example numbers and their epochs."""
         found = list(self.rows(numbers))
-        longest = max(len(tokens) for tokens, _ in found)
-        width = min(-(-longest // self.multiple) * self.multiple, max(longest, self.sequence_length))
-        input_ids = np.full((len(found), width), self.vocabulary.padding, np.int64)
-        mask, segments = np.zeros_like(input_ids), np.zeros_like(input_ids)
-        for row, (tokens, beside) in enumerate(found):
-            input_ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
-            if "second" in beside:
-                segments[row, int(beside["second"][0]) : len(tokens)] = 1
-        inputs = {"input_ids": input_ids, "attention_mask": mask}
-        if self.vocabulary.segments:
-            inputs["token_type_ids"] = segments
-        labels = self.task.labels([beside["labels"] for _, beside in found], width, self.meaning)
+        given, labels = self.task.collate(found, self)
         seed = int(order.key(order.key(self.seed, epochs[0], numbers[0]), 4)) >> 1
-        given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        given = {name: torch.from_numpy(value) for name, value in given.items()}
         labels = torch.from_numpy(labels)
         weight = self.task.weight(labels, self.class_weights)
-        return ExampleBatch(given, labels, seed, len(found), numbers, weight)
+        lengths = [len(tokens) for tokens, _ in found]
+        pairs = sum(length * length for length in lengths)
+        return ExampleBatch(given, labels, seed, len(found), numbers, weight, sum(lengths), pairs)
 
     def nothing(self):
-        """A row without an example, for ranks that have none left but must call what the others call."""
-        row = torch.zeros((1, max(8, self.multiple)), dtype=torch.int64)
-        given = {"input_ids": row, "attention_mask": torch.ones_like(row)}
-        if self.vocabulary.segments:
-            given["token_type_ids"] = row
-        width = next(c.width for c in self._columns if c.name == "labels")
-        labels = torch.from_numpy(self.task.labels([np.full(width, NO_LABEL)], row.shape[1], self.meaning))
-        return ExampleBatch(given, labels, 0, 0, np.arange(0), 0.0)
+        """A row that counts nothing, for ranks that have none left but must call what the others call."""
+        one = self.micro_batch(np.arange(1), np.full(1, -1))
+        return dataclasses.replace(one, samples=0, numbers=one.numbers[:0], targets=0.0, tokens=0, pairs=0)
 
 
 @dataclass(frozen=True)
@@ -142,7 +129,8 @@ class ExampleBatch:
     """One forward's input. inputs: {the model's argument: int64 [B, L]}; labels: as the task has them.
 
     seed: for dropout; samples: examples in it; numbers: int64 [B], which; targets: what its loss is divided by, a sum
-    of labels, or of their classes' weights.
+    of labels, or of their classes' weights; tokens: without padding; pairs: how many of them attend, either to the
+    other, also without.
     """
 
     inputs: dict
@@ -151,18 +139,10 @@ class ExampleBatch:
     samples: int
     numbers: np.ndarray
     targets: float
+    tokens: int
+    pairs: int
 
     positions = None
-
-    @property
-    def tokens(self):
-        """Without padding."""
-        return int(self.inputs["attention_mask"].sum())
-
-    @property
-    def pairs(self):
-        """How many pairs of tokens attend, either to the other, without padding."""
-        return int(self.inputs["attention_mask"].sum(1).square().sum())
 
 
 def open_part(stream, task, vocabulary, config, device, names=None):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError, UsageError
-from . import text
+from . import text, turns
 
 FORMATS = ("conll", "tsv", "csv", "jsonl")
 _ENDINGS = {"tsv": "tsv", "csv": "csv", "jsonl": "jsonl", "ndjson": "jsonl"}
@@ -18,11 +18,17 @@ _ENDINGS |= dict.fromkeys(("conll", "conllu", "bio", "iob", "iob2", "bioes", "tx
 # CoNLL-U's lines about a sentence, which are no tokens.
 _COMMENT = re.compile(r"# *(\w+ *=|new(doc|par)\b)")
 _DOCUMENT = "-DOCSTART-"
+# Of kinds of labels, what differs from others: formats, and names of the fields of text and label.
+_TAKES = {"tags": ("conll", "jsonl"), "turns": ("jsonl",)}
+_USUAL = {"tags": ("tokens", "tags"), "text": ("source", "target"), "turns": ("messages", "completion")}
 
 
 @dataclass(frozen=True)
 class Example:
-    """text, pair: str, or words (list of str) and None; label: as read (str, number, list); offset: in its file."""
+    """text, pair: str, or words (list of str) and None; label: as read (str, number, list); offset: in its file.
+
+    Of a dialogue text is what each turn says (list of str), label who says it.
+    """
 
     text: Any
     pair: str | None
@@ -34,27 +40,24 @@ class Example:
 class Reading:
     """Where in the input text and labels stand.
 
-    format: one of FORMATS, None: by each file's ending; text, pair, label: name of a column or field, or number of a
-    column (from 0, or from the end as -1), None: as is usual (of CoNLL-U form and UPOS), and no pair; columns: names
-    for tables without a header line; words: examples are lists of words with a label each.
+    kind: of labels.KINDS, which files have; format: one of FORMATS, None: by each file's ending; text, pair, label:
+    name of a column or field, or number of a column (from 0, or from the end as -1), None: as is usual (of CoNLL-U form
+    and UPOS), and no pair; columns: names for tables without a header line.
     """
+
+    kind: str = "single"
 
     format: str | None = None
     text: str | None = None
     pair: str | None = None
     label: str | None = None
     columns: tuple | None = None
-    words: bool = False
 
     def named(self, kind, universal=False):
         """(name or number of the text, of the pair, of the label) in files of a format. universal: of CoNLL-U."""
-        usual = (
-            (("1", "3") if universal else ("0", "-1"))
-            if kind == "conll"
-            else ("tokens", "tags")
-            if self.words
-            else ("text", "label")
-        )
+        usual = _USUAL.get(self.kind, ("text", "label"))
+        if kind == "conll":
+            usual = ("1", "3") if universal else ("0", "-1")
         return self.text or usual[0], self.pair, self.label or usual[1]
 
     def format_of(self, path):
@@ -65,8 +68,9 @@ class Reading:
             raise UsageError(
                 f"input: {path}: its ending does not tell the format; name it: --format {{{','.join(FORMATS)}}}"
             )
-        if (found == "conll") > self.words or (self.words and found in ("tsv", "csv")):
-            needs = "conll or jsonl" if self.words else "tsv, csv or jsonl"
+        takes = _TAKES.get(self.kind, ("tsv", "csv", "jsonl"))
+        if found not in takes:
+            needs = " or ".join(filter(None, (", ".join(takes[:-1]), takes[-1])))
             raise UsageError(f"input: {path} is {found} (by its ending or --format), this task reads {needs}")
         return found
 
@@ -173,9 +177,12 @@ def _records(unit, reading):
         if not line or line.isspace():
             continue
         found = text.json_object(line, unit, offset)
-        label = text.field(found, of_label, unit, offset)
+        if reading.kind == "turns":
+            yield Example(*turns.read(found, reading, unit, offset), offset), position
+            continue
+        label = (text.string_field if reading.kind == "text" else text.field)(found, of_label, unit, offset)
         pair = None if of_pair is None else text.string_field(found, of_pair, unit, offset)
-        if reading.words:
+        if reading.kind == "tags":
             words = text.field(found, of_text, unit, offset)
             if not _all_words(words) or not isinstance(label, list):
                 raise text.refusal(unit, offset, f'"{of_text}" and "{of_label}" are not lists of words and tags')

@@ -6,6 +6,8 @@ Kinds of labels, by the run file's task and `prepare`'s options:
     multi       any of several names a text
     value       a number a text (regression)
     tags        one name of several a word; entities in any scheme (IOB1, IOB2, BIOES, ...) become IOB2
+    text        another text (its translation, summary, answer, ...)
+    turns       who says each turn of a dialogue
 """
 
 import functools
@@ -17,14 +19,15 @@ from ..metrics.tags import spans
 from ..mpi import together
 from . import labelled, text
 
-KINDS = ("single", "multi", "value", "tags")
+KINDS = ("single", "multi", "value", "tags", "text", "turns")
+WITHOUT_NAMES = ("value", "text", "turns")
 OUTSIDE = "O"
 
 
 @dataclass(frozen=True)
 class Labels:
-    """kind: of KINDS; names: in the order of their numbers, of a value none; separator: between names in a table's
-    column ("multi"); chunks: tags are of entities and their parts."""
+    """kind: of KINDS; names: in the order of their numbers, of WITHOUT_NAMES none; separator: between names in a
+    table's column ("multi"); chunks: tags are of entities and their parts."""
 
     kind: str
     names: tuple
@@ -32,9 +35,14 @@ class Labels:
     chunks: bool = False
 
     def numbers(self, example, unit):
-        """What a column holds of an example: a number, or one for each word or name. Raises DataError, by line."""
+        """What a column holds of an example: a number, or one for each word or name. Raises DataError, by line.
+
+        Of kinds whose labels are no numbers the label as it was read.
+        """
         if self.kind == "value":
             return _value(example, unit)
+        if self.kind in WITHOUT_NAMES:
+            return example.label
         names = named(self.kind, example, unit, self.separator)
         if self.chunks:
             _require_chunks(names, unit, example.offset)
@@ -115,7 +123,7 @@ def find(comm, kind, units, reading, separator, given):
     given: all names in their order, None: those that occur, names of numbers by value and others by code point, "O"
     first. Raises DataError where there are none, UsageError where `given` does not suit.
     """
-    if kind == "value":
+    if kind in WITHOUT_NAMES:
         return Labels(kind, ())
     if given is not None and len(set(given)) < len(given):
         raise UsageError("labels: a name is given twice").known_to_all()

@@ -12,11 +12,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..errors import DataError, MissingInput, UsageError
 from ..mpi import on_root, together
-from . import encode, labelled, labels, scratch, text
+from . import encode, labelled, labels, scratch, text, turns
 from .layout import write_part
 from .prepare import TEST, TRAIN, VALIDATION, Split, check_numbers, check_output, tokenizer_on_all, use_own_cores
 from .tokenise import BATCH_CHARACTERS, fill, share
@@ -38,7 +36,6 @@ def prepare_labelled(
     inputs,
     output,
     tokenizer,
-    kind,
     reading,
     validation=(),
     test=(),
@@ -47,17 +44,18 @@ def prepare_labelled(
     label_separator=",",
     max_tokens=512,
     truncation="cut",
+    chat_template=None,
     shard_tokens=1 << 28,
     overwrite=False,
 ):
     """Write `output`/train, /validation and /test (where there are such examples) and /tokenizer; collective.
 
     inputs, validation, test: paths and globs; tokenizer: a Hugging Face tokenizer folder, of the model to fine-tune;
-    kind: of labels.KINDS; reading: labelled.Reading; given_labels: all names in order, None: those of the training
-    examples; truncation: of encode.TRUNCATION. Returns a summary (dict), the same on every rank. Raises a Refusal, the
-    same on every rank, and then leaves nothing behind.
+    reading: labelled.Reading, which says of what kind labels are; given_labels: all names in order, None: those of the
+    training examples; truncation: of encode.TRUNCATION; chat_template: see turns.choose. Returns a summary (dict), the
+    same on every rank. Raises a Refusal, the same on every rank, and then leaves nothing behind.
     """
-    comm, began = world.comm, time.monotonic()
+    comm, kind, began = world.comm, reading.kind, time.monotonic()
     sources = {TRAIN: inputs, VALIDATION: validation, TEST: test}
     units = on_root(comm, _plan, sources, output, tokenizer, reading, validation_fraction, shard_tokens, overwrite)
     folder = on_root(comm, scratch.make, output)
@@ -67,8 +65,11 @@ def prepare_labelled(
         mine = share([unit.text.weight for unit in units], comm.size)[comm.rank]
         ours = [units[index].text for index in mine if units[index].part == TRAIN]
         known = labels.find(comm, kind, ours, reading, label_separator, given_labels)
+        template = None
+        if kind == "turns":
+            template = turns.Template(encoder, **on_root(comm, turns.choose, folder, chat_template))
         with together(comm):
-            encoding = encode.Encoding(encoder, known, max_tokens, truncation)
+            encoding = encode.encoding(encoder, known, max_tokens, truncation, facts["separator_id"], template)
         split = Split(validation_fraction)
         parts = [part for part in PARTS if sources[part] or part in split.parts]
         counts = {part: Counter() for part in parts}
@@ -150,19 +151,6 @@ def _write(spool, batch, part, encoding, split, counts):
     for to, some in dealt.items():
         for ids, beside in encoding.documents(some, counts[to]):
             spool.example(to, ids, beside)
-            counts[to]["documents"] += 1
-            counts[to]["longest"] = max(counts[to]["longest"], len(ids))
-            _count_labels(counts[to], encoding.labels.kind, beside["labels"])
-
-
-def _count_labels(counts, kind, numbers):
-    if kind == "multi":
-        numbers = np.flatnonzero(numbers).tolist()
-    elif kind == "value":
-        return
-    for number in numbers if kind != "single" else [numbers]:
-        if number != encode.NO_LABEL:
-            counts["label", number] += 1
 
 
 def _check_counts(comm, counts, known, validation_fraction):

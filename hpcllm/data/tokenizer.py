@@ -10,7 +10,7 @@ import os
 
 from ..errors import DataError, MissingInput, UsageError
 
-KINDS = ("wordpiece", "bpe")
+KINDS = ("wordpiece", "bpe", "t5")
 # As in BERT: the most frequent characters are kept, the others become [UNK].
 _ALPHABET_LIMIT = 1000
 _MIN_FREQUENCY = 2
@@ -22,19 +22,23 @@ _BERT_SPECIALS = {
     "mask_token": "[MASK]",
 }
 _GPT_SPECIALS = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+_T5_SPECIALS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+_SPECIALS = {"wordpiece": _BERT_SPECIALS, "bpe": _GPT_SPECIALS, "t5": _T5_SPECIALS}
+_SENTINELS = [f"<extra_id_{number}>" for number in range(100)]  # as many as T5 has
 
 
 def train(kind, vocab_size, texts):
     """Train a tokenizer and return it as a `tokenizers.Tokenizer`.
 
-    kind: "wordpiece" (BERT: lower-cased, ## continues a word) or "bpe" (GPT-2: byte level, <|endoftext|>).
+    kind: "wordpiece" (BERT: lower-cased, ## continues a word), "bpe" (GPT-2: byte level, <|endoftext|>) or "t5" (as
+    "bpe", with T5's special tokens: texts end with </s>, and <extra_id_0> to <extra_id_99> stand for what is hidden).
     texts: a function that returns a new iterator over the training documents; called once or twice.
     The result depends on kind, vocab_size and the texts alone. It may have fewer than vocab_size entries when the
     texts hold no more pieces that occur twice. Raises UsageError when vocab_size cannot hold the alphabet.
     """
     if kind not in KINDS:
         raise UsageError(f'tokenizer-kind: "{kind}" is not one of {", ".join(KINDS)}')
-    return _train_wordpiece(vocab_size, texts) if kind == "wordpiece" else _train_bpe(vocab_size, texts)
+    return _train_wordpiece(vocab_size, texts) if kind == "wordpiece" else _train_bpe(kind, vocab_size, texts)
 
 
 def _train_wordpiece(vocab_size, texts):
@@ -115,16 +119,16 @@ def _alphabet(texts, normalizer, pre_tokenizer):
     return [chr(code) for code in kept], [chr(code) for code in kept if inside[code]]
 
 
-def _train_bpe(vocab_size, texts):
+def _train_bpe(kind, vocab_size, texts):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    specials = list(dict.fromkeys(_GPT_SPECIALS.values()))
+    specials = list(dict.fromkeys(_SPECIALS[kind].values())) + (_SENTINELS if kind == "t5" else [])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     least = len(specials) + len(alphabet)
     if vocab_size < least:
         raise UsageError(
-            f"vocab-size: {vocab_size} cannot hold the {len(alphabet)} bytes and {len(specials)} special token, "
-            f"together {least}"
+            f"vocab-size: {vocab_size} cannot hold the {len(alphabet)} bytes and the special tokens "
+            f"({len(specials)}), together {least}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -138,6 +142,11 @@ def _train_bpe(vocab_size, texts):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
+    if kind == "t5":
+        end = _T5_SPECIALS["eos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.token_to_id(end))]
+        )
     return tokenizer
 
 
@@ -145,7 +154,7 @@ def save(tokenizer, kind, folder):
     """Write a trained tokenizer to `folder` (made here) as `AutoTokenizer.from_pretrained` reads it, offline."""
     os.makedirs(folder)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    specials = _BERT_SPECIALS if kind == "wordpiece" else _GPT_SPECIALS
+    specials = _SPECIALS[kind]
     names = (
         ["input_ids", "token_type_ids", "attention_mask"] if kind == "wordpiece" else ["input_ids", "attention_mask"]
     )

@@ -32,14 +32,18 @@ def loss_sum(model, given, labels, score=False):
         loss = vocabulary.cross_entropy_sum(logits, targets, words)
         return (loss if score else _with_balance(loss, inner, output, len(targets))), right
 
+    by_base = inner.base_model is not inner  # else, as in T5, what is behind the blocks is little and sees all rows
+
     def of_targets(hidden):
         nonlocal right
         hidden = hidden.flatten(0, -2)
+        if not (by_base or everything):
+            hidden = hidden.index_select(0, rows)
         loss, right = vocabulary.linear_cross_entropy(hidden, head.weight, head.bias, targets, words, score)
         return loss
 
     # The loss is computed within forward, where weights are whole that FSDP2 takes apart behind it.
-    with _Rows(inner, None if everything else rows), _Instead(head, of_targets):
+    with _Rows(inner, rows if by_base and not everything else None), _Instead(head, of_targets):
         output = model(**given)
     return (output.logits if score else _with_balance(output.logits, inner, output, len(targets))), right
 
@@ -82,7 +86,8 @@ class _Instead:
 
 
 def _ends_with(model, head):
-    """True where the base gives hidden states, what follows treats each alone, and logits are what `head` gives.
+    """True where the base gives hidden states, what follows treats each alone, and logits are what `head` gives; of
+    models without a base the last of these.
 
     Tried out once, on a small model of the same class.
     """
@@ -92,7 +97,7 @@ def _ends_with(model, head):
 
 
 def _plain(model, head):
-    return model.base_model is not model and type(head) is nn.Linear and "forward" not in vars(head)
+    return type(head) is nn.Linear and "forward" not in vars(head)
 
 
 @torch.no_grad()
@@ -104,6 +109,8 @@ def _tried(model):
         with torch.autocast("cpu", enabled=False):
             tiny = small.of_class(model)
             given = given if hasattr(tiny.config, "use_cache") else {"input_ids": tokens}
+            if tiny.config.is_encoder_decoder:
+                given["decoder_input_ids"] = tokens
             expected = tiny(**given).logits.flatten(0, -2).index_select(0, rows)
             head = tiny.get_output_embeddings()
 
@@ -113,10 +120,12 @@ def _tried(model):
 
             if not _plain(tiny, head):
                 return False
-            with _Rows(tiny, rows), _Instead(head, noted):
+            by_base = tiny.base_model is not tiny
+            with _Rows(tiny, rows if by_base else None), _Instead(head, noted):
                 logits = tiny(**given).logits
     except Exception:
         return False
     # The very tensor and unchanged: at its start a small model's logits hardly tell what bends or scales them.
     as_it_was = len(told) == 1 and logits is told[0] and logits._version == 0
-    return as_it_was and torch.allclose(logits[0], expected, rtol=1e-4, atol=1e-6)
+    found = logits.flatten(0, -2) if by_base else logits.flatten(0, -2).index_select(0, rows)
+    return as_it_was and torch.allclose(found, expected, rtol=1e-4, atol=1e-6)

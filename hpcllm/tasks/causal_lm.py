@@ -18,7 +18,7 @@ def check(vocabulary):
     """Any tokenizer will do."""
 
 
-def span(sequence_length):
+def span(sequence_length, fraction):
     """(tokens that a sample takes from the stream, distance between the starts of two samples)."""
     return sequence_length + 1, sequence_length
 

@@ -30,8 +30,11 @@ def check(vocabulary):
         )
 
 
-def span(sequence_length):
-    """(tokens that a sample takes from the stream, distance between the starts of two samples)."""
+def span(sequence_length, fraction):
+    """(tokens that a sample takes from the stream, distance between the starts of two samples).
+
+    fraction: of the tokens that are hidden, data.mlm_probability.
+    """
     return sequence_length - 2, sequence_length - 2
 
 

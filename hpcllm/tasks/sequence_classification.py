@@ -48,7 +48,7 @@ def weight(targets, class_weights):
     return float(class_weights[targets].double().sum())
 
 
-inputs, target_fraction = labelled.inputs, labelled.target_fraction
+collate, inputs, target_fraction = labelled.collate(labels), labelled.inputs, labelled.target_fraction
 
 
 def loss_sum(model, given, targets, score=False, *, class_weights=None, label_smoothing=0.0):
