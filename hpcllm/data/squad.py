@@ -171,7 +171,7 @@ def _articles(tokens, unit, depth=0):
     inside = known = depth == 2
     for token, at in tokens:
         if token.startswith(b'"'):
-            key = token if depth == 1 else key
+            key = token
         elif token in (b"{", b"["):
             if depth == 1:
                 inside = token == b"[" and key == _DATA

@@ -114,6 +114,15 @@ def test_the_likeliest_answer_is_that_of_all_spans(drawn):
     assert (one, other) == wanted and total == first[wanted[0]] + last[wanted[1]]
 
 
+def test_answers_have_at_most_30_tokens():
+    first, last = np.zeros(60), np.zeros(60)
+    first[10], last[39], last[40] = 1, 2, 4
+    assert task.best(first, last, np.arange(5, 60)) == (4, 11, 40)  # and not 10 to 40, 5 in 31 tokens
+    last[40] = 2.5
+    assert task.best(first, last, np.arange(5, 60)) == (3, 10, 39)
+    assert task.best(first, last, np.arange(5, 39)) == (1, 10, 10)
+
+
 def test_losses_are_those_of_transformers(world, asked, tmp_path):
     run = settings(asked, tmp_path, 2)
     source = opened(run, world, "validation")
