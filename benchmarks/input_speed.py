@@ -29,6 +29,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hpcllm.data import batches, order, shards
+from hpcllm.files import write_at
 from hpcllm.tasks import causal_lm
 
 from . import jobs
@@ -43,8 +44,8 @@ def write(folder, tokens):
     known = {"vocab_size": VOCABULARY, "separator_id": 0, "tokenizer_hash": "0" * 64}
     offsets = shards.create(path, token_count=len(tokens), document_count=len(borders) - 1, **known)
     with open(path, "r+b") as file:
-        shards.write_at(file.fileno(), tokens, offsets["tokens"])
-        shards.write_at(file.fileno(), borders, offsets["document_offsets"])
+        write_at(file.fileno(), tokens, offsets["tokens"])
+        write_at(file.fileno(), borders, offsets["document_offsets"])
     blocks = -(-tokens.nbytes // shards.BLOCK_BYTES)
     crcs, highest = shards.scan(path, offsets["tokens"], tokens.dtype, len(tokens), 0, blocks)
     shards.write_manifest(folder, [shards.finish(path, crcs, highest)], **known)

@@ -86,6 +86,17 @@ def prepare_labelled(args, world):
         print(json.dumps(summary, indent=2, ensure_ascii=False))
 
 
+def fetch(args):
+    if not launcher.speaks():
+        return  # of several processes one is enough, and login nodes may have no MPI
+    from .fetch import fetch
+
+    try:
+        print(json.dumps(fetch(args.name, args.output, args.revision, args.overwrite), indent=2))
+    except Refusal as refusal:
+        raise refusal.known_to_all() from None
+
+
 def train(args):
     from . import startup
 
@@ -223,7 +234,7 @@ def predict(args):
     if args.input:
         options["columns"] = args.text_column, args.pair_column
         world = mpi.init(args.device)
-        how = {"overwrite": args.overwrite, "format": args.format}
+        how = {"overwrite": args.overwrite, "format": args.format, "reference": args.reference_column}
         summary = predict_file(world, args.checkpoint, args.input, args.output, **how, **options)
         if world.is_root:
             print(json.dumps(summary, indent=2))
@@ -283,8 +294,9 @@ def main(arguments=None):
         rest = [word for word in rest if word.startswith("-")]
     if rest:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    # Nothing of a job reaches for the network; libraries that would are told so before they are imported.
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    # Nothing but `fetch` reaches for the network; libraries that would are told so before they are imported.
+    offline = "0" if args.command == "fetch" else "1"
+    os.environ.update(HF_HUB_OFFLINE=offline, TRANSFORMERS_OFFLINE=offline, TOKENIZERS_PARALLELISM="false")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     from . import imports
@@ -292,6 +304,7 @@ def main(arguments=None):
     imports.remember()
     commands = {
         "prepare": prepare,
+        "fetch": fetch,
         "train": train,
         "plan": plan,
         "evaluate": evaluate,

@@ -86,6 +86,17 @@ def parser():
                    "all, refuse them, or go on in another (default: split sentences of words and "
                    "texts that are asked about, cut others)")  # fmt: skip
 
+    p = commands.add_parser(
+        "fetch",
+        help="a model and its tokenizer from the hub into a folder, on a login node",
+        description="The one command that uses a network: Hugging Face's hub, or the mirror that HF_ENDPOINT names. "
+        "Takes configuration, tokenizer and weights in safetensors files, and checks them.",
+    )
+    p.add_argument("name", metavar="OWNER/MODEL")
+    p.add_argument("output", metavar="DIR", help="the folder to write")
+    p.add_argument("--revision", metavar="NAME", help="a branch, tag or commit (default: the newest)")
+    p.add_argument("--overwrite", action="store_true", help="replace that folder if it was fetched before")
+
     p = commands.add_parser("train", help="train or go on training as a run file says")
     p.add_argument("run_file", metavar="RUN.toml")
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.max_steps=5")
@@ -143,6 +154,9 @@ def parser():
         "--pair-column", metavar="NAME", help="column or field of a second text, or of a question (default: question)"
     )
     p.add_argument("--output", metavar="FILE", help="write the answers as JSONL")
+    p.add_argument(
+        "--reference-column", metavar="NAME", help="column or field of the text that was wanted: adds BLEU and ROUGE"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     p.add_argument("--task", choices=(*names.TASKS, "embedding"), help="what is asked (default: what the model is for)")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="arithmetic (default: that of training)")

@@ -76,7 +76,7 @@ def _text(placed, source, width, precision):
     once = placed.mesh.place["context"] == 0  # what a batch counts, not its parts
     losses, counts = [], torch.zeros(3, dtype=torch.int64)  # right, targets, samples
     for batch, result in _results(placed, source, width, precision):
-        if result is not None:
+        if result is not None and batch.samples:
             losses.append(result[0].item())
             counts += torch.tensor([int(result[1]), once * int(batch.targets), once * batch.samples])
     dist.all_reduce(counts, group=placed.mesh.losses)

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import fnmatch
 import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def outline(made, task):
 def resume(folder, task, freeze=()):
     """(the model of a checkpoint, without weights, where they come from); see `build`. freeze: as in the run file."""
     folder = require_folder(folder)
-    model, source = outline(_saved_configuration(folder), task), saved(folder)
+    model, source = outline(saved_configuration(folder), task), saved(folder)
     source.check(model)
     _freeze(model, freeze)
     return model, source
@@ -118,7 +119,7 @@ def configuration(section, words=None):
     from transformers import CONFIG_MAPPING
 
     if section.init_from:
-        return _saved_configuration(require_folder(section.init_from))
+        return saved_configuration(require_folder(section.init_from))
     given = dict(section.config)
     kind = given.pop("model_type")
     if kind not in CONFIG_MAPPING:
@@ -143,7 +144,7 @@ def configuration(section, words=None):
         return family(**given)
 
 
-def _saved_configuration(folder):
+def saved_configuration(folder):
     from transformers import AutoConfig
 
     try:
@@ -154,7 +155,7 @@ def _saved_configuration(folder):
 
 def label_names(folder, task):
     """(kind, names in order) of the labels of the model in `folder`, as data say it; None for a task without labels."""
-    config = _saved_configuration(require_folder(folder))
+    config = saved_configuration(require_folder(folder))
     kinds = getattr(TASKS[task], "KINDS", None)
     if kinds is None or not hasattr(TASKS[task], "scores"):
         return None
@@ -253,8 +254,15 @@ def check_fits(model, words, sequence_length):
 
 
 def beside_weights(model):
-    """Names of what belongs to a model's state and is no parameter: checkpoints have parameters only."""
-    return sorted(model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    """Names of what belongs to a model's state and is no parameter: checkpoints have parameters only.
+
+    Zeros that transformers puts there by itself where a folder lacks them (as BART's bias of logits is) are none.
+    """
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    others = {name: value for name, value in model.state_dict().items() if name not in known}
+    zeros = {name for name in others if any(re.search(pattern, name) for pattern in ignored)}
+    return sorted(name for name, value in others.items() if name not in zeros or value.any())
 
 
 def check_length(config, sequence_length):

@@ -6,6 +6,7 @@ they are put together depends on the rows alone, so that answers are the same by
 
 import inspect
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from .data import tokenizer
 from .data.examples import filled
 from .errors import DataError, MissingInput, UsageError
 from .evaluate import arithmetic
+from .metrics import written
 from .mpi import on_root, together
 from .questions import QUESTIONS
 from .quicken import quicken
@@ -80,10 +82,12 @@ class Model:
             "tokenizer": tokenizer.tokenizer_hash(words),
             "configuration": files.digest(Path(folder) / "config.json"),
         }
-        known = inspect.signature(asked).parameters
-        for name in options.keys() - known.keys() - {"columns"}:
+        makers = [kind.__init__ for kind in asked.__mro__ if "__init__" in vars(kind)]
+        known = {name for maker in makers for name in inspect.signature(maker).parameters}
+        for name in options.keys() - known:
             raise UsageError(f"--{name.replace('_', '-')} is nothing that {question} knows")
         self._question = asked(net, words, **options)
+        self.seconds = []  # that batches took
 
     @property
     def columns(self):
@@ -99,9 +103,10 @@ class Model:
         found, left = [[] for _ in rows], np.bincount([number for number, _ in asked], minlength=len(rows))
         with torch.inference_mode():
             for group in filled(lengths[longest_first], self._batch_tokens):
-                some = [asked[at] for at in longest_first[group]]
+                some, began = [asked[at] for at in longest_first[group]], time.perf_counter()
                 with arithmetic(self._precision, self._device):
                     answers = list(question.ask([document for _, document in some], self._device))
+                self.seconds.append(time.perf_counter() - began)
                 for (number, _), place, answer in zip(some, longest_first[group], answers, strict=True):
                     found[number].append((place, answer))
                     left[number] -= 1
@@ -129,21 +134,65 @@ def fingerprint(folder, question, precision, options):
 
 
 def predict_file(
-    world, path, inputs, output, *, question=None, precision=None, overwrite=False, format=None, **options
+    world,
+    path,
+    inputs,
+    output,
+    *,
+    question=None,
+    precision=None,
+    overwrite=False,
+    format=None,
+    reference=None,
+    **options,
 ):
     """Answers to all rows of `inputs` (paths and globs) in the file `output`; returns a summary. Collective.
 
-    path, question: as `what_is`; precision: "fp32" or "bf16", None: that of training; format: of rows.FORMATS; options:
-    of Model.
+    path, question: as `what_is`; precision: "fp32" or "bf16", None: that of training; format: of rows.FORMATS;
+    reference: of texts that are written, the column of what was wanted, for "scores" of the summary; options: of Model.
     """
     folder, question, usual = on_root(world.comm, what_is, path, question)
     precision = precision or usual
+    if reference is not None:
+        on_root(world.comm, _check_reference, question)
     asked = on_root(world.comm, fingerprint, folder, question, precision, options)
     with together(world.comm):
         asker = Model(folder, question, world.device, precision=precision, **options)
     how = {"format": format, "overwrite": overwrite, "columns": asker.columns, "fingerprint": asked | asker.decides}
     summary = answer_all(world, inputs=inputs, output=output, answer=asker.answer, **how)
+    summary["batch_seconds"] = _percentiles(world.comm.allgather(asker.seconds))
+    if reference is not None:
+        summary["scores"] = on_root(world.comm, _scores, output, QUESTIONS[question].told, reference)
     return {"model": str(folder), "question": question, **summary}
+
+
+def _percentiles(everybody):
+    """Of the seconds that all ranks' batches took: {"count", "p50", "p95", "p99", "max"}; None without any."""
+    seconds = np.concatenate([np.asarray(each, float) for each in everybody])
+    if not len(seconds):
+        return None
+    found = {f"p{share}": round(float(np.percentile(seconds, share)), 4) for share in (50, 95, 99)}
+    return {"count": len(seconds), **found, "max": round(float(seconds.max()), 4)}
+
+
+def _check_reference(question):
+    if not hasattr(QUESTIONS[question], "told"):
+        raise UsageError(f"--reference-column: scores are of texts that a model writes, and {question} writes none")
+    written.check()
+
+
+def _scores(output, told, reference):
+    """metrics.written.scores of the answers in the file `output`; a row has one text that was wanted, or a list."""
+    pairs = []
+    with open(output, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            answer = json.loads(line)
+            wanted = answer.get(reference)
+            wanted = [wanted] if isinstance(wanted, str) else wanted
+            if not isinstance(wanted, list) or not wanted or not all(isinstance(text, str) for text in wanted):
+                raise DataError(f'{output} line {number}: no text in "{reference}" to compare the answer with')
+            pairs.append((wanted, answer["prediction"][told]))
+    return written.scores(pairs)
 
 
 class _Said:

@@ -1,5 +1,7 @@
 """Tasks: what is shown, what is asked, and that the loss is transformers' own."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hpcllm.config import Model
 from hpcllm.data import order
 from hpcllm.errors import UsageError
 from hpcllm.parallel.apply import whole
-from hpcllm.tasks import TASKS, causal_lm, masked_lm
+from hpcllm.tasks import TASKS, causal_lm, masked_lm, seq2seq_lm
 
 WORDS = model.Vocabulary(
     size=100,
@@ -75,11 +77,104 @@ def test_masked_lm_needs_a_tokenizer_that_can_mask():
 
 def test_causal_lm_asks_for_every_token_but_the_first_once():
     stream = np.arange(1, 1 + 3 * 16 + 1)
-    taken, stride = causal_lm.span(16)
+    taken, stride = causal_lm.span(16, 0.15)
     cut = np.stack([stream[start : start + taken] for start in range(0, len(stream) - taken + 1, stride)])
     input_ids, labels = causal_lm.rows(cut, None, WORDS, 0.15)
     np.testing.assert_array_equal(labels.ravel(), stream[1:])
     np.testing.assert_array_equal(input_ids.ravel(), stream[:-1])
+
+
+def hidden_spans(input_ids, labels, sentinels, eos):
+    """The text that a row of inputs and targets was made of, and how many tokens each hidden span has."""
+    assert input_ids[-1] == eos and labels[-1] == eos
+    spans, of = {}, None
+    for token in labels[:-1].tolist():
+        if token in sentinels:
+            of = spans[token] = []
+        else:
+            of.append(token)
+    text = [one for token in input_ids[:-1].tolist() for one in spans.get(token, [token])]
+    assert list(spans) == list(sentinels[: len(spans)])
+    assert [token for token in input_ids.tolist() if token in spans] == list(spans)  # each once, in the same order
+    return text, [len(span) for span in spans.values()]
+
+
+SENTINELS = tuple(range(1000, 1100))
+T5_WORDS = dataclasses.replace(WORDS, eos=1, sentinels=SENTINELS)
+FEW_WORDS = dataclasses.replace(WORDS, eos=1, sentinels=tuple(range(80, 100)))
+
+
+@pytest.mark.parametrize(
+    ("length", "fraction"), [(512, 0.15), (128, 0.15), (64, 0.5), (9, 0.15), (3, 0.15), (512, 0.3)]
+)
+def test_seq2seq_lm_hides_spans_that_put_back_make_the_text(length, fraction):
+    taken, stride = seq2seq_lm.span(length, fraction)
+    assert taken == stride
+    shown = tokens(40, taken)
+    input_ids, labels = seq2seq_lm.rows(shown, order.key(1, 0, np.arange(40)), T5_WORDS, fraction)
+    assert input_ids.shape[1] <= length and input_ids.shape[1] + labels.shape[1] > taken
+    everything = []
+    for row in range(40):
+        text, spans = hidden_spans(input_ids[row], labels[row], SENTINELS, 1)
+        assert text == shown[row].tolist() and min(spans) > 0
+        everything += spans
+        again = seq2seq_lm.rows(shown[row : row + 1], order.key(1, 0, np.arange(row, row + 1)), T5_WORDS, fraction)
+        np.testing.assert_array_equal(again[0][0], input_ids[row])
+    nothing = seq2seq_lm.rows(shown[:0], order.key(1, 0, np.arange(0)), T5_WORDS, fraction)
+    assert [rows.shape for rows in nothing] == [(0, input_ids.shape[1]), (0, labels.shape[1])]
+    hidden = sum(everything) / 40
+    assert hidden == round(taken * fraction) or taken < 5
+    if length == 512:
+        # T5's own numbers for 512 tokens at 15 %: 568 of text, 85 of them hidden, 114 to write with sentinels and end.
+        assert fraction != 0.15 or (taken, hidden, input_ids.shape[1], labels.shape[1]) == (568, 85, 512, 114)
+        assert np.mean(everything) == pytest.approx(3, rel=0.05) and max(everything) > 6
+
+
+def test_where_spans_are_cut_is_drawn_evenly():
+    shown = tokens(4000, 30)
+    input_ids, labels = seq2seq_lm.rows(shown, order.key(1, 0, np.arange(4000)), T5_WORDS, 0.3)
+    first = np.array([hidden_spans(a, b, SENTINELS, 1)[1] for a, b in zip(input_ids, labels, strict=True)])
+    assert first.shape == (4000, 3) and first.sum(1).tolist() == [9] * 4000
+    # Each way to cut 9 into 3 is as likely, so each part is 3 on average.
+    np.testing.assert_allclose(first.mean(0), 3, atol=0.15)
+
+
+def test_seq2seq_lm_needs_as_many_sentinels_as_it_hides_spans():
+    few = dataclasses.replace(T5_WORDS, sentinels=SENTINELS[:5])
+    with pytest.raises(UsageError, match="hides 28 spans of 568 tokens, and the tokenizer has 5 sentinels"):
+        seq2seq_lm.rows(tokens(1, 568), order.key(1, 0, np.arange(1)), few, 0.15)
+    with pytest.raises(UsageError, match="eos token"):
+        seq2seq_lm.check(dataclasses.replace(WORDS, eos=None))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_the_loss_of_text_to_text_is_that_of_transformers_summed(family, padded):
+    sizes = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "d_kv": 16}
+    if family == "bart":
+        sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    section = Model(task="seq2seq_lm", config={"model_type": family, **sizes})
+    net = built(section, 32, 0).eval()
+    taken, _ = seq2seq_lm.span(32, 0.15)
+    input_ids, labels = map(
+        torch.from_numpy, seq2seq_lm.rows(tokens(4, taken), order.key(5, 0, np.arange(4)), FEW_WORDS, 0.15)
+    )
+    given = {"input_ids": input_ids}
+    if padded:
+        given["attention_mask"] = torch.ones_like(input_ids)
+        given["attention_mask"][1, 20:], labels[1, 4:] = 0, -100
+    loss, right = seq2seq_lm.loss_sum(net, seq2seq_lm.inputs(given), labels, score=True)
+    loss.backward()
+    gradient = net.get_input_embeddings().weight.grad.clone()
+    net.zero_grad()
+    output = net(**given, labels=labels)
+    asked = labels != -100
+    assert int(right) == int((output.logits.argmax(-1) == labels)[asked].sum())
+    reference = output.loss * asked.sum()
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, net.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-5)
 
 
 CONFIGS = {
@@ -96,7 +191,7 @@ def test_the_loss_is_that_of_transformers_summed(kind):
     task, arguments = CONFIGS[kind]
     section = Model(task=task, config={"model_type": kind, **arguments})
     net = built(section, 32, 0).eval()
-    taken, _ = TASKS[task].span(32)
+    taken, _ = TASKS[task].span(32, 0.15)
     rows = TASKS[task].rows(tokens(4, taken), order.key(5, 0, np.arange(4)), WORDS, 0.15)
     input_ids, labels = (torch.from_numpy(row) for row in rows)
     loss, right = TASKS[task].loss_sum(net, TASKS[task].inputs({"input_ids": input_ids}), labels, score=True)

@@ -24,6 +24,14 @@ _BERT_SPECIALS = {
 _GPT_SPECIALS = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 _T5_SPECIALS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 _SPECIALS = {"wordpiece": _BERT_SPECIALS, "bpe": _GPT_SPECIALS, "t5": _T5_SPECIALS}
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
 _SENTINELS = [f"<extra_id_{number}>" for number in range(100)]  # as many as T5 has
 
 
@@ -127,8 +135,8 @@ def _train_bpe(kind, vocab_size, texts):
     least = len(specials) + len(alphabet)
     if vocab_size < least:
         raise UsageError(
-            f"vocab-size: {vocab_size} cannot hold the {len(alphabet)} bytes and the special tokens "
-            f"({len(specials)}), together {least}"
+            f"vocab-size: {vocab_size} cannot hold the {len(alphabet)} bytes and {len(specials)} special "
+            f"token{'s' * (len(specials) > 1)}, together {least}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -165,6 +173,8 @@ def save(tokenizer, kind, folder):
         "clean_up_tokenization_spaces": False,
         **specials,
     }
+    if kind == "t5":
+        config["extra_special_tokens"] = _SENTINELS
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
         json.dump(config, file, indent=2)
         file.write("\n")
@@ -177,6 +187,9 @@ def load(folder):
     """
     if not os.path.isdir(folder):
         raise MissingInput(f"tokenizer: there is no folder {folder}")
+    if not any(os.path.isfile(os.path.join(folder, name)) for name in _VOCABULARIES):
+        # transformers would make an empty one of a model's config.json.
+        raise DataError(f"tokenizer: {folder} holds no tokenizer (none of {', '.join(_VOCABULARIES)})")
     from transformers import AutoTokenizer
 
     try:

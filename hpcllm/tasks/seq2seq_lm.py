@@ -123,7 +123,8 @@ def rows(tokens, keys, vocabulary, fraction):
     piece = (np.arange(length)[None, :, None] >= ends[:, None, :]).sum(-1)  # which one each token belongs to
     shown = piece % 2 == 0
     end = np.full((count, 1), vocabulary.eos)
-    read, written = (_with(sentinels, ends[:, 0::2], tokens, kept) for kept in (shown, ~shown))
+    read = _with(sentinels, ends[:, 0::2], tokens, shown, length - hidden)
+    written = _with(sentinels, ends[:, 0::2], tokens, ~shown, hidden)
     return np.concatenate([read, end], axis=1), np.concatenate([written, end], axis=1)
 
 
@@ -135,11 +136,11 @@ def _pieces(keys, total, count):
     return np.diff(borders, axis=1)
 
 
-def _with(sentinels, begins, tokens, kept):
-    """Of each row the `kept` tokens, as many in each, and a sentinel before where each span begins, [B, spans]."""
+def _with(sentinels, begins, tokens, kept, count):
+    """Of each row the `count` tokens that are `kept`, and a sentinel before where each span begins, [B, spans]."""
     length = tokens.shape[1]
     places = np.where(kept, np.arange(length), length)  # of what is not kept: behind everything
     keyed = np.concatenate([2 * places + 1, 2 * begins], axis=1)
     every = np.concatenate([tokens, sentinels], axis=1)
     in_order = np.take_along_axis(every, np.argsort(keyed, axis=1, kind="stable"), axis=1)
-    return in_order[:, : int(kept[0].sum()) + sentinels.shape[1]]
+    return in_order[:, : count + sentinels.shape[1]]

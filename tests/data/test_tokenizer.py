@@ -9,6 +9,7 @@ import sys
 import pytest
 from small_inputs import lines
 
+from hpcllm import model
 from hpcllm.data import tokenizer
 from hpcllm.errors import DataError, MissingInput, UsageError
 
@@ -19,7 +20,7 @@ TRAIN = """
 import sys, hashlib
 from hpcllm.data import tokenizer
 texts = ["ab cd ef gh ij", "zy xw vu ts", "a-b c.d 東京 e\\u0301te\\u0301 x_y (z)", "\\U0001f600 ok", "Ab CD"] * 3
-print(hashlib.sha256(tokenizer.train(sys.argv[1], 330, lambda: iter(texts)).to_str().encode()).hexdigest())
+print(hashlib.sha256(tokenizer.train(sys.argv[1], 380, lambda: iter(texts)).to_str().encode()).hexdigest())
 """
 
 
@@ -45,9 +46,16 @@ def test_the_saved_folder_loads_offline_with_its_special_tokens(folder):
         assert [getattr(loaded, name) for name in specials] == [0, 1, 2, 3, 4]
         assert loaded.convert_ids_to_tokens(loaded("The RANK").input_ids) == ["[CLS]", "the", "rank", "[SEP]"]
         assert tokenizer.separator_id(loaded, "") == 3
-    else:
+    elif folder.name == "bpe":
         assert loaded.decode(loaded(" été 東京\n\tTHE").input_ids) == " été 東京\n\tTHE"
         assert tokenizer.separator_id(loaded, "") == loaded.eos_token_id == 0
+    else:  # T5's own places
+        assert loaded.decode(loaded(" été 東京\n\tTHE").input_ids) == " été 東京\n\tTHE</s>"
+        assert (loaded.pad_token_id, loaded.eos_token_id, loaded.unk_token_id) == (0, 1, 2)
+        assert tokenizer.separator_id(loaded, "") == 1
+        sentinels = model.vocabulary(loaded).sentinels
+        assert loaded.convert_ids_to_tokens(sentinels) == [f"<extra_id_{number}>" for number in range(100)]
+        assert set(sentinels) <= set(model.vocabulary(loaded).special)
     assert len(loaded) <= 400
 
 
@@ -83,7 +91,7 @@ def test_a_vocabulary_too_small_for_the_alphabet_is_refused_with_numbers():
         tokenizer.train("wordpiece", 20, lambda: iter(TEXTS))
     with pytest.raises(UsageError, match="vocab-size: 256 cannot hold the 256 bytes and 1 special token"):
         tokenizer.train("bpe", 256, lambda: iter(TEXTS))
-    with pytest.raises(UsageError, match='"unigram" is not one of wordpiece, bpe'):
+    with pytest.raises(UsageError, match='"unigram" is not one of wordpiece, bpe, t5'):
         tokenizer.train("unigram", 1000, lambda: iter(TEXTS))
 
 
@@ -97,7 +105,7 @@ def test_the_smallest_vocabulary_that_fits_is_taken():
 def test_folders_without_a_tokenizer_are_refused(tmp_path):
     with pytest.raises(MissingInput, match="there is no folder"):
         tokenizer.load(str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="does not hold a Hugging Face tokenizer"):
+    with pytest.raises(DataError, match=r"holds no tokenizer \(none of tokenizer\.json, vocab\.txt, "):
         tokenizer.load(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="does not hold a Hugging Face tokenizer"):

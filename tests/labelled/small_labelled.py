@@ -32,6 +32,7 @@ WORDS = {
 MORE = {"person": ["smith", "jones", "weber"], "place": ["city", "harbour"]}
 GOOD, BAD = ["good", "fine", "lovely", "great"], ["bad", "poor", "awful", "dull"]
 KINDS = ("single", "multi", "value", "tags")
+LANGUAGE = ("text", "turns")  # whose answers are text
 
 
 def sentences(count, seed):
@@ -55,6 +56,11 @@ def record(kind, words, tags, draw):
     mood = draw.choice((GOOD, BAD))
     text = " ".join([draw.choice(mood), *words])  # first: the end of a long text is cut
     kinds = sorted({tag[2:] for tag in tags} - {""})
+    if kind in LANGUAGE:
+        answer = " ".join(["good" if mood is GOOD else "bad", *kinds])
+        asked = {"role": "user", "content": text}, {"role": "assistant", "content": answer}
+        again = {"role": "user", "content": "again"}, {"role": "assistant", "content": answer}
+        return {"source": text, "target": answer} if kind == "text" else {"messages": [*asked, *again]}
     label = {"single": "good" if mood is GOOD else "bad", "multi": kinds, "value": len(kinds) + 0.5 * (mood is GOOD)}
     return {"text": text, "label": label[kind]}
 
@@ -68,13 +74,13 @@ def write(path, kind, count, seed):
 
 
 def reading(kind, **more):
-    return Reading(words=kind == "tags", **more)
+    return Reading(kind, **more)
 
 
 def write_tokenizer(folder, kind="wordpiece"):
     """A tokenizer of these words and little else; the folder."""
     texts = [" ".join([*words, *GOOD, *BAD]) for words, _ in sentences(60, 0)] * 2
-    size = 140 if kind == "wordpiece" else 320
+    size = {"wordpiece": 140, "bpe": 320, "t5": 420}[kind]
     tokenizer.save(tokenizer.train(kind, size, lambda: iter(texts)), kind, str(folder))
     return folder
 
@@ -86,5 +92,5 @@ def prepare(world, base, output, kind, **how):
         "reading": reading(kind),
         "truncation": "split" if kind == "tags" else "cut",
     }
-    usual |= {"output": str(base / output), "tokenizer": str(base / "tokenizer"), "kind": kind}
+    usual |= {"output": str(base / output), "tokenizer": str(base / "tokenizer")}
     return prepare_labelled(world, **usual | how)

@@ -7,7 +7,7 @@ from small_labelled import write_tokenizer
 from tokenizers import Tokenizer
 
 from hpcllm.data import text
-from hpcllm.data.encode import Encoding
+from hpcllm.data.encode import encoding
 from hpcllm.data.labelled import Example
 from hpcllm.data.labels import Labels
 from hpcllm.errors import DataError, UsageError
@@ -30,7 +30,7 @@ def unit(tmp_path):
 def encode(encoder, labels, examples, unit, max_tokens=64, truncation="cut"):
     counts = Counter()
     batch = [(Example(*example, 2), unit) for example in examples]
-    return list(Encoding(encoder, labels, max_tokens, truncation).documents(batch, counts)), counts
+    return list(encoding(encoder, labels, max_tokens, truncation).documents(batch, counts)), counts
 
 
 def test_the_first_token_of_a_word_has_its_label(encoder, unit):

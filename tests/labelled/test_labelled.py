@@ -28,12 +28,12 @@ CONLL = "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\n\n# text = a comment
 
 def test_columns_of_conll_are_words_and_tags(tmp_path):
     found = [(["EU", "rejects"], ["B-ORG", "O"]), (["#tag", "#"], ["O", "O"])]
-    assert pairs(read(tmp_path / "a.conll", CONLL, words=True)) == found
-    assert pairs(read(tmp_path / "a.txt.gz", CONLL.replace("\n", "\r\n"), words=True)) == found
+    assert pairs(read(tmp_path / "a.conll", CONLL, kind="tags")) == found
+    assert pairs(read(tmp_path / "a.txt.gz", CONLL.replace("\n", "\r\n"), kind="tags")) == found
     tagged = [(["EU", "rejects"], ["NNP", "VBZ"]), (["#tag", "#"], ["NN", "SYM"])]
-    assert pairs(read(tmp_path / "a.x", CONLL, words=True, format="conll", text="0", label="1")) == tagged
+    assert pairs(read(tmp_path / "a.x", CONLL, kind="tags", format="conll", text="0", label="1")) == tagged
     # A word of a tab-separated file may hold blanks.
-    assert pairs(read(tmp_path / "b.conll", "New York\tB-LOC\n", words=True)) == [(["New York"], ["B-LOC"])]
+    assert pairs(read(tmp_path / "b.conll", "New York\tB-LOC\n", kind="tags")) == [(["New York"], ["B-LOC"])]
 
 
 def test_conll_u_has_words_and_parts_of_speech_at_their_places(tmp_path):
@@ -46,7 +46,7 @@ def test_conll_u_has_words_and_parts_of_speech_at_their_places(tmp_path):
         "3\tmar\tmar\tNOUN",
     ]
     found = [(["de", "el", "mar"], ["ADP", "DET", "NOUN"])]
-    assert pairs(read(tmp_path / "a.conllu", "\n".join(lines) + "\n", words=True)) == found
+    assert pairs(read(tmp_path / "a.conllu", "\n".join(lines) + "\n", kind="tags")) == found
 
 
 def test_tables_have_named_columns(tmp_path):
@@ -64,7 +64,7 @@ def test_json_lines_have_named_fields(tmp_path):
     lines = '{"text": "a", "label": 3}\n\n{"text": "b", "label": ["x"]}\n'
     assert pairs(read(tmp_path / "a.jsonl", lines)) == [("a", 3), ("b", ["x"])]
     words = '{"words": ["a", "b"], "ner": ["O", "B-x"]}\n'
-    assert pairs(read(tmp_path / "b.jsonl", words, words=True, text="words", label="ner")) == [
+    assert pairs(read(tmp_path / "b.jsonl", words, kind="tags", text="words", label="ner")) == [
         (["a", "b"], ["O", "B-x"])
     ]
 
@@ -75,7 +75,7 @@ def test_json_lines_have_named_fields(tmp_path):
 def test_every_sentence_is_read_once_wherever_files_are_cut(tmp_path_factory, sentences, unit_bytes):
     path = tmp_path_factory.getbasetemp() / "cut.conll"
     content = "\n".join("".join(f"{word}\tO\n" for word in words) + "\n" * (len(words) % 3) for words in sentences)
-    assert [example.text for example in read(path, content, unit_bytes, words=True)] == sentences
+    assert [example.text for example in read(path, content, unit_bytes, kind="tags")] == sentences
 
 
 @given(st.lists(st.text('ab," é', max_size=8), min_size=1), st.integers(1, 40))
@@ -92,16 +92,16 @@ def test_every_row_is_read_once_wherever_files_are_cut(tmp_path_factory, texts, 
         (
             "a.conll",
             "a O\n\nb O\nc d O\n",
-            {"words": True},
+            {"kind": "tags"},
             "line 4: 3 columns where the first line of the sentence has 2",
         ),
-        ("a.conll", "a O\n", {"words": True, "label": "2"}, "line 1: no column 2, there are 2"),
+        ("a.conll", "a O\n", {"kind": "tags", "label": "2"}, "line 1: no column 2, there are 2"),
         ("a.tsv", "text\tlabel\na\t1\nb\t2\t3\n", {}, r"line 3: 3 columns, not the 2 \(text, label\)"),
         ("a.csv", 'text,label\n"a\nb",1\n', {}, "line 2: not a row of CSV"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "a"}\n', {}, "line 2: no field 'label'"),
         ("a.jsonl", '{"text": 7, "label": 1}\n', {}, "line 1: the field 'text' is a int"),
-        ("a.jsonl", '{"tokens": ["a"], "tags": []}\n', {"words": True}, "line 1: 1 words and 0 tags"),
-        ("a.jsonl", '{"tokens": "a", "tags": []}\n', {"words": True}, "line 1: .* are not lists of words and tags"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": []}\n', {"kind": "tags"}, "line 1: 1 words and 0 tags"),
+        ("a.jsonl", '{"tokens": "a", "tags": []}\n', {"kind": "tags"}, "line 1: .* are not lists of words and tags"),
         ("a.jsonl", "[]\n", {}, "line 1: a JSON list"),
         ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', {}, "line 1: .*lone surrogate"),
     ],
@@ -123,7 +123,7 @@ def test_bytes_of_another_encoding_are_named_by_line(tmp_path):
     [
         ("a.dat", {}, "its ending does not tell the format"),
         ("a.conll", {}, "this task reads tsv, csv or jsonl"),
-        ("a.tsv", {"words": True}, "this task reads conll or jsonl"),
+        ("a.tsv", {"kind": "tags"}, "this task reads conll or jsonl"),
         ("b.tsv", {"label": "class"}, 'there is no column "class"; the first line of .*b.tsv names text, label'),
     ],
 )
