@@ -33,16 +33,19 @@ def prepare(args):
 # Options of `prepare` that are for one kind of input alone.
 _OF_TEXT = ("tokenizer_kind", "vocab_size", "jsonl_field", "document_separator")
 _OF_TABLES = ("columns",)
-_OF_CLASSES = ("pair_column", "problem", "label_separator")
+_OF_PAIRS = ("pair_column",)
+_OF_CLASSES = ("problem", "label_separator")
 _OF_NAMES = ("labels",)
 _OF_DIALOGUES = ("chat_template",)
+_OF_QUESTIONS = ("stride",)
 _OF_LABELS = ("validation", "test", "format", "text_column", "label_column", "max_tokens", "truncation")
 # What does nothing with a task, beside what is for plain text.
 _NOTHING_WITH = {
-    "sequence_classification": _OF_DIALOGUES,
-    "token_classification": _OF_DIALOGUES + _OF_TABLES + _OF_CLASSES,
-    "seq2seq_lm": _OF_DIALOGUES + _OF_CLASSES + _OF_NAMES,
-    "dialogue": _OF_TABLES + _OF_CLASSES + _OF_NAMES,
+    "sequence_classification": _OF_DIALOGUES + _OF_QUESTIONS,
+    "token_classification": _OF_DIALOGUES + _OF_QUESTIONS + _OF_TABLES + _OF_PAIRS + _OF_CLASSES,
+    "question_answering": _OF_DIALOGUES + _OF_TABLES + _OF_CLASSES + _OF_NAMES,
+    "seq2seq_lm": _OF_DIALOGUES + _OF_QUESTIONS + _OF_PAIRS + _OF_CLASSES + _OF_NAMES,
+    "dialogue": _OF_QUESTIONS + _OF_TABLES + _OF_PAIRS + _OF_CLASSES + _OF_NAMES,
 }
 
 
@@ -52,7 +55,7 @@ def _refuse_others(args):
     if args.task:
         wrong, why = _OF_TEXT + _NOTHING_WITH[args.task], f"does nothing with --task {args.task}"
     else:
-        wrong = _OF_LABELS + _OF_TABLES + _OF_CLASSES + _OF_NAMES + _OF_DIALOGUES
+        wrong = _OF_LABELS + _OF_TABLES + _OF_PAIRS + _OF_CLASSES + _OF_NAMES + _OF_DIALOGUES + _OF_QUESTIONS
         why = "is for labelled data; say what they are for: --task"
     given = [name for name in wrong if getattr(args, name) != getattr(defaults, name)]
     if not given and args.problem == "value" and args.labels:
@@ -67,7 +70,7 @@ def prepare_labelled(args, world):
     from .names import KIND
 
     names = ("output", "tokenizer", "validation", "test", "validation_fraction", "label_separator", "max_tokens")
-    names += ("chat_template", "shard_tokens", "overwrite")
+    names += ("chat_template", "stride", "shard_tokens", "overwrite")
     kind, columns = KIND.get(args.task, args.problem), args.columns and tuple(args.columns)
     reading = Reading(kind, args.format, args.text_column, args.pair_column, args.label_column, columns)
     summary = prepare_labelled(
@@ -75,7 +78,7 @@ def prepare_labelled(args, world):
         inputs=args.input,
         reading=reading,
         given_labels=args.labels,
-        truncation=args.truncation or ("split" if kind == "tags" else "cut"),
+        truncation=args.truncation or ("split" if kind in ("tags", "span") else "cut"),
         **{name: getattr(args, name) for name in names},
     )
     if world.is_root:
@@ -212,6 +215,7 @@ def evaluate(args):
 
 
 _OPTIONS = ("batch_tokens", "top_k", "max_new_tokens", "temperature", "top_p", "beams", "seed", "pooling")
+_OPTIONS += ("ask", "no_answer_above")
 
 
 def predict(args):
@@ -228,7 +232,7 @@ def predict(args):
     options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     options |= {"question": args.task, "precision": args.precision}
     if args.input:
-        options["columns"] = (args.text_column, args.pair_column) if args.pair_column else (args.text_column,)
+        options["columns"] = args.text_column, args.pair_column
         world = mpi.init(args.device)
         how = {"overwrite": args.overwrite, "format": args.format, "reference": args.reference_column}
         summary = predict_file(world, args.checkpoint, args.input, args.output, **how, **options)

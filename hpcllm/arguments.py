@@ -25,7 +25,7 @@ def parser():
 
     p = commands.add_parser("prepare", help="text to tokens: a folder of HDF5 shards and a tokenizer")
     p.add_argument("--input", nargs="+", required=True, metavar="FILE_OR_GLOB", help="plain text or JSONL; with --task "
-                   "CoNLL columns, TSV, CSV or JSONL; also .gz")  # fmt: skip
+                   "CoNLL columns, TSV, CSV, JSONL or SQuAD; also .gz")  # fmt: skip
     p.add_argument("--output", required=True, metavar="DIR", help="gets train/, validation/ and tokenizer/")
     p.add_argument(
         "--tokenizer", metavar="DIR", help="a tokenizer folder in Hugging Face's layout (default: train one)"
@@ -55,15 +55,18 @@ def parser():
     )
     g.add_argument("--validation", nargs="+", default=[], metavar="FILE_OR_GLOB", help="examples to choose a model by")
     g.add_argument("--test", nargs="+", default=[], metavar="FILE_OR_GLOB", help="examples to report results of")
-    g.add_argument("--format", choices=("conll", "tsv", "csv", "jsonl"), help="(default: by the files' endings)")
+    g.add_argument("--format", choices=("conll", "tsv", "csv", "jsonl", "squad"), help="(default: by the files' "
+                   "endings)")  # fmt: skip
     g.add_argument(
         "--text-column", metavar="NAME", help="column or field of the text (default: text; of words 0 or tokens; of "
-        "texts to write source; of dialogues messages or prompt)"
+        "texts to write source; of dialogues messages or prompt; of questions context)"
     )  # fmt: skip
-    g.add_argument("--pair-column", metavar="NAME", help="column or field of a second text")
+    g.add_argument(
+        "--pair-column", metavar="NAME", help="column or field of a second text (default: none; of questions question)"
+    )
     g.add_argument(
         "--label-column", metavar="NAME", help="column or field of the label (default: label; of words -1 or tags; of "
-        "texts to write target; of prompts completion)"
+        "texts to write target; of prompts completion; of questions answers)"
     )  # fmt: skip
     g.add_argument(
         "--columns", nargs="+", metavar="NAME", help="names of a table's columns, if its first line has none"
@@ -76,9 +79,12 @@ def parser():
     )
     g.add_argument("--chat-template", metavar="FILE", help="dialogue: Jinja that writes turns down, or plain (default: "
                    "the tokenizer's own)")  # fmt: skip
+    g.add_argument("--stride", type=int, metavar="N", help="question_answering: tokens of a long text that two windows "
+                   "share (default: 128, or what there is room for)")  # fmt: skip
     g.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest example (default: %(default)s)")
     g.add_argument("--truncation", choices=("cut", "drop", "error", "split"), help="of longer ones: lose their end, or "
-                   "all, refuse them, or go on in another (default: split sentences of words, cut texts)")  # fmt: skip
+                   "all, refuse them, or go on in another (default: split sentences of words and "
+                   "texts that are asked about, cut others)")  # fmt: skip
 
     p = commands.add_parser(
         "fetch",
@@ -131,7 +137,7 @@ def parser():
 
     p = commands.add_parser(
         "predict",
-        help="what a model says of texts: fill [MASK], continue, rewrite, reply, classify, tag, embed",
+        help="what a model says of texts: fill [MASK], continue, rewrite, reply, classify, tag, find answers, embed",
         description="Of --text answers are printed. Of the rows of --input each gets a line of JSON in --output, in "
         "order and once, whichever rank answers it; a job that was killed goes on where it was, by the same command.",
     )
@@ -141,8 +147,12 @@ def parser():
         "--input", nargs="+", metavar="FILE_OR_GLOB", help="text, TSV, CSV (first line: names), JSONL, also .gz"
     )
     p.add_argument("--format", choices=("text", "tsv", "csv", "jsonl"), help="of the input (default: by its ending)")
-    p.add_argument("--text-column", default="text", metavar="NAME", help="column or field of it (default: %(default)s)")
-    p.add_argument("--pair-column", metavar="NAME", help="column or field of a second text")
+    p.add_argument(
+        "--text-column", metavar="NAME", help="column or field of it (default: text; with a question context)"
+    )
+    p.add_argument(
+        "--pair-column", metavar="NAME", help="column or field of a second text, or of a question (default: question)"
+    )
     p.add_argument("--output", metavar="FILE", help="write the answers as JSONL")
     p.add_argument(
         "--reference-column", metavar="NAME", help="column or field of the text that was wanted: adds BLEU and ROUGE"
@@ -162,6 +172,9 @@ def parser():
     p.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this probability (1)")
     p.add_argument("--beams", type=int, metavar="B", help="look for the likeliest continuation with so many (1)")
     p.add_argument("--seed", type=int, metavar="N", help="of what is drawn (0)")
+    p.add_argument("--ask", metavar="TEXT", help="question_answering: the question, where texts come without")
+    p.add_argument("--no-answer-above", type=float, metavar="D", help="question_answering: say that there is none "
+                   "where its logits exceed the answer's by more (never)")  # fmt: skip
     p.add_argument("--pooling", choices=("mean", "first"), help="embedding: of a text's tokens (mean)")
 
     p = commands.add_parser(

@@ -10,6 +10,7 @@ _PIPELINES = {
     "causal_lm": "text-generation",
     "sequence_classification": "text-classification",
     "token_classification": "token-classification",
+    "question_answering": "question-answering",
     "seq2seq_lm": "text2text-generation",
     "dialogue": "text-generation",
 }

@@ -60,8 +60,8 @@ class Model(Section):
     task: Literal[names.TASKS]
     """What is learnt: masked_lm (BERT and its kin), causal_lm (GPT-2, Llama and their kin) or seq2seq_lm (T5: spans are
     filled in) from text; sequence_classification (of texts, pairs of texts; also numbers), token_classification
-    (entities, parts of speech), seq2seq_lm (a text from another) or dialogue (what an assistant says) from labelled
-    data."""
+    (entities, parts of speech), question_answering (where in a text the answer stands), seq2seq_lm (a text from
+    another) or dialogue (what an assistant says) from labelled data."""
     config: dict[str, Any] | None = None
     """A transformers configuration: model_type and any of its arguments. Weights start at random."""
     init_from: str | None = None

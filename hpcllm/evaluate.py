@@ -106,7 +106,7 @@ def _labelled(placed, source, width, precision):
     for batch, result in _results(placed, source, width, precision):
         if result is not None and batch.samples:
             losses.append((result[0].item(), source.task.weight(batch.labels, None)))
-            found = source.task.answers(batch.labels, result[1].cpu())
+            found = source.task.answers(batch, result[1].cpu(), source)
             mine.update(zip(batch.numbers.tolist(), found, strict=True))
     everybody = [None] * dist.get_world_size(placed.mesh.losses)
     dist.all_gather_object(everybody, (mine, losses), group=placed.mesh.losses)

@@ -160,7 +160,8 @@ def label_names(folder, task):
     if kinds is None or not hasattr(TASKS[task], "scores"):
         return None
     kind = next(k for k, said in kinds.items() if said == config.problem_type) if isinstance(kinds, dict) else kinds[0]
-    return kind, [] if kind == "value" else [config.id2label[number] for number in range(config.num_labels)]
+    nameless = kind in ("value", "span")
+    return kind, [] if nameless else [config.id2label[number] for number in range(config.num_labels)]
 
 
 def saved(folder):

@@ -33,6 +33,7 @@ _ENDINGS = {
     "LMHeadModel": "causal_lm",
     "ForSequenceClassification": "sequence_classification",
     "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering",
     "ForConditionalGeneration": "seq2seq_lm",
 }
 # What else than its own texts a model for a task may be asked.
@@ -237,6 +238,8 @@ def show(answer):
         )
     elif "tags" in said:
         told = " ".join(f"{word}/{tag}" for word, tag in zip(said["words"], said["tags"], strict=True))
+    elif "answer" in said:
+        told = f"{said['answer'] or 'no answer'} ({said['score']:.3f})"
     elif "labels" in said:
         told = ", ".join(f"{one['label']} {one['score']:.3f}" for one in said["labels"])
     else:

@@ -11,6 +11,7 @@ A row is whatever has `fields` (dict), `offset` (int) and `refusal(why)` (the er
 """
 
 import functools
+import math
 import os
 import zlib
 
@@ -21,23 +22,31 @@ import torch
 from .data import order
 from .data.encode import Words
 from .data.labels import is_chunk
+from .data.spans import Windows
 from .data.turns import messages
 from .errors import UsageError
 from .metrics import tags as schemes
-from .tasks import TASKS
+from .tasks import TASKS, question_answering
 
 BLANK = "[MASK]"  # what a user writes, whatever the tokenizer calls its mask token
 MESSAGES = "messages"  # the field that has the turns of a dialogue
 _DIGITS = 6  # of scores
+_WINDOW_TOKENS = 512  # of a text that is asked about, if the model has room for more
 
 
 class _Question:
-    """What the questions have in common. options: `columns`, and of each question its own."""
+    """What the questions have in common. options: `columns`, and of each question its own.
 
+    columns: names of the columns of the text and of a second one, None for those in `usual`.
+    """
+
+    usual = ("text", None)
     unused = ()  # what of the class's weights it can do without: beginnings of names
 
-    def __init__(self, net, words, *, columns=("text",)):
-        self.net, self.words, self.columns = net, words, columns
+    def __init__(self, net, words, *, columns=(None, None)):
+        self.net, self.words = net, words
+        names = (given or usual for given, usual in zip((*columns, None), self.usual, strict=False))
+        self.columns = tuple(name for name in names if name)
         limits = [getattr(net.config, "max_position_embeddings", None), getattr(words, "model_max_length", None)]
         # transformers says "no limit" by an enormous number.
         self.places = min(limit for limit in (*limits, 1 << 30) if limit)
@@ -312,6 +321,66 @@ class TagWords(_Question):
         return told
 
 
+class FindAnswer(_Question):
+    """Where in a text (column context) the answer to a question (column question) stands: {"answer", "start", "end"
+    (characters, from 0, the end not included), "score", "no_answer"}.
+
+    score: the probability of its first token times that of its last, among the tokens of the text and the first token,
+    which stands for no answer; of a long text in the window that holds it. no_answer: by how much the logits of no
+    answer, in the window where they are least, exceed those of the answer; where it is above `no_answer_above` the
+    answer is "". ask: the question, for texts that come without one.
+    """
+
+    usual = ("context", "question")
+
+    def __init__(self, net, words, *, ask=None, no_answer_above=math.inf, **common):
+        super().__init__(net, words, **common)
+        self._asked, self._border = ask, no_answer_above
+        if ask is not None:
+            self.columns = self.columns[:1]
+        self._windows = Windows(self.encoder, min(self.places, _WINDOW_TOKENS))
+
+    model_class = staticmethod(TASKS["question_answering"].model_class)
+
+    def texts(self, row):
+        """(question, text)"""
+        text = row.fields.get(self.columns[0], row.fields.get("text", ""))
+        question = row.fields.get(self.columns[1], "") if self._asked is None else self._asked
+        if not text.strip():
+            raise row.refusal("the text is empty")
+        if not question.strip():
+            raise row.refusal("there is no question")
+        return question, text
+
+    def documents(self, row):
+        [(windows, _)] = self._windows.of([self.texts(row)])
+        if not len(windows[0].inside):
+            raise row.refusal("the text has no tokens")
+        return windows
+
+    def ask(self, documents, device):
+        output = self.net(**self.inputs(documents, device))
+        logits = torch.stack([output.start_logits, output.end_logits], 1).float().cpu().double().numpy()
+        for window, both in zip(documents, logits, strict=True):
+            inside = window.inside
+            total, one, other = question_answering.best(*both, inside)
+            none = question_answering.nothing(*both)
+            seen = both[:, [0, *inside]]
+            scale = float(np.logaddexp.reduce(seen, axis=1).sum())
+            yield total, none, scale, int(window.begins[one]), int(window.ends[other])
+
+    def join(self, row, answers):
+        total, _, scale, start, end = max(answers, key=lambda answer: answer[0])  # the first of equals
+        _, none, none_scale, *_ = min(answers, key=lambda answer: answer[1])
+        score, no_answer = total - scale, none - total
+        if no_answer > self._border:
+            score, start, end = none - none_scale, 0, 0
+        said = self.texts(row)[1][start:end]
+        start += len(said) - len(said.lstrip())
+        told = {"answer": said.strip(), "start": start, "end": start + len(said.strip())}
+        return told | {"score": round(math.exp(score), _DIGITS), "no_answer": round(no_answer, _DIGITS)}
+
+
 class Embed(_Question):
     """The mean of a text's last hidden states, or that of its first token: {"embedding": [...]}, of length 1."""
 
@@ -350,6 +419,7 @@ QUESTIONS = {
     "dialogue": Reply,
     "sequence_classification": ClassifySequence,
     "token_classification": TagWords,
+    "question_answering": FindAnswer,
     "embedding": Embed,
 }
 

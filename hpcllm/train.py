@@ -51,7 +51,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     last, state, results = on_root(world.comm, run_folder.find_start, config, resume, overwrite)
     with together(world.comm):
         if plan.metric_for_best_model:
-            best.check(plan, source.task.metrics(source.meaning))
+            best.check(plan, source.task.metrics((validation or source).meaning))
         best.forget_others(state, plan, validation and validation.stream.digest)
         batches.require(source, plan.global_batch_size, "a global batch needs")
         check_same_run(config, source, state)

@@ -1,9 +1,10 @@
 """Examples to token ids, with the columns that stand beside them in a shard. The tokenizers library does the tokens.
 
 Policies, by name. An example of more than `max_tokens` tokens is cut ("cut": its end is lost, of a pair the longer
-text's), left out ("drop"), refused ("error"), or, where words have labels, goes on in another document ("split"). Of a
-word's tokens the first has its label, the others none (-100), as in Devlin et al. 2019, section 5.3. A word without
-tokens (of characters that the tokenizer removes) is an unknown one, so that each has its label.
+text's), left out ("drop"), refused ("error"), or, where words have labels or a question is asked, goes on in another
+document ("split"). Of a word's tokens the first has its label, the others none (-100), as in Devlin et al. 2019,
+section 5.3. A word without tokens (of characters that the tokenizer removes) is an unknown one, so that each has its
+label.
 
 Each kind of labels has a class, of which `Encoding` is the base: `encoding` makes the right one.
 """
@@ -14,21 +15,22 @@ import json
 import numpy as np
 
 from ..errors import UsageError
-from . import text, turns
+from . import spans, text, texts, turns
 from .shards import Column
 
 TRUNCATION = ("cut", "drop", "error", "split")
 NO_LABEL = -100
 
 
-def encoding(encoder, labels, max_tokens, truncation, separator_id=None, template=None):
+def encoding(encoder, labels, max_tokens, truncation, separator_id=None, template=None, stride=None):
     """The Encoding of a kind of labels.
 
     encoder: tokenizers.Tokenizer; labels: labels.Labels; truncation: a policy; separator_id: the token that ends a text
-    that a model writes ("text"); template: of dialogues (turns.Template). Raises UsageError.
+    that a model writes ("text"); template: of dialogues (turns.Template); stride: of spans.Windows. Raises UsageError.
     """
-    own = {"tags": Tags, "text": Targets, "turns": Turns}.get(labels.kind, Encoding)
-    more = {"text": {"end": separator_id}, "turns": {"template": template}}.get(labels.kind, {})
+    own = {"tags": Tags, "span": Spans, "text": Targets, "turns": Turns}.get(labels.kind, Encoding)
+    more = {"span": {"stride": stride}, "text": {"end": separator_id}, "turns": {"template": template}}
+    more = more.get(labels.kind, {})
     return own(encoder, labels, max_tokens, truncation, **more)
 
 
@@ -37,12 +39,18 @@ class Encoding:
 
     Columns: second: where the second text of a pair begins; labels: numbers of names, 0 or 1 for each name, or the
     value.
+
+    counted: of what `documents` counts, what a user wants to know; says: what a manifest says of this encoding alone;
+    with_lines: beside a document is a "line" of `texts`.
     """
+
+    counted = ("read", "empty", "cut", "dropped", "split", "wordless")
+    says, with_lines = {}, False
 
     def __init__(self, encoder, labels, max_tokens, truncation):
         self.encoder, self.labels, self.max_tokens, self.truncation = encoder, labels, max_tokens, truncation
-        if truncation == "split" and labels.kind != "tags":
-            raise UsageError('truncation: "split" is for words with tags; take "cut", "drop" or "error"')
+        if truncation == "split" and labels.kind not in ("tags", "span"):
+            raise UsageError('truncation: "split" is for words with tags and questions; take "cut", "drop" or "error"')
         least = encoder.num_special_tokens_to_add(True) + 2
         if max_tokens < least:
             raise UsageError(f"max-tokens: {max_tokens} leaves no room for text; the least is {least}")
@@ -104,7 +112,7 @@ class Encoding:
     def _too_long(self, example, unit, counts):
         """Whether an example that is too long stays, in what way it may."""
         if self.truncation == "error":
-            others = "cut, drop or split" if self.labels.kind == "tags" else "cut or drop"
+            others = "cut, drop or split" if self.labels.kind in ("tags", "span") else "cut or drop"
             why = f"more than {self.max_tokens} tokens; say what to do with such: --truncation {others}"
             raise text.refusal(unit, example.offset, why)
         counts["dropped" if self.truncation == "drop" else self.truncation] += 1
@@ -144,6 +152,65 @@ class Tags(Encoding):
     @functools.cached_property
     def _sentences(self):
         return Words(self.encoder, self.max_tokens)
+
+
+class Spans(Encoding):
+    """A question and a text that may hold its answer, in windows where it is too long; each window is a document.
+
+    Columns: labels: the first and the last token of the answer, of the first one where there are several, 0 and 0 where
+    the window has none; begins, ends: as spans.Window has them; text: of texts.line: the question's name, text and
+    answers.
+    """
+
+    columns = (
+        Column("second", "document", "<i4"),
+        Column("labels", "document", "<i4", 2),
+        Column("text", "document", "<i8", 2),
+        Column("begins", "token", "<i4"),
+        Column("ends", "token", "<i4"),
+    )
+    counted = (*Encoding.counted, "shortened", "unanswerable", "lost")
+    with_lines = True
+
+    def __init__(self, *common, stride):
+        super().__init__(*common)
+        self._windows = spans.Windows(self.encoder, self.max_tokens, stride)
+        self.says = {"stride": self._windows.stride}
+
+    def empty(self, example):
+        return super().empty(example) or not example.pair or example.pair.isspace()
+
+    def _encode(self, kept, counts):
+        found = self._windows.of([(example.pair, example.text) for example, *_ in kept])
+        for (example, unit, asked), (windows, shortened) in zip(kept, found, strict=True):
+            places = [self._place(example, unit, number) for number in range(len(asked.answers))]
+            if not len(windows[0].inside):
+                counts["empty"] += 1  # of characters that the tokenizer removes
+                continue
+            if len(windows) > 1 and not self._too_long(example, unit, counts):
+                continue
+            windows = windows if self.truncation == "split" else windows[:1]
+            labels = [window.tokens(*places[0]) if places else (0, 0) for window in windows]
+            counts["shortened"] += shortened
+            counts["unanswerable"] += not places
+            counts["lost"] += bool(places) and not any(last for _, last in labels)
+            told = {"id": asked.name, "context": example.text, "answers": [answer for answer, _ in asked.answers]}
+            line, about = texts.line(told)
+            for window, label in zip(windows, labels, strict=True):
+                beside = {"begins": window.begins, "ends": window.ends, "labels": label, "second": window.inside[0]}
+                yield window.ids, beside | {"text": about, "line": line}
+                line, about = b"", (0, 0)
+
+    def _place(self, example, unit, number):
+        """Characters of the text that are an answer. Raises DataError where it does not stand where it should."""
+        answer, start = example.label.answers[number]
+        found = spans.place(example.text, answer, start)
+        if found is None:
+            there = example.text[start : start + len(answer)] if 0 <= start < len(example.text) else None
+            there = f'the text has "{there[:40]}"' if there else f"the text has {len(example.text)} characters"
+            why = f'answer {number + 1}, "{answer[:40]}", is not at character {start}: {there}'
+            raise text.refusal(unit, example.offset, f'{why} (question "{example.label.name}")')
+        return found
 
 
 class Targets(Encoding):
@@ -259,9 +326,3 @@ class Words:
         bare, whole = (self._encoder.encode("a", add_special_tokens=them).ids for them in (False, True))
         begin = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
         return whole[:begin], whole[begin + len(bare) :]
-
-
-def summary(counts):
-    """Of the Counter that `documents` filled, what a user wants to know, zeros included."""
-    names = ("read", "empty", "cut", "dropped", "split", "wordless")
-    return {name: counts[name] for name in names}

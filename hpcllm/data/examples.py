@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError, UsageError
-from . import order, shards
+from . import order, shards, texts
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class Examples:
     def column(self, name):
         """What column `name`, of documents, has for all examples: [len, width]."""
         return np.concatenate([beside[name] for *_, beside in self._shards])
+
+    @functools.cached_property
+    def texts(self):
+        """What the examples were before they were tokens (data.texts.Texts), of kinds of labels that keep it."""
+        return texts.Texts(self.stream.folder, self.column("text"))
 
     def rows(self, numbers):
         """Yield (tokens, {column: its rows}) of each of the examples `numbers`."""

@@ -1,33 +1,36 @@
-"""Labelled text in: examples of CoNLL columns, TSV and CSV tables and JSON lines, unit by unit as `text` cuts them.
+"""Labelled text in: examples of CoNLL columns, TSV and CSV tables, JSON lines and SQuAD, unit by unit as `cut` cuts it.
 
 Nothing here knows labels' numbers, tokens or other ranks. What cannot be read is a DataError (65) with file and line.
 """
 
 import csv
 import functools
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError, UsageError
-from . import text, turns
+from . import squad, text, turns
 
-FORMATS = ("conll", "tsv", "csv", "jsonl")
+FORMATS = ("conll", "tsv", "csv", "jsonl", "squad")
 _ENDINGS = {"tsv": "tsv", "csv": "csv", "jsonl": "jsonl", "ndjson": "jsonl"}
 _ENDINGS |= dict.fromkeys(("conll", "conllu", "bio", "iob", "iob2", "bioes", "txt"), "conll")
 # CoNLL-U's lines about a sentence, which are no tokens.
 _COMMENT = re.compile(r"# *(\w+ *=|new(doc|par)\b)")
 _DOCUMENT = "-DOCSTART-"
-# Of kinds of labels, what differs from others: formats, and names of the fields of text and label.
-_TAKES = {"tags": ("conll", "jsonl"), "turns": ("jsonl",)}
-_USUAL = {"tags": ("tokens", "tags"), "text": ("source", "target"), "turns": ("messages", "completion")}
+# Of kinds of labels, what differs from others: formats, and names of the fields of text, pair and label.
+_TAKES = {"tags": ("conll", "jsonl"), "span": ("squad", "jsonl"), "turns": ("jsonl",)}
+_USUAL = {"tags": ("tokens", None, "tags"), "span": ("context", "question", "answers")}
+_USUAL |= {"text": ("source", None, "target"), "turns": ("messages", None, "completion")}
 
 
 @dataclass(frozen=True)
 class Example:
     """text, pair: str, or words (list of str) and None; label: as read (str, number, list); offset: in its file.
 
-    Of a dialogue text is what each turn says (list of str), label who says it.
+    Of a dialogue text is what each turn says (list of str), label who says it. Of a question pair is the question, text
+    what may hold its answer, label a squad.Asked.
     """
 
     text: Any
@@ -55,15 +58,15 @@ class Reading:
 
     def named(self, kind, universal=False):
         """(name or number of the text, of the pair, of the label) in files of a format. universal: of CoNLL-U."""
-        usual = _USUAL.get(self.kind, ("text", "label"))
+        usual = _USUAL.get(self.kind, ("text", None, "label"))
         if kind == "conll":
-            usual = ("1", "3") if universal else ("0", "-1")
-        return self.text or usual[0], self.pair, self.label or usual[1]
+            usual = ("1", None, "3") if universal else ("0", None, "-1")
+        return tuple(given or name for given, name in zip((self.text, self.pair, self.label), usual, strict=True))
 
     def format_of(self, path):
         """Raises UsageError for an ending that says nothing, and for a format that has no such examples."""
         ending = path.removesuffix(".gz").rpartition(".")[2].lower()
-        found = self.format or _ENDINGS.get(ending)
+        found = self.format or ("squad" if self.kind == "span" and ending == "json" else _ENDINGS.get(ending))
         if found is None:
             raise UsageError(
                 f"input: {path}: its ending does not tell the format; name it: --format {{{','.join(FORMATS)}}}"
@@ -74,8 +77,16 @@ class Reading:
             raise UsageError(f"input: {path} is {found} (by its ending or --format), this task reads {needs}")
         return found
 
-    def by_paragraph(self, path):
-        return self.format_of(path) == "conll"
+
+def cut(paths, reading):
+    """The units (text.Unit) of files, those of SQuAD first, then those of lines, then those of paragraphs."""
+    ways = {"squad": 0, "conll": 2}
+    groups = [[], [], []]
+    for path in paths:
+        groups[ways.get(reading.format_of(path), 1)].append(path)
+    return [
+        unit for way, some in zip((squad.cut, text.cut, text.cut), groups, strict=True) if some for unit in way(some)
+    ]
 
 
 def examples(unit, reading):
@@ -85,6 +96,9 @@ def examples(unit, reading):
         yield from _sentences(unit, reading)
     elif kind == "jsonl":
         yield from _records(unit, reading)
+    elif kind == "squad":
+        for (context, question, asked), offset, position in squad.questions(unit, reading):
+            yield Example(context, question, asked, offset), position
     else:
         yield from _rows(unit, reading, kind)
 
@@ -179,6 +193,10 @@ def _records(unit, reading):
         found = text.json_object(line, unit, offset)
         if reading.kind == "turns":
             yield Example(*turns.read(found, reading, unit, offset), offset), position
+            continue
+        if reading.kind == "span":
+            usual = f"{os.path.basename(unit.path)}:{offset}"
+            yield Example(*squad.read(found, reading, unit, offset, usual), offset), position
             continue
         label = (text.string_field if reading.kind == "text" else text.field)(found, of_label, unit, offset)
         pair = None if of_pair is None else text.string_field(found, of_pair, unit, offset)

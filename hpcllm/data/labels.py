@@ -6,6 +6,7 @@ Kinds of labels, by the run file's task and `prepare`'s options:
     multi       any of several names a text
     value       a number a text (regression)
     tags        one name of several a word; entities in any scheme (IOB1, IOB2, BIOES, ...) become IOB2
+    span        where in a text the answer to a question stands, if it has one
     text        another text (its translation, summary, answer, ...)
     turns       who says each turn of a dialogue
 """
@@ -19,8 +20,8 @@ from ..metrics.tags import spans
 from ..mpi import together
 from . import labelled, text
 
-KINDS = ("single", "multi", "value", "tags", "text", "turns")
-WITHOUT_NAMES = ("value", "text", "turns")
+KINDS = ("single", "multi", "value", "tags", "span", "text", "turns")
+WITHOUT_NAMES = ("value", "span", "text", "turns")
 OUTSIDE = "O"
 
 

@@ -61,7 +61,8 @@ def write_part(comm, folder, part, spool, unit_count, facts, shard_tokens):
     paths = [os.path.join(target, shards.name(index)) for index in range(len(slots))]
     offsets = _create(comm, target, paths, sizes, facts)
     with together(comm), failing_as_io(target), contextlib.ExitStack() as opened:
-        source, *beside = (opened.enter_context(open(path, "rb", buffering=0)) for path in spool.paths[part])
+        files = [opened.enter_context(open(path, "rb", buffering=0)) for path in spool.paths[part]]
+        source, beside = files[0], files[1 : 1 + len(spool.columns)]
         # In the order of shards, so that each is opened once and reaches the disk once.
         for index, mine in _by_shard(placed, shard_of):
             with open(paths[index], "r+b", buffering=0) as file:
@@ -85,6 +86,37 @@ def write_part(comm, folder, part, spool, unit_count, facts, shard_tokens):
             os.unlink(path)
     entries = _finish(comm, target, paths, offsets, sizes, spool.dtype)
     return on_root(comm, _manifest, target, entries, facts)
+
+
+def write_lines(comm, folder, part, spool, unit_count):
+    """Write the lines beside the documents of `folder`/`part`, in their order; returns their bytes. Collective.
+
+    Before `write_part`, whose manifest says how many there are.
+    """
+    target = os.path.join(folder, part)
+    path = os.path.join(target, shards.TEXTS)
+    sizes = np.zeros(unit_count, np.int64)
+    for unit, size in spool.lines[part].items():
+        sizes[unit] = size
+    sizes = comm.allreduce(sizes)
+    begins, total = np.cumsum(sizes) - sizes, int(sizes.sum())
+    on_root(comm, _make_file, target, path, total)
+    with together(comm), failing_as_io(target), contextlib.ExitStack() as opened:
+        source = opened.enter_context(open(spool.paths[part][-1], "rb", buffering=0))
+        file = opened.enter_context(open(path, "r+b", buffering=0))
+        spooled = 0
+        for unit, size in spool.lines[part].items():
+            _copy(source, file, spooled, size, int(begins[unit]))
+            spooled += size
+        os.fsync(file.fileno())
+    return total
+
+
+def _make_file(target, path, size):
+    with failing_as_io(target):
+        _make_folder(target)
+        with open(path, "xb") as file:
+            file.truncate(size)
 
 
 def _size(lengths):
@@ -157,7 +189,7 @@ def _finish(comm, target, paths, offsets, sizes, dtype):
 
 def _make_folder(target):
     with failing_as_io(target):
-        os.mkdir(target)
+        os.makedirs(target, exist_ok=True)
 
 
 def _manifest(target, entries, facts):

@@ -1,7 +1,7 @@
 """Labelled text to shards, on all ranks of a job: find the labels, encode the examples, write, check, publish.
 
 As `prepare`: who does what only decides how long it takes, the files are the same bytes at any number of ranks, and a
-rank holds no more than a batch of examples and 8 bytes for each of its own. What the labels are is decided by the
+rank holds no more than a batch of examples and 16 bytes for each of its own. What the labels are is decided by the
 training examples before anything is encoded; they are read twice.
 """
 
@@ -9,13 +9,16 @@ import dataclasses
 import os
 import shutil
 import time
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..errors import DataError, MissingInput, UsageError
 from ..mpi import on_root, together
-from . import encode, labelled, labels, scratch, text, turns
-from .layout import write_part
+from . import encode, labelled, labels, scratch, spans, squad, text, turns
+from .layout import write_lines, write_part
 from .prepare import TEST, TRAIN, VALIDATION, Split, check_numbers, check_output, tokenizer_on_all, use_own_cores
 from .tokenise import BATCH_CHARACTERS, fill, share
 
@@ -45,6 +48,7 @@ def prepare_labelled(
     max_tokens=512,
     truncation="cut",
     chat_template=None,
+    stride=None,
     shard_tokens=1 << 28,
     overwrite=False,
 ):
@@ -52,8 +56,9 @@ def prepare_labelled(
 
     inputs, validation, test: paths and globs; tokenizer: a Hugging Face tokenizer folder, of the model to fine-tune;
     reading: labelled.Reading, which says of what kind labels are; given_labels: all names in order, None: those of the
-    training examples; truncation: of encode.TRUNCATION; chat_template: see turns.choose. Returns a summary (dict), the
-    same on every rank. Raises a Refusal, the same on every rank, and then leaves nothing behind.
+    training examples; truncation: of encode.TRUNCATION; chat_template: see turns.choose; stride: see spans.Windows.
+    Returns a summary (dict), the same on every rank. Raises a Refusal, the same on every rank, and then leaves nothing
+    behind.
     """
     comm, kind, began = world.comm, reading.kind, time.monotonic()
     sources = {TRAIN: inputs, VALIDATION: validation, TEST: test}
@@ -69,16 +74,19 @@ def prepare_labelled(
         if kind == "turns":
             template = turns.Template(encoder, **on_root(comm, turns.choose, folder, chat_template))
         with together(comm):
-            encoding = encode.encoding(encoder, known, max_tokens, truncation, facts["separator_id"], template)
+            encoding = encode.encoding(encoder, known, max_tokens, truncation, facts["separator_id"], template, stride)
         split = Split(validation_fraction)
         parts = [part for part in PARTS if sources[part] or part in split.parts]
-        counts = {part: Counter() for part in parts}
+        counts, names = {part: Counter() for part in parts}, {part: array("Q") for part in parts}
 
         def work(spool, progress):
-            _encode_units(spool, units, mine, reading, encoding, split, progress, counts)
+            _encode_units(spool, units, mine, reading, encoding, split, progress, counts, names)
 
-        spool = fill(comm, folder, [unit.text for unit in units], parts, facts, work, encoding.columns)
-        told = _check_counts(comm, counts, known, validation_fraction)
+        how = encoding.columns, encoding.with_lines
+        spool = fill(comm, folder, [unit.text for unit in units], parts, facts, work, *how)
+        told = _check_counts(comm, counts, encoding, validation_fraction)
+        if kind == "span":
+            _refuse_twice(comm, names, [units[index] for index in mine], reading)
         meaning = {
             "kind": kind,
             "names": list(known.names),
@@ -86,10 +94,16 @@ def prepare_labelled(
             "max_tokens": max_tokens,
             "truncation": truncation,
             "columns": [dataclasses.asdict(column) for column in encoding.columns],
+            **encoding.says,
         }
+        if kind == "span":  # which rules of SQuAD count
+            meaning["version"] = 1 + any(told[part]["became"]["unanswerable"] for part in parts)
         manifests = {}
         for part in parts:
-            labelled_facts = {**facts, "labelled": {**meaning, **told[part]}}
+            said = {**meaning, **told[part]}
+            if encoding.with_lines:
+                said["text_bytes"] = write_lines(comm, folder, part, spool, len(units))
+            labelled_facts = {**facts, "labelled": said}
             manifests[part] = write_part(comm, folder, part, spool, len(units), labelled_facts, shard_tokens)
         on_root(comm, scratch.publish, folder, output, overwrite)
     finally:
@@ -115,14 +129,12 @@ def _plan(sources, output, tokenizer, reading, validation_fraction, shard_tokens
     for part, patterns in sources.items():
         paths = text.find_inputs(patterns)
         every += paths
-        for kind in {reading.by_paragraph(path) for path in paths}:
-            some = [path for path in paths if reading.by_paragraph(path) == kind]
-            units += [_Unit(part, unit) for unit in text.cut(some)]
+        units += [_Unit(part, unit) for unit in labelled.cut(paths, reading)]
     check_output(output, every, overwrite)
     return units
 
 
-def _encode_units(spool, units, mine, reading, encoding, split, progress, counts):
+def _encode_units(spool, units, mine, reading, encoding, split, progress, counts, names):
     done = 0
     for index in mine:
         unit, batch, characters = units[index], [], 0
@@ -130,30 +142,46 @@ def _encode_units(spool, units, mine, reading, encoding, split, progress, counts
             batch.append((example, unit.text))
             characters += sum(map(len, example.text)) + len(example.pair or "")
             if characters >= BATCH_CHARACTERS:
-                _write(spool, batch, unit.part, encoding, split, counts)
+                _write(spool, batch, unit.part, encoding, split, counts, names)
                 batch, characters = [], 0
                 if not progress.advance(done + position, spool.tokens):
                     return
-        _write(spool, batch, unit.part, encoding, split, counts)
+        _write(spool, batch, unit.part, encoding, split, counts, names)
         spool.end_unit(index)
         done += unit.text.stop - unit.text.start
         if not progress.advance(done, spool.tokens):
             return
 
 
-def _write(spool, batch, part, encoding, split, counts):
-    """Documents of a batch of examples to their parts."""
+def _write(spool, batch, part, encoding, split, counts, names):
+    """Documents of a batch of examples to their parts. names: {part: keys of the questions that have names}."""
     dealt = {}
     for example, unit in batch:
         words = example.text if isinstance(example.text, str) else " ".join(example.text)
         to = split.part(words) if part == TRAIN else part
         dealt.setdefault(to, []).append((example, unit))
     for to, some in dealt.items():
+        if encoding.labels.kind == "span":
+            names[to].extend(example.label.key for example, _ in some if example.label.own)
         for ids, beside in encoding.documents(some, counts[to]):
             spool.example(to, ids, beside)
 
 
-def _check_counts(comm, counts, known, validation_fraction):
+def _refuse_twice(comm, names, units, reading):
+    """Raise DataError where two questions of a part have one name. units: of this rank."""
+
+    def find(part, key):
+        for unit in units:
+            if unit.part == part or (unit.part, part) == (TRAIN, VALIDATION):  # held out of training data
+                for example, _ in labelled.examples(unit.text, reading):
+                    if example.label.own and example.label.key == key:
+                        yield str(example.label.name), unit.text.path
+
+    for part, keys in names.items():
+        squad.refuse_twice(comm, np.array(keys, np.uint64), lambda key, part=part: list(find(part, key)))
+
+
+def _check_counts(comm, counts, encoding, validation_fraction):
     """{part: what became of its examples, and how often each label occurs}, of all ranks. Refuses an empty part."""
     everybody = comm.allgather(counts)
     told = {}
@@ -167,8 +195,9 @@ def _check_counts(comm, counts, known, validation_fraction):
             if validation_fraction and part in (TRAIN, VALIDATION):
                 read += f"; validation-fraction is {validation_fraction}"
             raise DataError(f"input: no example is left for {part} ({read})").known_to_all()
-        names = {name: total["label", number] for number, name in enumerate(known.names)}
-        told[part] = {"became": {**encode.summary(total), "longest": longest}, "label_counts": names}
+        names = {name: total["label", number] for number, name in enumerate(encoding.labels.names)}
+        became = {name: total[name] for name in encoding.counted}
+        told[part] = {"became": {**became, "longest": longest}, "label_counts": names}
     return told
 
 
@@ -182,9 +211,13 @@ def table(summary):
         "cut": "cut: too long",
         "split": "split: too long",
         "wordless": "words without tokens, as unknown ones",
+        "shortened": f"cut: questions of more than {spans.QUESTION_TOKENS} tokens",
+        "unanswerable": "questions without an answer",
+        "lost": "answers that are in no document",
         "longest": "tokens of the longest document",
     }
-    rows += [[text, *(summary[part]["became"][name] for part in parts)] for name, text in words.items()]
+    became = [summary[part]["became"] for part in parts]
+    rows += [[text, *(each[name] for each in became)] for name, text in words.items() if name in became[0]]
     rows += [["documents", *(summary[part]["examples"] for part in parts)]]
     rows += [[f"label {name}", *(summary[p]["label_counts"][name] for p in parts)] for name in summary["labels"]]
     left = max(len(row[0]) for row in rows)

@@ -18,6 +18,7 @@ Labelled data are documents, too: an example is one, and what else belongs to it
 
       columns/NAME      of any number type, [document_count, width] or [token_count, width]
       labelled          uint8, JSON: what the columns mean (names of labels, ...), as in the manifest
+    texts.jsonl         where an evaluation needs text: a line for each example (`texts`); as long as the manifest says
 """
 
 import hashlib
@@ -35,6 +36,7 @@ from .stream import BLOCK_BYTES, CollectiveStream, TokenStream
 FORMAT = "hpcllm tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
+TEXTS = "texts.jsonl"
 # One value for every open: a second one in the same process is an error in HDF5, and locks fail on Lustre and GPFS.
 LOCKING = False
 # Fixed, so that any HDF5 since 1.8 reads the files and every HDF5 writes the same bytes.
@@ -280,11 +282,22 @@ def read_manifest(folder):
     if missing:
         listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise MissingInput(f"data: {len(missing)} of the {len(names)} shards of {folder} are missing: {listed}")
+    _check_texts(os.path.join(folder, TEXTS), manifest.get("labelled"))
     if manifest["highest_id"] >= manifest["vocab_size"]:
         raise DataError(
             f"data: {folder} holds the id {manifest['highest_id']}, its vocabulary has {manifest['vocab_size']} entries"
         )
     return manifest
+
+
+def _check_texts(path, labelled):
+    size = (labelled or {}).get("text_bytes")
+    if size is None:
+        return
+    if not os.path.isfile(path):
+        raise MissingInput(f"data: there is no {path}, which evaluations need")
+    if os.path.getsize(path) != size:
+        raise DataError(f"data: {path} has {os.path.getsize(path)} bytes, the manifest says {size}")
 
 
 def check(folder, shard, manifest):

@@ -69,6 +69,11 @@ def find_inputs(patterns):
     return list(found.values())
 
 
+def unit_size(total):
+    """Bytes of a unit of so many bytes of input, by default."""
+    return min(max(total // _UNITS, _UNIT_BYTES[0]), _UNIT_BYTES[1])
+
+
 def cut(paths, unit_bytes=None):
     """The units of the files at `paths`, in order. Raises DataError when there is not one byte of input.
 
@@ -76,7 +81,7 @@ def cut(paths, unit_bytes=None):
     """
     units = []
     sizes = [os.path.getsize(path) for path in paths]
-    unit_bytes = unit_bytes or min(max(sum(sizes) // _UNITS, _UNIT_BYTES[0]), _UNIT_BYTES[1])
+    unit_bytes = unit_bytes or unit_size(sum(sizes))
     for path, size in zip(paths, sizes, strict=True):
         step = size if path.endswith(".gz") else unit_bytes
         for start in range(0, size, max(1, step)):
@@ -209,7 +214,7 @@ def decode(raw, unit, offset):
     except UnicodeDecodeError as error:
         at = offset + error.start
         raise DataError(
-            f"input: {unit.path} is not UTF-8: byte 0x{raw[error.start]:02x} in line {line_number(unit, offset)} "
+            f"input: {unit.path} is not UTF-8: byte 0x{raw[error.start]:02x} in line {line_number(unit, at)} "
             f"at byte offset {at}{' of the uncompressed text' if unit.compressed else ''} ({error.reason})"
         ) from None
 

@@ -47,19 +47,21 @@ class Spool:
     """What this rank tokenised: its tokens, and what columns stand beside them, in a file each per part.
 
     paths: {part: [the file of the tokens, that of each column]}; units: {part: {unit: (its first token in the file,
-    its first document, int64 array of document lengths)}}.
+    its first document, int64 array of document lengths)}}. The last path is of lines of text, where there are such;
+    lines: {part: {unit: bytes of its lines}}, in the order in which they stand there.
     """
 
-    def __init__(self, folder, rank, parts, dtype, columns=()):
-        """dtype: of tokens; columns: of shards.Column."""
+    def __init__(self, folder, rank, parts, dtype, columns=(), with_lines=False):
+        """dtype: of tokens; columns: of shards.Column; with_lines: documents have such."""
         self.dtype, self.columns, self.empty = dtype, columns, 0
-        names = ["", *(f".{column.name}" for column in columns)]
+        names = ["", *(f".{column.name}" for column in columns), *[".lines"] * with_lines]
         self.paths = {p: [os.path.join(folder, f"spool-{rank:06d}.{p}{name}") for name in names] for p in parts}
-        self.units = {part: {} for part in parts}
+        self.units, self.lines = {part: {} for part in parts}, {part: {} for part in parts}
         self._files = {}
         for part, paths in self.paths.items():
             self._files[part] = [open(path, "xb", buffering=COPY_BYTES) for path in paths]  # noqa: SIM115 (see `close`)
         self._written, self._documents = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
+        self._line_bytes, self._with_lines = dict.fromkeys(parts, 0), with_lines
         self._lengths = {part: [] for part in parts}
         self._open_length = 0
 
@@ -82,11 +84,14 @@ class Spool:
         self._end(part)
 
     def example(self, part, ids, beside):
-        """Add a document as it is, with what stands beside it: {column name: a number, or numbers}."""
+        """Add a document as it is, with what stands beside it: {column name: a number, or numbers; "line": bytes}."""
         self.append(part, ids)
         self._end(part)
-        for column, file in zip(self.columns, self._files[part][1:], strict=True):
+        for column, file in zip(self.columns, self._files[part][1:], strict=False):
             file.write(np.ascontiguousarray(beside[column.name], column.dtype))
+        if self._with_lines:
+            self._files[part][-1].write(beside["line"])
+            self._line_bytes[part] += len(beside["line"])
 
     def _end(self, part):
         self._lengths[part].append(self._open_length)
@@ -98,6 +103,7 @@ class Spool:
             self.units[part][unit] = self._written[part] - int(lengths.sum()), self._documents[part], lengths
             self._documents[part] += len(lengths)
             self._lengths[part] = []
+            self.lines[part][unit], self._line_bytes[part] = self._line_bytes[part], 0
 
     def close(self):
         for files in self._files.values():
@@ -115,13 +121,13 @@ def tokenise(comm, folder, units, reading, encoder, facts, split):
     return fill(comm, folder, units, split.parts, facts, work)
 
 
-def fill(comm, folder, units, parts, facts, work, columns=()):
+def fill(comm, folder, units, parts, facts, work, columns=(), with_lines=False):
     """The Spool that `work(spool, progress)` fills on this rank, of all `units`. An error on one rank stops all."""
     spool, error = None, None
     progress = Progress(comm, "prepare", sum(unit.stop - unit.start for unit in units))
     try:
         with failing_as_io(folder):
-            spool = Spool(folder, comm.rank, parts, shards.token_dtype(facts["vocab_size"]), columns)
+            spool = Spool(folder, comm.rank, parts, shards.token_dtype(facts["vocab_size"]), columns, with_lines)
             work(spool, progress)
             spool.close()
     except Refusal as refusal:

@@ -70,9 +70,12 @@ def loss_sum(model, given, targets, score=False, *, class_weights=None, label_sm
     return functional.mse_loss(values, targets, reduction="sum"), values if score else None
 
 
-def answers(targets, found):
-    """[(right, found)] of each example of a micro-batch, as numpy numbers or arrays."""
-    return list(zip(targets.cpu().numpy(), found.cpu().numpy(), strict=True))
+def answers(batch, found, examples):
+    """[(right, found)] of each example of a micro-batch (data.examples.ExampleBatch), as numpy numbers or arrays.
+
+    found: what `loss_sum` says; examples: the data.examples.Examples that they are of.
+    """
+    return list(zip(batch.labels.numpy(), found.numpy(), strict=True))
 
 
 def whole(answers, examples):

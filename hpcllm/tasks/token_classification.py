@@ -60,11 +60,11 @@ def loss_sum(model, given, targets, score=False, *, class_weights=None, label_sm
     return functional.cross_entropy(of_words, wanted, **how), logits.argmax(-1) if score else None
 
 
-def answers(targets, found):
+def answers(batch, found, examples):
     """[(right, found)] of each example of a micro-batch: int16 arrays of its words' tags."""
-    words = targets != NO_LABEL
+    words = batch.labels != NO_LABEL
     counts = words.sum(1).tolist()
-    right, found = (of[words].to(torch.int16).cpu().split(counts) for of in (targets, found))
+    right, found = (of[words].to(torch.int16).split(counts) for of in (batch.labels, found))
     return [(one.numpy(), other.numpy()) for one, other in zip(right, found, strict=True)]
 
 

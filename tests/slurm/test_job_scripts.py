@@ -50,22 +50,29 @@ def test_the_job_of_three_axes_is_that_of_gpt_and_shows_its_mesh_before_it_train
     assert options[0] == options[1]
 
 
-def test_the_two_scripts_that_fine_tune_differ_in_names_alone():
-    ner, texts = ((SLURM / f"finetune_{name}.sbatch").read_text() for name in ("ner", "classification"))
+@pytest.mark.parametrize(
+    ("name", "data", "task"),
+    [("classification", "texts", "sequence_classification"), ("qa", "qa", "question_answering")],
+)
+def test_the_scripts_that_fine_tune_differ_in_names_alone(name, data, task):
+    ner, texts = ((SLURM / f"finetune_{name}.sbatch").read_text() for name in ("ner", name))
     ner, texts = (script[script.index("# Options before the file name") :] for script in (ner, texts))
     for one, other in (
-        ("finetune_ner", "finetune_classification"),
-        ("corpus/ner", "corpus/texts"),
-        ("/ner", "/classification"),
+        ("finetune_ner", f"finetune_{name}"),
+        ("corpus/ner", f"corpus/{data}"),
+        ("/ner", f"/{name}"),
     ):
         ner = ner.replace(one, other)
-    same = ner.replace("token_classification", "sequence_classification").replace(
-        "training sentences", "training texts"
-    )
+    same = ner.replace("token_classification", task).replace("training sentences", "training texts")
     assert [line.split() for line in same.splitlines()] == [line.split() for line in texts.splitlines()]
 
 
-@pytest.mark.parametrize("name", ["train_bert", "train_gpt", "train_gpt_3d", "finetune_ner", "finetune_classification"])
+FINE_TUNE = ["ner", "classification", "qa"]
+
+
+@pytest.mark.parametrize(
+    "name", ["train_bert", "train_gpt", "train_gpt_3d", *(f"finetune_{name}" for name in FINE_TUNE)]
+)
 def test_the_run_file_fits_the_job_script_beside_it(name):
     script = (SLURM / f"{name}.sbatch").read_text()
     options = script[script.index("#SBATCH") :]
@@ -142,7 +149,7 @@ def write_tiny_model(folder):
     transformers.BertModel(made).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["ner", "classification"])
+@pytest.mark.parametrize("name", FINE_TUNE)
 def test_without_slurm_labelled_files_become_a_fine_tuned_model(tmp_path, name):
     here, data = tmp_path / "my workstation", tmp_path / "my workstation" / "corpus" / "mine"
     data.mkdir(parents=True)
@@ -152,6 +159,12 @@ def test_without_slurm_labelled_files_become_a_fine_tuned_model(tmp_path, name):
             f"{who} B-person\nsees O\n{where} B-place\n\n" for who in ("anna", "bert") for where in ("paris", "rome")
         ]
         train, test = ("train.conll", "".join(lines * 10)), ("test.conll", "".join(lines))
+    elif name == "qa":
+        asked = [(f"{who} sees {where}", who) for who in ("anna", "bert") for where in ("paris", "rome")]
+        asked = [{"context": said, "question": "anna sees", "answers": {"text": [who], "answer_start": [0]}}
+                 for said, who in asked]  # fmt: skip
+        lines = [json.dumps(record) + "\n" for record in asked]
+        train, test = ("train.jsonl", "".join(lines * 10)), ("test.jsonl", "".join(lines))
     else:
         rows = [f"{who} sees {where}\t{where}\n" for who in ("anna", "bert") for where in ("paris", "rome")]
         train, test = ("train.tsv", "text\tlabel\n" + "".join(rows * 10)), ("test.tsv", "text\tlabel\n" + "".join(rows))
@@ -183,7 +196,7 @@ def test_a_job_that_predicts_names_model_input_and_output_and_hands_on_the_rest(
     assert done.returncode == 2 and done.stderr.startswith("usage: sbatch slurm/predict.sbatch MODEL INPUT OUTPUT")
 
 
-@pytest.mark.parametrize("name", ["ner", "classification"])
+@pytest.mark.parametrize("name", FINE_TUNE)
 def test_a_job_that_fine_tunes_prepares_once_and_says_what_it_misses(tmp_path, name):
     (tmp_path / "mine.sh").write_text("launch() { printf '<%s>' \"$@\"; echo; }\n")
     (tmp_path / "model").mkdir()
