@@ -20,6 +20,20 @@ launch "$@"
 
 def run(ranks, *arguments, check=True, timeout_s=1800):
     """Run `python ARGUMENTS` on `ranks` ranks; returns the CompletedProcess, its output as text."""
+    job = start(ranks, *arguments)
+    try:
+        stdout, stderr = job.communicate(timeout=timeout_s)
+    except BaseException:
+        job.kill()
+        raise
+    if check and job.returncode:
+        told = f"{stdout[-3000:]}\n{stderr[-5000:]}"
+        sys.exit(f"{' '.join(map(str, arguments))}: exit code {job.returncode}\n{told}")
+    return subprocess.CompletedProcess(job.args, job.returncode, stdout, stderr)
+
+
+def start(ranks, *arguments):
+    """Start `python ARGUMENTS` on `ranks` ranks; returns the Popen of the launcher."""
     env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -27,22 +41,9 @@ def run(ranks, *arguments, check=True, timeout_s=1800):
         "HPCLLM_PROGRESS": "lines",
         "HPCLLM_RANKS": str(ranks),
     }
-    command = [
-        "bash",
-        "-c",
-        _LAUNCH,
-        "benchmarks",
-        str(ROOT / "slurm"),
-        sys.executable,
-        *map(str, arguments),
-    ]
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, cwd=ROOT
-    )
-    if check and done.returncode:
-        told = f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
-        sys.exit(f"{' '.join(map(str, arguments))}: exit code {done.returncode}\n{told}")
-    return done
+    command = ["bash", "-c", _LAUNCH, "benchmarks", str(ROOT / "slurm"), sys.executable, *map(str, arguments)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, cwd=ROOT, **pipes)
 
 
 def train(ranks, folder, **sections):
