@@ -6,8 +6,8 @@ DIR holds SST-2: train.tsv and test.tsv (sentence TAB 0 or 1). A small T5 reads 
 "good" or "bad", as in Raffel et al. 2020, appendix D; a small Llama is asked "Is this good or bad? <sentence>" and
 replies so. Both start at random, with a tokenizer of the training sentences, and see each sentence a few times.
 Printed: of what is written freely, how much is exactly right (`hpcllm predict --reference-column`), and the loss of the
-right answers, before and after training; and how far the losses of all steps lie apart, relatively, at other numbers of
-ranks than the first.
+right answers, before and after training; and how far the losses of the first 50 steps lie apart, relatively, at other
+numbers of ranks than the first (later ones by what rounding has grown to).
 """
 
 import argparse
@@ -103,7 +103,7 @@ def main():
     parser.add_argument("--task", nargs="+", choices=list(MODELS), default=list(MODELS))
     args = parser.parse_args()
     print(f"{jobs.versions()}; {args.steps} steps of 32 examples\n")
-    print("| task | ranks | exactly right, % | loss of the right answers | losses from the first's, largest |")
+    print("| task | ranks | exactly right, % | loss of the right answers | 50 losses from the first's, largest |")
     print("|---|---:|---:|---:|---:|")
     for task in args.task:
         with tempfile.TemporaryDirectory() as name:
@@ -115,7 +115,7 @@ def main():
             for ranks in args.ranks:
                 losses, loss, right = train(folder, task, ranks, args.steps, args.rate)
                 first = first or losses
-                apart = max(abs(a - b) / abs(a) for a, b in zip(first, losses, strict=True))
+                apart = max(abs(a - b) / abs(a) for a, b in zip(first[:50], losses[:50], strict=True))
                 print(f"| {task} | {ranks} | {right:.1f} | {loss:.4f} | {apart:.1e} |", flush=True)
 
 

@@ -43,7 +43,7 @@ def train(placed, steps, precision):
     adjust, told, device = torch.optim.AdamW(placed.parameters(), lr=1e-4, fused=True), [], torch.device("cpu")
     work = Work(
         causal_lm.inputs,
-        lambda net, ids: causal_lm.loss_sum(net, causal_lm.inputs({"input_ids": ids}), ids.roll(-1, 1))[0],
+        lambda net, ids: causal_lm.loss_sum(net, causal_lm.inputs({"input_ids": ids}, None, None), ids.roll(-1, 1))[0],
         lambda ids: int(ids.sum()),
         lambda: arithmetic(precision, device),
     )

@@ -36,7 +36,8 @@ def of_task(source, placed, precision, score=False):
 
     def inputs(batch):
         given = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-        return context.inputs(attention.inputs(task.inputs(given), batch.positions, device), mesh)
+        given = task.inputs(given, batch.labels.to(device), placed.config)
+        return context.inputs(attention.inputs(given, batch.positions, device), mesh)
 
     def loss(net, batch):
         found = task.loss_sum(net, inputs(batch), context.part(batch.labels.to(device), mesh), score, **options)

@@ -164,7 +164,7 @@ def test_the_loss_of_text_to_text_is_that_of_transformers_summed(family, padded)
     if padded:
         given["attention_mask"] = torch.ones_like(input_ids)
         given["attention_mask"][1, 20:], labels[1, 4:] = 0, -100
-    loss, right = seq2seq_lm.loss_sum(net, seq2seq_lm.inputs(given), labels, score=True)
+    loss, right = seq2seq_lm.loss_sum(net, seq2seq_lm.inputs(given, labels, net.config), labels, score=True)
     loss.backward()
     gradient = net.get_input_embeddings().weight.grad.clone()
     net.zero_grad()
@@ -194,7 +194,9 @@ def test_the_loss_is_that_of_transformers_summed(kind):
     taken, _ = TASKS[task].span(32, 0.15)
     rows = TASKS[task].rows(tokens(4, taken), order.key(5, 0, np.arange(4)), WORDS, 0.15)
     input_ids, labels = (torch.from_numpy(row) for row in rows)
-    loss, right = TASKS[task].loss_sum(net, TASKS[task].inputs({"input_ids": input_ids}), labels, score=True)
+    loss, right = TASKS[task].loss_sum(
+        net, TASKS[task].inputs({"input_ids": input_ids}, labels, net.config), labels, score=True
+    )
     loss.backward()
     gradient = net.get_input_embeddings().weight.grad.clone()
 

@@ -33,7 +33,7 @@ def target_fraction(data):
     return 1.0
 
 
-def inputs(given):
+def inputs(given, labels, config):
     """The model's keyword arguments. The keys and values that generation would keep are of no use here."""
     return {**given, "use_cache": False}
 

@@ -64,8 +64,11 @@ def target_fraction(data):
     return data.mlm_probability
 
 
-def inputs(given):
-    """The model's keyword arguments. given: those of the micro-batch, {"input_ids": int64 [B, S]}."""
+def inputs(given, labels, config):
+    """The model's keyword arguments. given: those of the micro-batch, {"input_ids": int64 [B, S]}.
+
+    labels: the targets; config: transformers' configuration of the model.
+    """
     return given
 
 

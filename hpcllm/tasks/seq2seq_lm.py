@@ -42,20 +42,17 @@ def target_fraction(data):
     return 1.0
 
 
-def inputs(given):
-    """The model's keyword arguments."""
-    return {**given, "use_cache": False}
-
-
-def loss_sum(model, given, labels, score=False):
-    """As `parallel.head.loss_sum`; labels: int64 [B, T], -100 behind the end of a text.
+def inputs(given, labels, config):
+    """The model's keyword arguments; labels: int64 [B, T], -100 behind the end of a text.
 
     The decoder reads the targets one place later (teacher forcing), from the model's decoder_start_token_id on.
     """
-    config = getattr(model, "module", model).config
     shifted = labels.new_full(labels.shape, config.decoder_start_token_id)
     shifted[:, 1:] = labels[:, :-1].where(labels[:, :-1] != NO_LABEL, config.pad_token_id or 0)
-    return heads.loss_sum(model, {**given, "decoder_input_ids": shifted}, labels, score)
+    return {**given, "decoder_input_ids": shifted, "use_cache": False}
+
+
+loss_sum = heads.loss_sum
 
 
 # --- pairs of texts ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, pipeline
 
 import hpcllm.mpi
 from hpcllm import config, evaluate, export, model, predict, train
+from hpcllm.data.prepare import prepare as prepare_text
 from hpcllm.errors import DataError, MissingInput, UsageError
 from hpcllm.parallel.apply import whole
 
@@ -164,26 +165,41 @@ def test_scores_are_the_same_to_the_last_digit_at_any_number_of_ranks(world, lan
     assert report is None and ours == alone and ours["eval_samples"] == count
 
 
-@pytest.mark.mpi
-def test_t5_learns_to_fill_in_spans_of_plain_text(world, language, tmp_path):
-    from hpcllm.data.prepare import prepare as prepare_text
-
-    base = shared(world, tmp_path)
+def of_text(world, language, base, **changes):
+    """The settings of a run that learns from plain text, which is made for it in `base`."""
     if world.is_root:
         lines = [json.loads(line)["source"] for line in (language / "text-train.jsonl").read_text().splitlines()]
         (base / "text.txt").write_text("\n".join(lines) + "\n")
     world.comm.Barrier()
     how = {"inputs": [f"{base}/text.txt"], "output": f"{base}/plain", "tokenizer": None, "tokenizer_kind": "t5"}
     prepare_text(world, **how, vocab_size=420, validation_fraction=0.1)
-    data = {part: f"{base}/plain/{part}" for part in ("train", "validation")}
-    values = settings(language, base / "run", "text", **{"train.max_steps": 60, "train.learning_rate": 1e-2})
-    values = values.model_dump(exclude_none=True) | {"data": data}
+    values = settings(language, base / "run", "text", **changes).model_dump(exclude_none=True)
+    return values | {"data": {part: f"{base}/plain/{part}" for part in ("train", "validation")}}
+
+
+@pytest.mark.mpi
+def test_t5_learns_to_fill_in_spans_of_plain_text(world, language, tmp_path):
+    base = shared(world, tmp_path)
+    values = of_text(world, language, base, **{"train.max_steps": 60, "train.learning_rate": 1e-2})
     results = train.train(config.load(values), world)
     losses = records(base / "run")
     assert losses[-1] < 0.75 * losses[0] and results["eval_loss"] < losses[0], (losses[0], losses[-1])
     with pytest.raises(UsageError, match=r"data\.test is for labelled data"):
-        wrong = config.load(values | {"data": {**data, "test": data["validation"]}})
+        wrong = config.load(values | {"data": {**values["data"], "test": values["data"]["validation"]}})
         train.train(wrong, world, overwrite=True)
+
+
+@pytest.mark.mpi(min_size=2, max_size=2)
+@pytest.mark.parametrize("layout", [{"pipeline": 2}, {"tensor": 2}, {"sharding": "full"}], ids=str)
+def test_losses_on_plain_text_do_not_depend_on_the_layout(world, language, tmp_path, layout):
+    base = shared(world, tmp_path)
+    how = {"train.optimizer": "sgd", "train.sgd_momentum": 0.9, "train.learning_rate": 0.05}
+    values = of_text(world, language, base, **how)
+    train.train(config.load(values | {"parallel": layout}), world)
+    values["run"] = {**values["run"], "output_dir": str(tmp_path / "alone")}
+    train.train(config.load(values), hpcllm.mpi.alone(world))
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert records(base / "run", key) == pytest.approx(records(tmp_path / "alone", key), rel=1e-5), key
 
 
 @pytest.mark.parametrize("kind", LANGUAGE)
