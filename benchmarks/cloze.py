@@ -19,7 +19,7 @@ _HEADING = re.compile(r"\s*= ([^=].*) =\s*")
 _SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z\"])")
 # Capitalised words one after the other that do not begin a sentence.
 _NAME = re.compile(r"(?<=[a-z,] )[A-Z][\w'-]+(?: [A-Z][\w'-]+)*")
-_LEAST_SENTENCES = 4
+_LEAST_SENTENCES, _MOST_WORDS = 4, 40  # of a text, of a question
 
 
 def articles(lines):
@@ -41,6 +41,8 @@ def ask(paragraph, draw, missing):
         return None
     able = []
     for number, sentence in enumerate(sentences):
+        if len(sentence.split()) > _MOST_WORDS:
+            continue
         rest = " ".join(sentences[:number] + sentences[number + 1 :])
         names = set(_NAME.findall(sentence))
         able += [(number, name) for name in sorted(names) if re.search(rf"\b{re.escape(name)}\b", rest)]

@@ -41,8 +41,9 @@ def count(make, tokens, targets=None, precision="fp32", gpu=True):
         half = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
         real = _AsWithNumbers(gpu, not model.config.is_encoder_decoder, watch.attend)
         with watch, torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda kept: kept), half, real:
-            logits = model(input_ids=ids, **more).logits
-    return watch.shapes(tokens, logits.numel() / _ROWS)
+            made = model(input_ids=ids, **more)
+    logits = sum(made[name].numel() for name in ("logits", "start_logits", "end_logits") if name in made)
+    return watch.shapes(tokens, logits / _ROWS)
 
 
 class _AsWithNumbers(TorchFunctionMode):

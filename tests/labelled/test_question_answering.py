@@ -13,7 +13,7 @@ from small_questions import prepare, questions, write_lines, write_squad
 from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, AutoTokenizer
 
 import hpcllm.mpi
-from hpcllm import config, evaluate, export, model, predict, train
+from hpcllm import config, evaluate, export, model, plan, predict, train
 from hpcllm.errors import DataError, UsageError
 from hpcllm.metrics import answers as squad
 from hpcllm.parallel.apply import whole
@@ -309,6 +309,14 @@ def test_a_pretrained_encoder_gets_two_numbers_a_token(world, asked, tmp_path):
     assert made.qa_outputs.weight.shape == (2, 32)
     again = train.train(config.load(values), world, resume=True)
     assert again == results
+
+
+def test_a_plan_counts_two_numbers_a_token_as_two_labels(asked, tmp_path):
+    run = settings(asked, tmp_path)
+    tags = run.model_copy(update={"model": run.model.model_copy(update={"task": "token_classification"})})
+    ours, theirs = (plan.shapes_of(one, model.configuration(one.model)) for one in (run, tags))
+    assert ours.logits == theirs.logits == 2 * TOKENS and ours.parameters == theirs.parameters
+    assert ours.blocks == theirs.blocks
 
 
 def test_what_has_no_place_in_this_task_is_refused(world, asked, tmp_path):
