@@ -104,9 +104,12 @@ def _asking(name, revision):
 
 def _check(name, folder):
     """Raise DataError unless the folder can be used without a network: model, tokenizer, every file of weights."""
+    from huggingface_hub import constants
     from safetensors import SafetensorError, safe_open
 
     from .data import tokenizer
+
+    constants.HF_HUB_OFFLINE = True  # transformers asks the hub even about folders, and waits
 
     config = model.saved_configuration(folder)
     if getattr(config, "auto_map", None):

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,7 +16,9 @@ import torch
 from launching import clean_environment
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from hpcllm import fetch as fetching
 from hpcllm.data import tokenizer
+from hpcllm.errors import CannotCreate, DataError, IOFailure, MissingInput
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -91,14 +94,33 @@ def hub(folder):
     server.server_close()
 
 
-def fetch(hub, *arguments, address=None):
-    env = clean_environment() | {"HF_ENDPOINT": address or f"http://127.0.0.1:{hub.server_address[1]}"}
+@pytest.fixture
+def asked(hub, monkeypatch):
+    """`fetch` in this process, which asks `hub`."""
+    from huggingface_hub import constants
+
+    for name, value in (
+        ("HF_HUB_OFFLINE", False),
+        ("ENDPOINT", address_of(hub)),
+        ("HUGGINGFACE_CO_URL_TEMPLATE", address_of(hub) + "/{repo_id}/resolve/{revision}/{filename}"),
+    ):
+        monkeypatch.setattr(constants, name, value)
+    return fetching.fetch
+
+
+def address_of(hub):
+    return f"http://127.0.0.1:{hub.server_address[1]}"
+
+
+def fetch(hub, *arguments):
+    """`hpcllm fetch` as a command."""
+    env = clean_environment() | {"HF_ENDPOINT": address_of(hub)}
     env |= {"HF_HUB_OFFLINE": "1", "HF_HUB_ETAG_TIMEOUT": "5", "NO_PROXY": "127.0.0.1"}  # it is asked for all the same
     command = [sys.executable, "-m", "hpcllm", "fetch", *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_a_model_is_fetched_whole_and_nothing_else_with_it(hub, folder, tmp_path):
+def test_a_model_is_fetched_whole_and_nothing_else_with_it(hub, asked, folder, tmp_path):
     done = fetch(hub, "anna/tiny", tmp_path / "tiny")
     assert done.returncode == 0, done.stderr
     found = {path.name for path in (tmp_path / "tiny").iterdir()}
@@ -114,10 +136,12 @@ def test_a_model_is_fetched_whole_and_nothing_else_with_it(hub, folder, tmp_path
     assert os.listdir(tmp_path) == ["tiny"]
     AutoModelForMaskedLM.from_pretrained(tmp_path / "tiny", local_files_only=True)
     # What is there stays, unless it was fetched and is to be replaced.
-    assert fetch(hub, "anna/tiny", tmp_path / "tiny").returncode == 73
-    assert fetch(hub, "anna/tiny", tmp_path / "tiny", "--overwrite", "--revision", "main").returncode == 0
+    with pytest.raises(CannotCreate, match="exists; choose another name or --overwrite"):
+        asked("anna/tiny", tmp_path / "tiny")
+    assert asked("anna/tiny", tmp_path / "tiny", "main", overwrite=True)["revision"] == COMMIT
     (tmp_path / "tiny" / "fetched.json").unlink()
-    assert fetch(hub, "anna/tiny", tmp_path / "tiny", "--overwrite").returncode == 73
+    with pytest.raises(CannotCreate, match="exists"):
+        asked("anna/tiny", tmp_path / "tiny", overwrite=True)
 
 
 def spoil(hub, how):
@@ -140,32 +164,34 @@ def spoil(hub, how):
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "said"),
+    ("how", "said"),
     [
-        ("pickles", 65, "has weights in pytorch_model.bin only; hpcllm reads safetensors"),
-        ("nothing", 65, "has no weights; hpcllm reads safetensors"),
-        ("no configuration", 65, "has no config.json and so is no model of transformers"),
-        ("damaged", 65, "model.safetensors is not what the hub says that it is"),
-        ("program", 65, "needs a program of its own"),
-        ("no tokenizer", 65, "tokenizer"),
+        ("pickles", "has weights in pytorch_model.bin only; hpcllm reads safetensors"),
+        ("nothing", "has no weights; hpcllm reads safetensors"),
+        ("no configuration", "has no config.json and so is no model of transformers"),
+        ("damaged", "model.safetensors is not what the hub says that it is"),
+        ("program", "needs a program of its own"),
+        ("no tokenizer", "holds no tokenizer"),
     ],
 )
-def test_what_cannot_be_used_is_refused_and_leaves_nothing(hub, tmp_path, how, code, said):
+def test_what_cannot_be_used_is_refused_and_leaves_nothing(hub, asked, tmp_path, how, said):
     spoil(hub, how)
-    done = fetch(hub, "anna/tiny", tmp_path / "tiny")
-    assert done.returncode == code and said in done.stderr, done.stderr
+    with pytest.raises(DataError, match=re.escape(said)):
+        asked("anna/tiny", tmp_path / "tiny")
     assert os.listdir(tmp_path) == []
 
 
-def test_what_the_hub_does_not_have_is_said(hub, tmp_path):
-    for arguments, code, said in (
-        (("anna/none", tmp_path / "x"), 66, "anna/none: http://127.0.0.1"),
-        (("not a name", tmp_path / "x"), 66, "no such model"),
-        (("anna/tiny", tmp_path / "x", "--revision", "old"), 66, "anna/tiny at old: "),
-        (("anna/tiny", Path("nowhere") / "x"), 73, "there is no folder to write it in"),
-    ):
-        done = fetch(hub, *arguments)
-        assert done.returncode == code and said in done.stderr, (arguments, done.stderr)
-    done = fetch(hub, "anna/tiny", tmp_path / "x", address="http://127.0.0.1:9")
-    assert done.returncode == 74 and "does not answer as it should" in done.stderr, done.stderr
+def test_what_the_hub_does_not_have_is_said(hub, asked, tmp_path):
+    with pytest.raises(MissingInput, match=r"anna/none: http://127.*has no such model"):
+        asked("anna/none", tmp_path / "x")
+    with pytest.raises(MissingInput, match="no such model"):
+        asked("not a name", tmp_path / "x")
+    with pytest.raises(MissingInput, match=r"anna/tiny at old: .* has the model, but not that of it"):
+        asked("anna/tiny", tmp_path / "x", "old")
+    with pytest.raises(CannotCreate, match="there is no folder to write it in"):
+        asked("anna/tiny", Path("nowhere") / "x")
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(IOFailure, match="does not answer as it should"):
+        asked("anna/tiny", tmp_path / "x")
     assert os.listdir(tmp_path) == []
