@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_questions import articles, questions, write_lines, write_squad
 
+from benchmarks import cloze
 from hpcllm.data import labelled, squad
 from hpcllm.data.labelled import Reading
 from hpcllm.errors import DataError, UsageError
@@ -198,3 +199,22 @@ def test_other_formats_are_refused(tmp_path):
         read([tmp_path / "a.tsv"])
     with pytest.raises(UsageError, match="its ending does not tell the format"):
         read([tmp_path / "a.json"], Reading("single"))
+
+
+def test_questions_made_of_running_text_are_read(tmp_path, monkeypatch, capsys):
+    names, lines = ["Rome", "New Oslo", "Lima"], []
+    for number in range(40):
+        name = names[number % 3]
+        lines += [f" = Town {number} = ", f'We saw {name} . It was in {name} then . " A b " was here . So they left .']
+    (tmp_path / "wiki.txt").write_text("\n".join(lines))
+    arguments = ["cloze", "--input", str(tmp_path / "wiki.txt"), "--output", str(tmp_path), "--missing", "0.5"]
+    monkeypatch.setattr("sys.argv", arguments)
+    cloze.main()
+    made = {part: read([tmp_path / f"{part}.json"]) for part in ("train", "validation", "test")}
+    assert [len(examples) for examples in made.values()] == [32, 4, 4]
+    for example in (example for examples in made.values() for example in examples):
+        assert "[gap]" in example.pair and len(example.label.answers) <= 1
+        for answer, start in example.label.answers:
+            assert answer in names and example.text.startswith(answer, start) and answer not in example.pair
+    assert 0 < sum(not example.label.answers for example in made["train"]) < 32
+    assert capsys.readouterr().out.startswith("train: 32 questions about 32 articles")
