@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from . import __version__, files, tensors
+from .data import tokenizer
 from .errors import DataError
 from .model import class_name
 from .mpi import on_root, together
@@ -26,11 +27,6 @@ from .parallel.pieces import Piece
 from .parallel.sharding import local
 
 COMPLETE, MODEL, OPTIMIZER = ".complete", "model.safetensors", "optimizer.safetensors"
-# What Hugging Face's tokenizers are made of; their folder may also hold a model, which is not copied.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
-)
 
 
 def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):
@@ -124,7 +120,7 @@ def _finish(hidden, path, step, placed, tokenizer_dir, state):
         if getattr(model, "generation_config", None) is not None and model.can_generate():
             # As it came: transformers' own way to save refuses what some published models have in it.
             model.generation_config.to_json_file(hidden / "generation_config.json")
-        for name in TOKENIZER_FILES:
+        for name in tokenizer.FILES:  # the folder may also hold a model
             if (Path(tokenizer_dir) / name).is_file():
                 shutil.copyfile(Path(tokenizer_dir) / name, hidden / name)
         files.write_json(hidden / "trainer_state.json", {"step": step, "hpcllm": __version__, **state})

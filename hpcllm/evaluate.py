@@ -32,11 +32,10 @@ def of_task(source, placed, precision, score=False):
     task, device, mesh = source.task, placed.device, placed.mesh
     # What is measured is the plain loss, however training weighs it.
     options = {} if score else source.loss_options
-    options = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
+    options = _on(device, options)
 
     def inputs(batch):
-        given = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-        given = task.inputs(given, batch.labels.to(device), placed.config)
+        given = _on(device, task.inputs(batch.inputs, batch.labels, placed.config))
         return context.inputs(attention.inputs(given, batch.positions, device), mesh)
 
     def loss(net, batch):
@@ -44,6 +43,11 @@ def of_task(source, placed, precision, score=False):
         return found if score else found[0]
 
     return Work(inputs, loss, lambda batch: None if score else batch.seed, lambda: arithmetic(precision, device))
+
+
+def _on(device, values):
+    """A dict's tensors on `device`, the rest as it is."""
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in values.items()}
 
 
 def evaluate(placed, source, width, precision, prefix="eval"):
@@ -82,7 +86,7 @@ def _text(placed, source, width, precision):
             counts += torch.tensor([int(result[1]), once * int(batch.targets), once * batch.samples])
     dist.all_reduce(counts, group=placed.mesh.losses)
     right, targets, samples = counts.tolist()
-    mean = _sum(losses, placed) / max(targets, 1)
+    mean = _sum(_everybodys(losses, placed)) / max(targets, 1)
     scores = {
         "loss": mean,
         "perplexity": math.exp(min(mean, 700.0)),
@@ -93,11 +97,16 @@ def _text(placed, source, width, precision):
     return scores, None
 
 
-def _sum(numbers, placed):
-    """The sum of all ranks' numbers, rounded once, so that it does not matter who has which."""
+def _everybodys(value, placed):
+    """What each rank that has losses gave as `value`, in their order. Collective over these."""
     everybody = [None] * dist.get_world_size(placed.mesh.losses)
-    dist.all_gather_object(everybody, numbers, group=placed.mesh.losses)
-    return math.fsum(number for each in everybody for number in each)
+    dist.all_gather_object(everybody, value, group=placed.mesh.losses)
+    return everybody
+
+
+def _sum(numbers):
+    """The sum of lists of numbers, rounded once, so that it does not matter which list has which."""
+    return math.fsum(number for each in numbers for number in each)
 
 
 def _labelled(placed, source, width, precision):
@@ -108,13 +117,11 @@ def _labelled(placed, source, width, precision):
             losses.append((result[0].item(), source.task.weight(batch.labels, None)))
             found = source.task.answers(batch, result[1].cpu(), source)
             mine.update(zip(batch.numbers.tolist(), found, strict=True))
-    everybody = [None] * dist.get_world_size(placed.mesh.losses)
-    dist.all_gather_object(everybody, (mine, losses), group=placed.mesh.losses)
+    everybody = _everybodys((mine, losses), placed)
     answers = {number: answer for each, _ in everybody for number, answer in each.items()}
     answers = source.task.whole([answers[number] for number in range(len(source))], source)
     numbers, text, matrix = source.task.scores(answers, source.meaning)
-    # Sums that are rounded once: in which order ranks and batches come does not matter.
-    loss, targets = (math.fsum(one[side] for _, some in everybody for one in some) for side in (0, 1))
+    loss, targets = (_sum([one[side] for one in some] for _, some in everybody) for side in (0, 1))
     scores = {"loss": loss / (targets or 1), **numbers, "samples": len(answers)}
     return scores, (text, matrix)
 

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import card, checkpoint, files, model, tensors
+from .data import tokenizer
 from .errors import CannotCreate, DataError, UsageError
 from .monitor import Progress
 
@@ -51,7 +52,7 @@ def check(output, overwrite):
     if path.is_symlink() or not (path / CONFIG).is_file():
         raise CannotCreate(f"{output} is not a model folder (it has no {CONFIG}), so --overwrite leaves it alone")
     # Such a folder may be a checkpoint, or hold the one that is to be exported.
-    known = {CONFIG, GENERATION, INDEX, card.NAME, *checkpoint.TOKENIZER_FILES}
+    known = {CONFIG, GENERATION, INDEX, card.NAME, *tokenizer.FILES}
     strangers = sorted(name for name in os.listdir(path) if name not in known and not _WEIGHTS.fullmatch(name))
     if strangers:
         listed = ", ".join(strangers[:5])
@@ -209,7 +210,7 @@ def _write_beside(folder, hidden, plan):
     settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     settings["dtype"] = str(plan.dtype).removeprefix("torch.")
     (hidden / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in (GENERATION, *checkpoint.TOKENIZER_FILES):
+    for name in (GENERATION, *tokenizer.FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, hidden / name)
     if plan.index:

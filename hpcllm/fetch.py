@@ -9,14 +9,15 @@ import fnmatch
 import shutil
 from pathlib import Path
 
-from . import checkpoint, export, files, model
+from . import export, files, model
+from .data import tokenizer
 from .errors import CannotCreate, DataError, IOFailure, MissingInput
 from .monitor import Progress
 
 SOURCE = "fetched.json"
 _TAKEN = (
     *(export.CONFIG, export.GENERATION, export.INDEX, "model.safetensors", "model-*-of-*.safetensors"),
-    *(*checkpoint.TOKENIZER_FILES, "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *(*tokenizer.FILES, "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 
 
@@ -106,8 +107,6 @@ def _check(name, folder):
     """Raise DataError unless the folder can be used without a network: model, tokenizer, every file of weights."""
     from huggingface_hub import constants
     from safetensors import SafetensorError, safe_open
-
-    from .data import tokenizer
 
     constants.HF_HUB_OFFLINE = True  # transformers asks the hub even about folders, and waits
 

@@ -28,6 +28,12 @@ def sync_file(path):
         os.close(handle)
 
 
+def sync_files(folder):
+    """fsync each file of a folder that has no folders."""
+    for name in sorted(os.listdir(folder)):
+        sync_file(os.path.join(folder, name))
+
+
 def write_text(path, text):
     """Replace the file `path` by `text` in one step, durably."""
     path = Path(path)

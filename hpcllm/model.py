@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from . import weights
+from .data.labels import WITHOUT_NAMES
 from .errors import DataError, MissingInput, UsageError
 from .tasks import TASKS
 
@@ -160,8 +161,7 @@ def label_names(folder, task):
     if kinds is None or not hasattr(TASKS[task], "scores"):
         return None
     kind = next(k for k, said in kinds.items() if said == config.problem_type) if isinstance(kinds, dict) else kinds[0]
-    nameless = kind in ("value", "span")
-    return kind, [] if nameless else [config.id2label[number] for number in range(config.num_labels)]
+    return kind, [] if kind in WITHOUT_NAMES else [config.id2label[number] for number in range(config.num_labels)]
 
 
 def saved(folder):

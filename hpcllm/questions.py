@@ -23,7 +23,7 @@ from .data import order
 from .data.encode import Words
 from .data.labels import is_chunk
 from .data.spans import Windows
-from .data.turns import messages
+from .data.turns import chat, messages
 from .errors import UsageError
 from .metrics import tags as schemes
 from .tasks import TASKS, question_answering
@@ -161,7 +161,8 @@ class Continue(_Question):
             raise UsageError("--beams look for the likeliest text, --temperature draws one; give one of them")
         if top_k is not None:
             _check_top_k(top_k, len(words))
-        self.places -= max_new_tokens
+        if not net.config.is_encoder_decoder:  # there what is written has places of its own
+            self.places -= max_new_tokens
         self._new, self._beams, self._seed = max_new_tokens, beams, seed
         self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
 
@@ -209,15 +210,9 @@ class Continue(_Question):
 
 
 class Write(Continue):
-    """A text from a text, by a model with encoder and decoder: {"written"}. What is to be read may be as long as the
-    model's positions, if it has such."""
+    """A text from a text, by a model with encoder and decoder: {"written"}."""
 
     told = "written"
-
-    def __init__(self, net, words, **options):
-        super().__init__(net, words, **options)
-        self.places += self._new  # what is written has places of its own
-
     model_class = staticmethod(TASKS["seq2seq_lm"].model_class)
 
 
@@ -235,8 +230,7 @@ class Reply(Continue):
     def whole(self, row):
         said = row.fields.get(MESSAGES, [{"role": "user", "content": row.fields.get(self._column)}])
         try:
-            contents, _, roles = messages(said)
-            turns = [{"role": role, "content": one} for role, one in zip(roles, contents, strict=True)]
+            turns = chat(*messages(said))
             prompt = self.words.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # Jinja's, and what templates raise of themselves, are among them
             raise row.refusal(f'"{MESSAGES}" or the text "{self._column}": {error}') from None

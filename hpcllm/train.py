@@ -11,6 +11,7 @@ from . import attention, best, checkpoint, evaluate, files, model, monitor, opti
 from .data import batches, examples
 from .errors import DataError, Diverged, UsageError
 from .mpi import choose, device, on_root, together
+from .names import OF_EXAMPLES, OF_TEXT
 from .parallel import compiled, host
 from .parallel import mesh as meshes
 from .parallel.apply import apply, check
@@ -201,9 +202,9 @@ def open_source(config, world, folder, words, names=None):
     with together(world.comm):
         tokenizer.check_same(stream, tokenizer_dir, tokenizer_hash)
         task.check(vocabulary)
-        if stream.labelled and not hasattr(task, "KINDS"):
+        if stream.labelled and config.model.task not in OF_EXAMPLES:
             raise DataError(f"data: {folder} holds labelled examples, {config.model.task} learns from text")
-        if stream.labelled or not hasattr(task, "span"):
+        if stream.labelled or config.model.task not in OF_TEXT:
             config.check_examples()
             return examples.open_part(stream, task, vocabulary, config, world.device, names)
         config.check_text()

@@ -49,7 +49,6 @@ class Reading:
     """
 
     kind: str = "single"
-
     format: str | None = None
     text: str | None = None
     pair: str | None = None

@@ -13,7 +13,7 @@ import sys
 import time
 
 from ..errors import CannotCreate, DataError, UsageError
-from ..files import failing_as_io, sync_file
+from ..files import failing_as_io, sync_files
 from ..mpi import agree, on_root, together
 from . import scratch, shards, text, tokenizer
 from .layout import write_part
@@ -181,8 +181,7 @@ def _make_tokenizer(folder, choice, units, reading, split):
         made = tokenizer.load(target)
         if given is not None and tokenizer.tokenizer_hash(made) != tokenizer.folder_hash(given):
             raise DataError(f"tokenizer: {given} becomes another tokenizer when transformers saves it")
-        for path in sorted(os.listdir(target)):
-            sync_file(os.path.join(target, path))
+        sync_files(target)
     facts = {
         # Ids may have gaps, so the vocabulary is as large as its highest id asks for, not its number of entries.
         "vocab_size": max(made.get_vocab().values()) + 1,

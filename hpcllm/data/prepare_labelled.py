@@ -19,7 +19,17 @@ from ..errors import DataError, MissingInput, UsageError
 from ..mpi import on_root, together
 from . import encode, labelled, labels, scratch, spans, squad, text, turns
 from .layout import write_lines, write_part
-from .prepare import TEST, TRAIN, VALIDATION, Split, check_numbers, check_output, tokenizer_on_all, use_own_cores
+from .prepare import (
+    TEST,
+    TOKENIZER,
+    TRAIN,
+    VALIDATION,
+    Split,
+    check_numbers,
+    check_output,
+    tokenizer_on_all,
+    use_own_cores,
+)
 from .tokenise import BATCH_CHARACTERS, fill, share
 
 PARTS = (TRAIN, VALIDATION, TEST)
@@ -72,7 +82,9 @@ def prepare_labelled(
         known = labels.find(comm, kind, ours, reading, label_separator, given_labels)
         template = None
         if kind == "turns":
-            template = turns.Template(encoder, **on_root(comm, turns.choose, folder, chat_template))
+            template = turns.Template(
+                encoder, **on_root(comm, turns.choose, os.path.join(folder, TOKENIZER), chat_template)
+            )
         with together(comm):
             encoding = encode.encoding(encoder, known, max_tokens, truncation, facts["separator_id"], template, stride)
         split = Split(validation_fraction)

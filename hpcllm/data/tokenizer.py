@@ -24,14 +24,11 @@ _BERT_SPECIALS = {
 _GPT_SPECIALS = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 _T5_SPECIALS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 _SPECIALS = {"wordpiece": _BERT_SPECIALS, "bpe": _GPT_SPECIALS, "t5": _T5_SPECIALS}
-_VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-)
+# What a tokenizer's folder may hold, by any of whose first the words come, and what else belongs to it.
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
+_VOCABULARIES += ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+FILES = (*_VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+FILES += ("added_tokens.json", "chat_template.jinja")
 _SENTINELS = [f"<extra_id_{number}>" for number in range(100)]  # as many as T5 has
 
 

@@ -5,13 +5,12 @@ tells itself, by {% generation %} as transformers has it; else an answer is what
 than the one before it, which ends with the call to answer (add_generation_prompt).
 """
 
-import os
 import re
 
 import numpy as np
 
 from ..errors import DataError, MissingInput, UsageError
-from ..files import failing_as_io, sync_file
+from ..files import failing_as_io, sync_files
 from . import text, tokenizer
 
 ASSISTANT = "assistant"
@@ -42,13 +41,14 @@ def read(record, reading, unit, offset):
     if isinstance(value, str):
         return [value, text.string_field(record, answer, unit, offset)], None, ["user", ASSISTANT]
     try:
-        return messages(value)
+        said, roles = messages(value)
     except ValueError as error:
         raise text.refusal(unit, offset, f'"{field}": {error}') from None
+    return said, None, roles
 
 
 def messages(value):
-    """(what each turn says, None, who says it) of a list of turns. Raises ValueError for anything else."""
+    """(what each turn says, who says it) of a list of turns. Raises ValueError for anything else."""
     if not isinstance(value, list) or not value:
         raise ValueError("not a list of turns")
     said, roles = [], []
@@ -59,26 +59,30 @@ def messages(value):
             raise ValueError(f'turn {len(said) + 1} has no strings "role" and "content", nor "from" and "value"')
         said.append(content)
         roles.append(_ROLES.get(role, role))
-    return said, None, roles
+    return said, roles
+
+
+def chat(said, roles):
+    """What `messages` said, as chat templates take it."""
+    return [{"role": role, "content": one} for role, one in zip(roles, said, strict=True)]
 
 
 def choose(folder, given=None):
-    """What makes a Template: {"template": Jinja, "specials": {name: token}}, which the tokenizer in `folder` then has.
+    """What makes a Template, {"template": Jinja, "specials": {name: token}, "every": special tokens}; the tokenizer in
+    `folder` then has it.
 
-    folder: of `tokenizer`; given: "plain", or a file of Jinja, None: the tokenizer's own. Root only.
+    given: "plain", or a file of Jinja, None: the tokenizer's own. Root only.
     """
-    target = os.path.join(folder, "tokenizer")
-    words = tokenizer.load(target)
+    words = tokenizer.load(folder)
     if given is None and words.chat_template is None:
         raise UsageError(
             "chat-template: the tokenizer has none; name a file of Jinja, or plain for lines of User: and Assistant:"
         )
     if given is not None:
         words.chat_template = _PLAIN if given == PLAIN else _file(given)
-        with failing_as_io(target):
-            words.save_pretrained(target)
-            for path in sorted(os.listdir(target)):
-                sync_file(os.path.join(target, path))
+        with failing_as_io(folder):
+            words.save_pretrained(folder)
+            sync_files(folder)
     specials = {name: str(token) for name, token in words.special_tokens_map.items() if isinstance(token, str)}
     if "eos_token" not in specials and given == PLAIN:
         raise UsageError("chat-template: plain ends an answer with the tokenizer's eos token, and it has none")
@@ -118,7 +122,7 @@ class Template:
             if spelt:
                 why = f"turn {number} spells the special token {spelt[0]}, which would be one"
                 raise text.refusal(unit, example.offset, why)
-        turns = [{"role": role, "content": said} for role, said in zip(example.label, example.text, strict=True)]
+        turns = chat(example.text, example.label)
         try:
             return self._by_marks(turns) if self._marked else self._by_beginnings(turns)
         except Exception as error:  # Jinja's, and what templates raise of themselves

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_labelled import KINDS, prepare, write, write_tokenizer
+from small_runs import LAYOUTS, alone_and_together, load, opened, records, shared
 from transformers import AutoConfig, AutoModel, pipeline
 
 import hpcllm.mpi
@@ -21,7 +22,6 @@ SIZES = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
 }
-PLAIN = {"train.optimizer": "sgd", "train.sgd_momentum": 0.9, "train.learning_rate": 0.05}
 
 
 @pytest.fixture(scope="session")
@@ -45,32 +45,9 @@ def settings(labelled, output, kind, family="bert", **changes):
     sizes = {**SIZES[family], "vocab_size": 200}
     if family == "bert":
         sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    values = {
-        "run": {"output_dir": str(output), "seed": 3},
-        "data": {part: f"{labelled}/{kind}/{part}" for part in ("train", "validation", "test")},
-        "model": {
-            "task": "token_classification" if kind == "tags" else "sequence_classification",
-            "config": {"model_type": family, **sizes},
-        },
-        "train": {
-            "max_steps": 6,
-            "global_batch_size": 24,
-            "micro_batch_size": 2,
-            "sequence_length": 16,
-            "learning_rate": 5e-3,
-            "warmup_steps": 2,
-        },
-    }
-    return config.load(values, [f"{key}={value}" for key, value in changes.items()])
-
-
-def records(output, key="loss"):
-    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
-
-
-def shared(world, path):
-    return Path(world.comm.bcast(str(path)))
+    task = "token_classification" if kind == "tags" else "sequence_classification"
+    section = {"task": task, "config": {"model_type": family, **sizes}}
+    return load(output, f"{labelled}/{kind}", section, 16, changes)
 
 
 @pytest.mark.mpi
@@ -100,38 +77,17 @@ def test_a_task_is_learnt(world, labelled, tmp_path, kind):
     assert sum(losses) / sum(targets) == pytest.approx(results["test_loss"], rel=1e-4)
 
 
-def opened(run, world, part):
-    words = train.read_tokenizer(run.data.tokenizer_dir)
-    return train.open_source(run, world, getattr(run.data, part), words)
-
-
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {},
-        {"sharding": "none"},
-        {"sharding": "full"},
-        {"tensor": 2, "sharding": "none"},
-    ],
-    ids=lambda layout: "-".join(f"{key}-{value}" for key, value in layout.items()) or "auto",
-)
+@LAYOUTS
 def test_losses_and_scores_do_not_depend_on_the_layout(world, labelled, tmp_path, kind, layout):
-    if world.size % layout.get("tensor", 1) or 12 % world.size:
-        pytest.skip("ranks do not divide")
-    base = shared(world, tmp_path)
-    changes = {**PLAIN, "train.eval_every_steps": 3}
-    alone = train.train(settings(labelled, tmp_path / "alone", kind, **changes), hpcllm.mpi.alone(world))
-    layout = {f"parallel.{key}": value for key, value in layout.items()}
-    results = train.train(settings(labelled, base / "run", kind, **changes, **layout), world)
-    for key in ("loss", "grad_norm", "eval_loss"):
-        assert records(base / "run", key) == pytest.approx(records(tmp_path / "alone", key), rel=1e-5), key
-    for key, value in alone.items():
-        if key.startswith(("eval_", "test_")):
-            # After few steps values hardly differ, and what they go along with is decided by their last digits.
-            correlates = key.endswith(("pearson", "spearman", "r2"))
-            assert results[key] == pytest.approx(value, rel=1e-2 if correlates else 1e-5, abs=1e-6), key
+    def some(output, **changes):
+        return settings(labelled, output, kind, **changes)
+
+    for key, value, found in alone_and_together(world, some, tmp_path, layout):
+        # After few steps values hardly differ, and what they go along with is decided by their last digits.
+        correlates = key.endswith(("pearson", "spearman", "r2"))
+        assert found == pytest.approx(value, rel=1e-2 if correlates else 1e-5, abs=1e-6), key
 
 
 @pytest.mark.mpi

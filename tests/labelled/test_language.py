@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from small_labelled import LANGUAGE, prepare, reading, write, write_tokenizer
+from small_runs import LAYOUTS, alone_and_together, load, opened, records, shared
 from transformers import AutoTokenizer, pipeline
 
 import hpcllm.mpi
@@ -25,10 +26,6 @@ TOKENIZERS = {"text": "t5", "turns": "bpe"}
 TASK = {"text": "seq2seq_lm", "turns": "dialogue"}
 TOKENS = {"text": 32, "turns": 96}
 TEMPLATE = {"text": {}, "turns": {"chat_template": "plain"}}
-
-
-def shared(world, path):
-    return Path(world.comm.bcast(str(path)))
 
 
 @pytest.fixture(scope="session")
@@ -50,30 +47,8 @@ def language(tmp_path_factory):
 
 
 def settings(language, output, kind, **changes):
-    values = {
-        "run": {"output_dir": str(output), "seed": 3},
-        "data": {part: f"{language}/{kind}/{part}" for part in ("train", "validation", "test")},
-        "model": {"task": TASK[kind], "config": {**MODELS[kind], "vocab_size": 512}},
-        "train": {
-            "max_steps": 6,
-            "global_batch_size": 24,
-            "micro_batch_size": 2,
-            "sequence_length": TOKENS[kind],
-            "learning_rate": 5e-3,
-            "warmup_steps": 2,
-        },
-    }
-    return config.load(values, [f"{key}={value}" for key, value in changes.items()])
-
-
-def records(output, key="loss"):
-    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
-
-
-def opened(run, world, part):
-    words = train.read_tokenizer(run.data.tokenizer_dir)
-    return train.open_source(run, world, getattr(run.data, part), words)
+    section = {"task": TASK[kind], "config": {**MODELS[kind], "vocab_size": 512}}
+    return load(output, f"{language}/{kind}", section, TOKENS[kind], changes)
 
 
 @pytest.mark.mpi
@@ -122,25 +97,13 @@ def test_answers_are_learnt(world, language, tmp_path, kind):
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("kind", LANGUAGE)
-@pytest.mark.parametrize(
-    "layout",
-    [{}, {"sharding": "none"}, {"sharding": "full"}, {"tensor": 2, "sharding": "none"}],
-    ids=lambda layout: "-".join(f"{key}-{value}" for key, value in layout.items()) or "auto",
-)
+@LAYOUTS
 def test_losses_and_scores_do_not_depend_on_the_layout(world, language, tmp_path, kind, layout):
-    if world.size % layout.get("tensor", 1) or 12 % world.size:
-        pytest.skip("ranks do not divide")
-    base = shared(world, tmp_path)
-    changes = {"train.optimizer": "sgd", "train.sgd_momentum": 0.9, "train.learning_rate": 0.05}
-    changes |= {"train.eval_every_steps": 3}
-    alone = train.train(settings(language, tmp_path / "alone", kind, **changes), hpcllm.mpi.alone(world))
-    layout = {f"parallel.{key}": value for key, value in layout.items()}
-    results = train.train(settings(language, base / "run", kind, **changes, **layout), world)
-    for key in ("loss", "grad_norm", "eval_loss"):
-        assert records(base / "run", key) == pytest.approx(records(tmp_path / "alone", key), rel=1e-5), key
-    for key, value in alone.items():
-        if key.startswith(("eval_", "test_")):
-            assert results[key] == pytest.approx(value, rel=1e-5), key
+    def some(output, **changes):
+        return settings(language, output, kind, **changes)
+
+    for key, value, found in alone_and_together(world, some, tmp_path, layout):
+        assert found == pytest.approx(value, rel=1e-5), key
 
 
 @pytest.mark.mpi

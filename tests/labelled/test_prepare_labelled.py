@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,16 +14,6 @@ from hpcllm.data.prepare_labelled import table
 from hpcllm.errors import CannotCreate, DataError, MissingInput, UsageError
 
 COUNT = 200
-
-
-@pytest.fixture
-def base(world, tmp_path):
-    """A folder that all ranks share, with a tokenizer."""
-    base = Path(world.comm.bcast(str(tmp_path)))
-    if world.is_root:
-        write_tokenizer(base / "tokenizer")
-    world.comm.Barrier()
-    return base
 
 
 def written(world, base, kind, count=COUNT, name="train.jsonl"):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_labelled import write_tokenizer
 from small_questions import prepare, questions, write_lines, write_squad
+from small_runs import LAYOUTS, alone_and_together, load, opened, records, shared
 from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, AutoTokenizer
 
 import hpcllm.mpi
@@ -25,13 +26,8 @@ FAMILIES = {
     "bert": {**BERT, "max_position_embeddings": 64},
     "distilbert": {"model_type": "distilbert", "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
 }
-PLAIN = {"train.optimizer": "sgd", "train.sgd_momentum": 0.9, "train.learning_rate": 0.05}
 PARTS = {"train": 1000, "validation": 101, "test": 50}
 TOKENS, STRIDE = 40, 6
-
-
-def shared(world, path):
-    return Path(world.comm.bcast(str(path)))
 
 
 @pytest.fixture(scope="session")
@@ -57,30 +53,8 @@ def asked(tmp_path_factory):
 
 
 def settings(asked, output, version=1, family="bert", **changes):
-    values = {
-        "run": {"output_dir": str(output), "seed": 3},
-        "data": {part: f"{asked}/{version}/{part}" for part in PARTS},
-        "model": {"task": "question_answering", "config": {**FAMILIES[family], "vocab_size": 200}},
-        "train": {
-            "max_steps": 6,
-            "global_batch_size": 24,
-            "micro_batch_size": 2,
-            "sequence_length": TOKENS,
-            "learning_rate": 5e-3,
-            "warmup_steps": 2,
-        },
-    }
-    return config.load(values, [f"{key}={value}" for key, value in changes.items()])
-
-
-def opened(run, world, part):
-    words = train.read_tokenizer(run.data.tokenizer_dir)
-    return train.open_source(run, world, getattr(run.data, part), words)
-
-
-def records(output, key="loss"):
-    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
+    section = {"task": "question_answering", "config": {**FAMILIES[family], "vocab_size": 200}}
+    return load(output, f"{asked}/{version}", section, TOKENS, changes)
 
 
 def random_model(run, source, spread=0.5):
@@ -251,24 +225,13 @@ def untrained(run, world):
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize(
-    "layout",
-    [{}, {"sharding": "none"}, {"sharding": "full"}, {"tensor": 2, "sharding": "none"}],
-    ids=lambda layout: "-".join(f"{key}-{value}" for key, value in layout.items()) or "auto",
-)
+@LAYOUTS
 def test_losses_and_scores_do_not_depend_on_the_layout(world, asked, tmp_path, version, layout):
-    if world.size % layout.get("tensor", 1) or 12 % world.size:
-        pytest.skip("ranks do not divide")
-    base = shared(world, tmp_path)
-    changes = {**PLAIN, "train.eval_every_steps": 3}
-    alone = train.train(settings(asked, tmp_path / "alone", version, **changes), hpcllm.mpi.alone(world))
-    layout = {f"parallel.{key}": value for key, value in layout.items()}
-    results = train.train(settings(asked, base / "run", version, **changes, **layout), world)
-    for key in ("loss", "grad_norm", "eval_loss"):
-        assert records(base / "run", key) == pytest.approx(records(tmp_path / "alone", key), rel=1e-5), key
-    for key, value in alone.items():
-        if key.startswith(("eval_", "test_")):
-            assert results[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+    def some(output, **changes):
+        return settings(asked, output, version, **changes)
+
+    for key, value, found in alone_and_together(world, some, tmp_path, layout):
+        assert found == pytest.approx(value, rel=1e-4, abs=1e-4), key
 
 
 @pytest.mark.mpi

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,16 +234,6 @@ def test_answers_that_do_not_stand_where_they_should_are_refused(encoder, unit):
 
 
 # --- prepare -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def base(world, tmp_path):
-    """A folder that all ranks share, with a tokenizer."""
-    base = Path(world.comm.bcast(str(tmp_path)))
-    if world.is_root:
-        write_tokenizer(base / "tokenizer")
-    world.comm.Barrier()
-    return base
 
 
 def digests(folder):
