@@ -12,6 +12,7 @@ run goes on under any other layout.
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import __version__, files, tensors
 from .data import tokenizer
-from .errors import DataError
+from .errors import DataError, IOFailure
 from .model import class_name
 from .mpi import on_root, together
 from .parallel.pieces import Piece
@@ -54,6 +55,26 @@ def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, 
         raise
     on_root(comm, _delete_older, output_dir, keep, best)
     return path
+
+
+def size_bytes(placed, plan):
+    """Of a checkpoint's tensors, those of all ranks. plan: the run file's [train]."""
+    moments = 2 if plan.optimizer == "adamw" else 1 if plan.sgd_momentum else 0
+    frozen = {name for name, parameter in placed.named_parameters() if not parameter.requires_grad}
+    return sum(4 * piece.shape.numel() * (1 + moments * (name not in frozen)) for name, piece in placed.pieces.items())
+
+
+def require_room(output_dir, size_bytes):
+    """Raise IOFailure where so much cannot be written to `output_dir`: its disk is full, or a quota would be exceeded.
+
+    Seen by making such a file, which is removed: what is free of a file system says nothing of quotas. Root only.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=output_dir) as file:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+    except OSError as error:
+        needed = f"a checkpoint of {size_bytes / 1e9:.3g} GB"
+        raise IOFailure(f"run.output_dir: {output_dir} has no room for {needed}: {error.strerror}") from None
 
 
 def _weights(placed):

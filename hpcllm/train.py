@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from . import attention, best, checkpoint, evaluate, files, model, monitor, optimizer, run_folder, startup, utilisation
+from . import attention, best, checkpoint, deadline, evaluate, files, model, monitor, optimizer, run_folder, startup
+from . import stopping, utilisation
 from .data import batches, examples
 from .errors import DataError, Diverged, UsageError
 from .mpi import choose, device, on_root, together
@@ -25,6 +27,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
 
     resume: continue from the newest complete checkpoint in run.output_dir, from the start if there is none.
     overwrite: replace a run that is there. Without either, an output folder that holds a run is refused (exit 73).
+    A run that ends early because it was asked to (see `stopping`) has "stopped", why, in its results.
     parts: the startup.Parts of this process, told at the first step.
     Everything that can be refused is refused before anything is written.
     """
@@ -90,10 +93,16 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     with together(world.comm):
         if last:
             checkpoint.load_optimizer(last, placed, adjust)
-    on_root(world.comm, run_folder.open_output, config, resume, overwrite)
+    damaged = state.pop("damaged", [])
+    on_root(world.comm, run_folder.open_output, config, resume, overwrite, damaged)
+    on_root(world.comm, checkpoint.require_room, config.run.output_dir, checkpoint.size_bytes(placed, plan))
     journal = monitor.Journal(config.run.output_dir, state["restart"], world.is_root)
     start = {"ranks": world.size, "hosts": world.hosts, "library": world.library, "layout": layout.describe()}
-    journal.event("start", step=state["step"], **start)
+    limit = config.run.time_limit and deadline.seconds(config.run.time_limit)
+    requests = stopping.Requests(config.run.output_dir, world.is_root, limit)
+    journal.event("start", step=state["step"], max_steps=plan.max_steps, job=deadline.job(), ends=requests.end, **start)
+    if damaged:
+        journal.event("damaged", paths=list(map(str, damaged)))
     progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)
     progress.say(describe(config, world, placed, source, validation, state))
     progress.say(f"activation checkpointing: {'on' if again else 'off'} ({why})")
@@ -101,8 +110,11 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     parts.end("model")
 
     def save():
+        began = time.monotonic()
         kept = {
             "samples": state["samples"],
+            "useful_s": state["useful_s"],
+            "unmeasured": state.get("unmeasured", False),
             "ranks": world.size,
             "data_digest": source.stream.digest,
             "config": config.model_dump(exclude_none=True),
@@ -110,12 +122,15 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         }
         where = config.run.output_dir, state["step"], placed, adjust, config.data.tokenizer_dir
         path = checkpoint.save(world.comm, *where, kept, config.checkpoint.keep, best.step(state))
-        journal.event("checkpoint", step=state["step"], path=str(path))
+        requests.saved()
+        requests.took("save", time.monotonic() - began)
+        journal.event("checkpoint", step=state["step"], path=str(path), seconds=round(time.monotonic() - began, 3))
         return path
 
     def measure():
         if not validation:
             return {}, None
+        began = time.monotonic()
         scores, told = evaluate.evaluate(placed, validation, plan.micro_batch_size, plan.precision)
         scores = world.comm.bcast(scores, root=0)  # what follows is decided by them, on every rank
         journal.metrics({"step": state["step"], "samples": state["samples"], **scores})
@@ -123,9 +138,16 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         shown = (f"eval_{name}" for name in dict.fromkeys(shown))
         numbers = (f"{name}={scores[name]:.4f}" for name in shown if name in scores)
         progress.say(f"step {state['step']} {' '.join(numbers)}")
+        requests.took("evaluation", time.monotonic() - began)
         return scores, told
 
-    clock, path, scores, told = monitor.Clock(world.group, mesh.losses), last, {}, None
+    def better():
+        return best.compare(state, plan, scores, validation and validation.stream.digest)
+
+    clock, path, scores, told, wish = monitor.Clock(world.group, mesh.losses), last, {}, None, None
+    if state.pop("unmeasured", False):  # there was no time for it when the run was asked to end
+        scores, told = measure()
+        path = save() if better() else path
     positions = itertools.count(state["samples"], plan.global_batch_size)
     todo = itertools.islice(positions, plan.max_steps - state["step"])
     steps = batches.ahead(
@@ -140,9 +162,12 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
             micro_batches = next(steps)
         rate = optimizer.learning_rate(state["step"], plan)
         loss_sum, targets, tokens, pairs, grad_norm = one_step(placed, adjust, micro_batches, rate, source, plan)
-        loss_sum, times = clock.collect(loss_sum)
+        soon = [state["step"] + 1, state["step"] + 2]
+        measures = plan.max_steps in soon or any(due(step, plan.eval_every_steps) for step in soon)
+        loss_sum, times, heard = clock.collect(loss_sum, requests.heard(measures))
         state["step"] += 1
         state["samples"] += plan.global_batch_size
+        state["useful_s"] += times["step_s"]
         times["mfu"] = operations.step(tokens, targets, pairs) / times["step_s"] / peak
         times["tokens_per_s"] = tokens / times["step_s"]
         report(journal, progress, plan, state, loss_sum / targets, rate, grad_norm, times, path)
@@ -150,13 +175,21 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
             parts.end("first step")
             tell_start(parts, journal, progress, world)
             parts = None
-        done, better = state["step"] == plan.max_steps, False
+        else:  # the first one compiles and measures
+            requests.took("step", times["step_s"])
+        done, improved, wish = state["step"] == plan.max_steps, False, stopping.wish(heard)
+        ends = bool(wish and wish.ends and not done)
         if done or due(state["step"], plan.eval_every_steps):
-            scores, told = measure()
-            better = best.compare(state, plan, scores, validation and validation.stream.digest)
-            done = done or best.hopeless(state, plan)
-        if done or better or due(state["step"], config.checkpoint.every_steps):
+            if ends:
+                state["unmeasured"] = True
+            else:
+                scores, told = measure()
+                improved = better()
+                done = done or best.hopeless(state, plan)
+        if done or improved or wish or due(state["step"], config.checkpoint.every_steps):
             path = save()
+        if ends:
+            return stop(journal, progress, plan, state, path, wish)
     if not scores:  # of a run that ended between its last checkpoint and its results
         scores, told = measure()
     progress.close()
@@ -315,6 +348,17 @@ def finish(config, world, placed, validation, test, progress, scores, told):
     return scores
 
 
+def stop(journal, progress, plan, state, path, wish):
+    """End a run early, which is saved in `path`; returns its results."""
+    progress.close()
+    why, step = wish.why, state["step"]
+    journal.event("stop", step=step, why=why)
+    again = "delete it, and the" if wish.code == 0 else "the"
+    progress.say(f"stopped after step {step} of {plan.max_steps} ({why}), saved in {path}; {again} same command with "
+                 "--resume goes on")  # fmt: skip
+    return {"step": step, "samples": state["samples"], "checkpoint": str(path), "stopped": why, "exit_code": wish.code}
+
+
 def tell_start(parts, journal, progress, world):
     """Log, and keep as an event, the parts of the start on the rank where it took longest. Collective."""
     everybody = world.comm.gather(parts, root=0)
@@ -331,7 +375,7 @@ def due(step, every):
 def report(journal, progress, plan, state, loss, rate, grad_norm, times, path):
     """One record and, every log_every_steps, one line: greppable key=value pairs."""
     tokens_per_s = times["tokens_per_s"]
-    record = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, **times}
+    record = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, **times, "useful_s": state["useful_s"]}
     journal.metrics({"step": state["step"], "samples": state["samples"], **record})
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Diverged(
