@@ -23,38 +23,26 @@ from . import __version__, files, tensors
 from .data import tokenizer
 from .errors import DataError, IOFailure
 from .model import class_name
-from .mpi import on_root, together
 from .parallel.pieces import Piece
 from .parallel.sharding import local
 
 COMPLETE, MODEL, OPTIMIZER = ".complete", "model.safetensors", "optimizer.safetensors"
 
 
-def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):
-    """Write `checkpoint-<step>` below `output_dir`, then delete all but the newest `keep`, and that of step `best`.
-
-    Returns its path.
+def contents(placed, optimizer):
+    """{file: {name of entry: (name of the parameter, Piece, tensor)}} of what this rank has of a checkpoint.
 
     placed: parallel.apply.Placed; every rank writes its pieces, and the files are those that one rank would write.
-    state: JSON-able dict that `read_state` gives back. Collective over `comm`. Raises IOFailure, the same on every
-    rank; the checkpoints that were there stay.
     """
-    path = Path(output_dir) / f"checkpoint-{step}"
-    placed.reshard()
-    contents = {MODEL: _weights(placed), OPTIMIZER: _moments(placed, optimizer)}
-    outlines = {file: _outline(placed, held) for file, held in contents.items()}
-    hidden = on_root(comm, _begin, path, outlines)
-    try:
-        with together(comm), files.failing_as_io(path):
-            for file, held in contents.items():
-                _write_pieces(hidden / file, outlines[file], held, placed)
-        on_root(comm, _finish, hidden, path, step, placed, tokenizer_dir, state)
-    except BaseException:
-        if comm.rank == 0:
-            shutil.rmtree(hidden, ignore_errors=True)
-        raise
-    on_root(comm, _delete_older, output_dir, keep, best)
-    return path
+    return {MODEL: _weights(placed), OPTIMIZER: _moments(placed, optimizer)}
+
+
+def parts(placed, held):
+    """(name of entry, box of it, values without gradient) of what this rank writes of a file's contents."""
+    for number, (entry, (name, piece, tensor)) in enumerate(held.items()):
+        if placed.writes(name, piece, number):
+            for box, values in placed.boxes(piece, tensor.detach()):
+                yield entry, box, values
 
 
 def size_bytes(placed, plan):
@@ -95,7 +83,7 @@ def _moments(placed, optimizer):
     return found
 
 
-def _outline(placed, held):
+def outline(placed, held):
     """Where everything goes, of this and of the other stages. Collective over the pipeline."""
     mine = {entry: (tensor.dtype, piece.shape) for entry, (_, piece, tensor) in held.items()}
     stages = [mine]
@@ -105,7 +93,8 @@ def _outline(placed, held):
     return tensors.Outline({entry: what for stage in stages for entry, what in stage.items()})
 
 
-def _begin(path, outlines):
+def begin(path, outlines):
+    """The hidden folder that becomes `path`, with files of the full length. Root only."""
     with files.failing_as_io(path):
         if path.exists():
             files.remove_folder(path)  # the same step again after a restart from an older checkpoint
@@ -119,20 +108,19 @@ def _begin(path, outlines):
         return hidden
 
 
-def _write_pieces(file, outline, held, placed):
+def write(file, outline, parts):
+    """Write parts of a file whose `outline` is there, durably."""
     handle = os.open(file, os.O_WRONLY)
     try:
-        for number, (entry, (name, piece, tensor)) in enumerate(held.items()):
-            if placed.writes(name, piece, number):
-                for box, values in placed.boxes(piece, tensor):
-                    outline.write(handle, entry, box, values)
+        for entry, box, values in parts:
+            outline.write(handle, entry, box, values)
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _finish(hidden, path, step, placed, tokenizer_dir, state):
-    """What is not made of pieces, and the rename. Root only."""
+def finish(hidden, path, step, placed, tokenizer_dir, state):
+    """Write what is not made of pieces, the digests, and give the folder its name. Root only."""
     with files.failing_as_io(path):
         config, model = placed.config, placed.model
         config.architectures = [class_name(model)]
@@ -154,7 +142,8 @@ def _finish(hidden, path, step, placed, tokenizer_dir, state):
         files.reveal(hidden, path)
 
 
-def _delete_older(output_dir, keep, best):
+def delete_older(output_dir, keep, best):
+    """Delete all but the newest `keep` checkpoints, and that of step `best`. Root only."""
     for old in find(output_dir)[:-keep]:
         if old.name != f"checkpoint-{best}":
             files.remove_folder(old)

@@ -39,16 +39,16 @@ class Clock:
         yield
         self.data_s += time.perf_counter() - began
 
-    def collect(self, loss_sum, heard=0):
-        """(loss summed over ranks, dict of times and memory, what ranks have heard). Collective; ends the step.
+    def collect(self, loss_sum, *others):
+        """(loss summed over ranks, dict of times and memory, `others`). Collective; ends the step.
 
-        Of times and memory, and of numbers `heard` (stopping.Requests), the largest over ranks. imbalance: the largest
-        compute_s over the mean of all ranks', 1 where all compute equally long.
+        Of times, memory and `others`, whole numbers, the largest over ranks. imbalance: the largest compute_s over the
+        mean of all ranks', 1 where all compute equally long.
         """
         step_s = time.perf_counter() - self._began
         communication_s = work.communication_s() - self._communicated
         slowest = torch.tensor(
-            [step_s, self.data_s, step_s - self.data_s - communication_s, communication_s, memory_bytes(), heard],
+            [step_s, self.data_s, step_s - self.data_s - communication_s, communication_s, memory_bytes(), *others],
             dtype=torch.float64,
         )
         total = torch.tensor([float(loss_sum)], dtype=torch.float64)
@@ -57,11 +57,10 @@ class Clock:
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self._group)
         dist.all_reduce(computed, group=self._group)
         names = ("step_s", "data_s", "compute_s", "communication_s", "memory_bytes")
-        *slowest, heard = slowest.tolist()
-        values = dict(zip(names, slowest, strict=True))
+        values = dict(zip(names, slowest.tolist(), strict=False))
         values["memory_bytes"] = int(values["memory_bytes"])
         values["imbalance"] = values["compute_s"] * self._group.size() / computed.item()
-        return total.item(), values, int(heard)
+        return total.item(), values, *map(int, slowest[len(names) :].tolist())
 
 
 def memory_bytes():

@@ -4,6 +4,7 @@ Ranks hear of it at different moments, and of most things only some do. What eac
 of all ranks counts: it comes with the sums at the edge of a step (`monitor.Clock.collect`), so all act in one step.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -80,17 +81,17 @@ class Requests:
         if time.monotonic() - self._looked < _LOOK_EVERY_S:
             return _NOTHING
         self._looked = time.monotonic()
-        return _STOP if stop_file(self._folder) else _SAVE if (self._folder / SAVE).exists() else _NOTHING
+        if stop_file(self._folder):
+            return _STOP
+        with contextlib.suppress(FileNotFoundError):
+            (self._folder / SAVE).unlink()
+            return _SAVE
+        return _NOTHING
 
     def lead_s(self, evaluates=False):
         """Seconds that the next step, what follows it, saving and leaving may take."""
         parts = [self._longest["step"], self._longest["save"], self._longest["evaluation"] * evaluates]
         return _SPARE * sum(parts) + _MARGIN_S
-
-    def saved(self):
-        """A checkpoint has been written, which a file SAVE may have asked for."""
-        if self._looks:
-            (self._folder / SAVE).unlink(missing_ok=True)
 
     def _short_of_time(self, evaluates):
         def short():

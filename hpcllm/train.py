@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from . import attention, best, checkpoint, deadline, evaluate, files, model, monitor, optimizer, run_folder, startup
-from . import stopping, utilisation
+from . import saving, stopping, utilisation
 from .data import batches, examples
 from .errors import DataError, Diverged, UsageError
 from .mpi import choose, device, on_root, together
@@ -109,8 +109,15 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     progress.say(f"peak of matrix products, {plan.precision}, all ranks: {peak / 1e12:.3g} TFLOP/s ({how})")
     parts.end("model")
 
-    def save():
-        began = time.monotonic()
+    def told_of(step, path, seconds, waited_s):
+        requests.took("save", seconds)
+        times = {"seconds": round(seconds, 3), "waited_s": round(waited_s, 3)}
+        journal.event("checkpoint", step=step, path=str(path), **times)
+
+    keeping = config.run.output_dir, config.data.tokenizer_dir, config.checkpoint.keep
+    saver = saving.Saver(world.comm, placed, adjust, *keeping, newest=last, completed=told_of)
+
+    def save(waits):
         kept = {
             "samples": state["samples"],
             "useful_s": state["useful_s"],
@@ -120,12 +127,9 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
             "config": config.model_dump(exclude_none=True),
             "best": state.get("best"),
         }
-        where = config.run.output_dir, state["step"], placed, adjust, config.data.tokenizer_dir
-        path = checkpoint.save(world.comm, *where, kept, config.checkpoint.keep, best.step(state))
-        requests.saved()
-        requests.took("save", time.monotonic() - began)
-        journal.event("checkpoint", step=state["step"], path=str(path), seconds=round(time.monotonic() - began, 3))
-        return path
+        saver.begin(state["step"], kept, best.step(state), copy=not waits)
+        if waits:
+            saver.finish()
 
     def measure():
         if not validation:
@@ -144,10 +148,11 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     def better():
         return best.compare(state, plan, scores, validation and validation.stream.digest)
 
-    clock, path, scores, told, wish = monitor.Clock(world.group, mesh.losses), last, {}, None, None
+    clock, scores, told = monitor.Clock(world.group, mesh.losses), {}, None
     if state.pop("unmeasured", False):  # there was no time for it when the run was asked to end
         scores, told = measure()
-        path = save() if better() else path
+        if better():
+            save(waits=True)
     positions = itertools.count(state["samples"], plan.global_batch_size)
     todo = itertools.islice(positions, plan.max_steps - state["step"])
     steps = batches.ahead(
@@ -164,13 +169,14 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         loss_sum, targets, tokens, pairs, grad_norm = one_step(placed, adjust, micro_batches, rate, source, plan)
         soon = [state["step"] + 1, state["step"] + 2]
         measures = plan.max_steps in soon or any(due(step, plan.eval_every_steps) for step in soon)
-        loss_sum, times, heard = clock.collect(loss_sum, requests.heard(measures))
+        loss_sum, times, heard, saved = clock.collect(loss_sum, requests.heard(measures), saver.report())
+        saver.advance(saved)
         state["step"] += 1
         state["samples"] += plan.global_batch_size
         state["useful_s"] += times["step_s"]
         times["mfu"] = operations.step(tokens, targets, pairs) / times["step_s"] / peak
         times["tokens_per_s"] = tokens / times["step_s"]
-        report(journal, progress, plan, state, loss_sum / targets, rate, grad_norm, times, path)
+        report(journal, progress, plan, state, loss_sum / targets, rate, grad_norm, times, saver)
         if parts:
             parts.end("first step")
             tell_start(parts, journal, progress, world)
@@ -187,12 +193,13 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
                 improved = better()
                 done = done or best.hopeless(state, plan)
         if done or improved or wish or due(state["step"], config.checkpoint.every_steps):
-            path = save()
+            save(waits=done or ends or not config.checkpoint.asynchronous)
         if ends:
-            return stop(journal, progress, plan, state, path, wish)
+            return stop(journal, progress, plan, state, saver.newest, wish)
     if not scores:  # of a run that ended between its last checkpoint and its results
         scores, told = measure()
     progress.close()
+    path = saver.newest
     results = {"step": state["step"], "samples": state["samples"], "checkpoint": str(path), **scores}
     if state.get("best"):
         results |= best.results(state, config)
@@ -372,15 +379,16 @@ def due(step, every):
     return every > 0 and step % every == 0
 
 
-def report(journal, progress, plan, state, loss, rate, grad_norm, times, path):
+def report(journal, progress, plan, state, loss, rate, grad_norm, times, saver):
     """One record and, every log_every_steps, one line: greppable key=value pairs."""
     tokens_per_s = times["tokens_per_s"]
     record = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, **times, "useful_s": state["useful_s"]}
     journal.metrics({"step": state["step"], "samples": state["samples"], **record})
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        saver.finish()
         raise Diverged(
             f"step {state['step']}: loss {loss}, gradient norm {grad_norm}: the run has diverged at learning rate "
-            f"{rate:.3g}; newest checkpoint: {path or 'none'}"
+            f"{rate:.3g}; newest checkpoint: {saver.newest or 'none'}"
         ).known_to_all()
     text = (
         f"step {state['step']}/{plan.max_steps} loss={loss:.4f} lr={rate:.3e} grad_norm={grad_norm:.3f} "
