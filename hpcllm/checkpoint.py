@@ -27,6 +27,7 @@ from .parallel.pieces import Piece
 from .parallel.sharding import local
 
 COMPLETE, MODEL, OPTIMIZER = ".complete", "model.safetensors", "optimizer.safetensors"
+_BLOCK_BYTES = 1 << 26  # the large files have a digest for each so many bytes, which ranks share out
 
 
 def contents(placed, optimizer):
@@ -119,8 +120,20 @@ def write(file, outline, parts):
         os.close(handle)
 
 
-def finish(hidden, path, step, placed, tokenizer_dir, state):
-    """Write what is not made of pieces, the digests, and give the folder its name. Root only."""
+def digests(hidden, rank, size):
+    """{file: {number of a block: its digest}} of the blocks of the large files that are this rank's to read."""
+    found = {}
+    for file in (MODEL, OPTIMIZER):
+        blocks = -(-(hidden / file).stat().st_size // _BLOCK_BYTES)
+        found[file] = files.block_digests(hidden / file, _BLOCK_BYTES, range(rank, blocks, size))
+    return found
+
+
+def finish(hidden, path, step, placed, tokenizer_dir, state, known):
+    """Write what is not made of pieces, the digests, and give the folder its name. Root only.
+
+    known: what `digests` has returned on each rank.
+    """
     with files.failing_as_io(path):
         config, model = placed.config, placed.model
         config.architectures = [class_name(model)]
@@ -133,11 +146,11 @@ def finish(hidden, path, step, placed, tokenizer_dir, state):
             if (Path(tokenizer_dir) / name).is_file():
                 shutil.copyfile(Path(tokenizer_dir) / name, hidden / name)
         files.write_json(hidden / "trainer_state.json", {"step": step, "hpcllm": __version__, **state})
-        listed = {
-            file.name: {"bytes": file.stat().st_size, "sha256": files.digest(file)}
-            for file in sorted(hidden.iterdir())
-            if file.is_file()
-        }
+        listed = {}
+        for file in sorted(hidden.iterdir()):
+            blocks = {number: made for each in known for number, made in each.get(file.name, {}).items()}
+            told = [blocks[number] for number in range(len(blocks))] if blocks else files.digest(file)
+            listed[file.name] = {"bytes": file.stat().st_size, "sha256": told}
         files.write_json(hidden / COMPLETE, {"files": listed})
         files.reveal(hidden, path)
 
@@ -167,11 +180,11 @@ def remove_unfinished(output_dir):
 
 
 def verify(path):
-    """Raise DataError, naming the file, unless every file of a checkpoint has its recorded size and digest."""
+    """Raise DataError, naming the file, unless every file of a checkpoint has its recorded size and digests."""
     path = Path(path)
     try:
         listed = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+        expected = {str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in listed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a complete checkpoint: {COMPLETE} cannot be read ({error})") from None
     for name, (size, sha256) in expected.items():
@@ -180,7 +193,11 @@ def verify(path):
             raise DataError(f"{path}: {name} is missing")
         if file.stat().st_size != size:
             raise DataError(f"{file}: {file.stat().st_size} bytes, but {size} were written")
-        if files.digest(file) != sha256:
+        if isinstance(sha256, list):
+            found = list(files.block_digests(file, _BLOCK_BYTES).values())
+        else:
+            found = files.digest(file)
+        if found != sha256:
             raise DataError(f"{file}: its contents are not what was written (SHA-256 differs)")
 
 

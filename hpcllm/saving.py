@@ -3,8 +3,8 @@
 What a checkpoint holds changes only where the optimizer steps, so the copy is made while the next step's forward and
 backward run, and the optimizer waits for what is left of it (as in CheckFreq, Mohan et al. 2021, and DataStates-LLM,
 Maurya et al. 2024). Then each rank writes its pieces into files that are there at their full length. Ranks tell each
-other that they are done with the sums at the edge of a step (`monitor.Clock.collect`); then root adds digests and gives
-the folder its name. The threads here never call MPI.
+other that they are done with the sums at the edge of a step (`monitor.Clock.collect`); then they share out the reading of what was written,
+for its digests, and root gives the folder its name. The threads here never call MPI.
 """
 
 import shutil
@@ -56,7 +56,7 @@ class Saver:
             self._path = None
             raise
         self._copied.clear()
-        self._commits = False
+        self._then = "digest"
         self._at_work = self._pool.submit(self._write, contents, outlines, copy)
         self._waited_s = time.monotonic() - self._began
 
@@ -80,14 +80,20 @@ class Saver:
         if self._path is None or largest == _BUSY:
             return
         if largest == _FAILED:
-            path, self._path = self._path, None
-            if self._comm.rank == 0:
-                shutil.rmtree(self._hidden, ignore_errors=True)
-            agree(self._comm, self._at_work.exception() if self._at_work else None)
-            raise RuntimeError(f"{path}: nobody has failed to write it")
-        if not self._commits:
-            self._commits = True
-            self._at_work = self._pool.submit(self._commit) if self._comm.rank == 0 else None
+            self._path = None
+            try:
+                agree(self._comm, self._at_work and self._at_work.exception())  # which waits for those still at work
+            finally:
+                if self._comm.rank == 0:
+                    shutil.rmtree(self._hidden, ignore_errors=True)
+        if self._then == "digest":
+            self._then = "commit"
+            self._at_work = self._pool.submit(self._digest)
+            return
+        if self._then == "commit":
+            self._then = None
+            known = self._comm.gather(self._at_work.result(), root=0)
+            self._at_work = self._pool.submit(self._commit, known) if self._comm.rank == 0 else None
             return
         self.newest, self._path, self._at_work = self._path, None, None
         if self._completed:
@@ -117,9 +123,14 @@ class Saver:
         finally:
             self._copied.set()
 
-    def _commit(self):
-        """What is not made of pieces, digests, the name, and the end of older ones. Root's."""
-        checkpoint.finish(self._hidden, self._path, self._step, self._placed, self._tokenizer_dir, self._state)
+    def _digest(self):
+        with files.failing_as_io(self._path):
+            return checkpoint.digests(self._hidden, self._comm.rank, self._comm.size)
+
+    def _commit(self, known):
+        """What is not made of pieces, the name, and the end of older ones. Root's."""
+        where = self._hidden, self._path, self._step, self._placed
+        checkpoint.finish(*where, self._tokenizer_dir, self._state, known)
         checkpoint.delete_older(self._output, self._keep, self._best)
 
 
