@@ -202,6 +202,9 @@ class Train(Section):
     sgd_momentum: float = Field(0.0, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, ge=0)
     """Largest global 2-norm of the gradient; beyond it the gradient is scaled down. 0 switches it off."""
+    max_nonfinite_steps: int = Field(3, ge=0)
+    """Steps in a row whose loss or gradient is no number before the run ends with exit code 93. Such gradients change
+    nothing: the step is left out, on all ranks."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward; weights, gradients' sum and optimizer state stay fp32."""
     activation_checkpointing: Literal["auto"] | bool = "auto"

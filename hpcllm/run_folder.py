@@ -37,7 +37,7 @@ def find_start(config, resume, overwrite):
                 "continue it with --resume, replace it with --overwrite, or choose another folder"
             )
     started, fruitless = monitor.starts(output) if resume else (0, 0)
-    state = {"step": 0, "samples": 0, "restart": started, "useful_s": 0.0}
+    state = {"step": 0, "samples": 0, "restart": started, "useful_s": 0.0, "nonfinite": 0}
     if file := resume and stopping.stop_file(output):
         print(f"{output}: nothing is done while there is a file {file}; delete it to go on", flush=True)
         return None, state, {"stopped": f"the file {stopping.STOP}"}

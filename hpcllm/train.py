@@ -121,6 +121,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         kept = {
             "samples": state["samples"],
             "useful_s": state["useful_s"],
+            "nonfinite": state["nonfinite"],
             "unmeasured": state.get("unmeasured", False),
             "ranks": world.size,
             "data_digest": source.stream.digest,
@@ -174,6 +175,11 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         state["step"] += 1
         state["samples"] += plan.global_batch_size
         state["useful_s"] += times["step_s"]
+        if math.isfinite(loss_sum) and math.isfinite(grad_norm):
+            state["nonfinite"] = 0
+        else:
+            state["nonfinite"] += 1
+            journal.event("nonfinite", step=state["step"], left_out=not math.isfinite(grad_norm))
         times["mfu"] = operations.step(tokens, targets, pairs) / times["step_s"] / peak
         times["tokens_per_s"] = tokens / times["step_s"]
         report(journal, progress, plan, state, loss_sum / targets, rate, grad_norm, times, saver)
@@ -334,7 +340,8 @@ def one_step(placed, adjust, micro_batches, rate, source, plan):
     losses = placed.step(micro_batches, work, targets)
     loss_sum = torch.stack(losses).double().sum() if losses else 0.0
     grad_norm = placed.clip_gradients(plan.max_grad_norm)
-    adjust.step()
+    if math.isfinite(grad_norm):  # the same on all ranks
+        adjust.step()
     return loss_sum, targets, tokens, pairs, grad_norm
 
 
@@ -384,10 +391,11 @@ def report(journal, progress, plan, state, loss, rate, grad_norm, times, saver):
     tokens_per_s = times["tokens_per_s"]
     record = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, **times, "useful_s": state["useful_s"]}
     journal.metrics({"step": state["step"], "samples": state["samples"], **record})
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    if state["nonfinite"] > plan.max_nonfinite_steps:
         saver.finish()
+        times = f" (the {state['nonfinite']}th in a row)" if state["nonfinite"] > 1 else ""
         raise Diverged(
-            f"step {state['step']}: loss {loss}, gradient norm {grad_norm}: the run has diverged at learning rate "
+            f"step {state['step']}{times}: loss {loss}, gradient norm {grad_norm}: the run has diverged at learning rate "
             f"{rate:.3g}; newest checkpoint: {saver.newest or 'none'}"
         ).known_to_all()
     text = (
