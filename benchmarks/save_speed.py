@@ -2,8 +2,8 @@
 
     python -m benchmarks.save_speed [--ranks 2] [--rounds 5] [--folder DIR]
 
-A BERT of 110 M parameters with AdamW's moments, 1.32 GB in fp32, the same on all ranks. Ways, taking turns, each durable
-(fsync) and in a new folder of DIR, which is removed again:
+A BERT of 110 M parameters with AdamW's moments, 1.32 GB in fp32, the same on all ranks. Ways, taking turns, each
+durable (fsync) and in a new folder of DIR, which is removed again:
 
     hpcllm                 `hpcllm.saving.Saver`, waited for: each rank writes its part, and reads its part for digests
     torch.save             one rank writes all, and fsync
@@ -115,7 +115,11 @@ def child(folder, rounds):
         print("| way | training waits, s | to hpcllm's | until complete, s |\n|---|---:|---:|---:|")
         for way in ways:
             base = statistics.median(waited["hpcllm" if way in ("hpcllm", "torch.save", "DCP") else "hpcllm, ahead"])
-            cells = [jobs.spread(waited[way]), f"{statistics.median(waited[way]) / base:.2f}", jobs.spread(complete[way])]
+            cells = [
+                jobs.spread(waited[way]),
+                f"{statistics.median(waited[way]) / base:.2f}",
+                jobs.spread(complete[way]),
+            ]
             print(f"| {way} | {' | '.join(cells)} |")
 
 

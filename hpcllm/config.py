@@ -258,8 +258,8 @@ class Checkpoint(Section):
     keep: int = Field(2, ge=1)
     """Newest checkpoints to keep; older ones are deleted once a newer one is complete."""
     asynchronous: bool = True
-    """Write checkpoints while training goes on. Needs memory, on the host, for a copy of what a rank writes: its part of
-    12 bytes a parameter with adamw."""
+    """Write checkpoints while training goes on. Needs memory, on the host, for a copy of what a rank writes: its part
+    of 12 bytes a parameter with adamw."""
 
 
 class Config(Section):

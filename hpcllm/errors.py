@@ -5,7 +5,6 @@ step runs and is the same on every rank (see `hpcllm.mpi.together`). Anything el
 of the program and is shown with its traceback. The codes are those of sysexits.h (BSD) where one fits.
 """
 
-
 # No error: the run was asked to end early, is saved, and goes on when it is started again (EX_TEMPFAIL).
 PAUSED = 75
 

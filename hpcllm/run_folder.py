@@ -43,8 +43,8 @@ def find_start(config, resume, overwrite):
         return None, state, {"stopped": f"the file {stopping.STOP}"}
     if 0 < config.run.max_fruitless_starts <= fruitless:
         raise Fruitless(
-            f"{output} was started {fruitless} times in a row without a new checkpoint (its log says why); once that is "
-            f"mended, start it with run.max_fruitless_starts={fruitless + 1}"
+            f"{output} was started {fruitless} times in a row without a new checkpoint (its log says why); once that "
+            f"is mended, start it with run.max_fruitless_starts={fruitless + 1}"
         )
     if not resume or not found:
         return None, state, None
@@ -73,7 +73,9 @@ def _pass_over_damaged(found):
             damaged.append(found.pop())
             if not found:
                 raise DataError(f"{error}, and there is no older one; move it away to begin from the start") from None
-            print(f"{error}; it will be called damaged-{damaged[-1].name}; continuing from {found[-1].name}", flush=True)
+            print(
+                f"{error}; it will be called damaged-{damaged[-1].name}; continuing from {found[-1].name}", flush=True
+            )
         else:
             return damaged
 

@@ -3,8 +3,8 @@
 What a checkpoint holds changes only where the optimizer steps, so the copy is made while the next step's forward and
 backward run, and the optimizer waits for what is left of it (as in CheckFreq, Mohan et al. 2021, and DataStates-LLM,
 Maurya et al. 2024). Then each rank writes its pieces into files that are there at their full length. Ranks tell each
-other that they are done with the sums at the edge of a step (`monitor.Clock.collect`); then they share out the reading of what was written,
-for its digests, and root gives the folder its name. The threads here never call MPI.
+other that they are done with the sums at the edge of a step (`monitor.Clock.collect`); then they share out the reading
+of what was written, for its digests, and root gives the folder its name. The threads here never call MPI.
 """
 
 import shutil

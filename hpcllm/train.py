@@ -8,8 +8,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import attention, best, checkpoint, deadline, evaluate, files, model, monitor, optimizer, run_folder, startup
-from . import saving, stopping, utilisation
+from . import (
+    attention,
+    best,
+    checkpoint,
+    deadline,
+    evaluate,
+    files,
+    model,
+    monitor,
+    optimizer,
+    run_folder,
+    saving,
+    startup,
+    stopping,
+    utilisation,
+)
 from .data import batches, examples
 from .errors import DataError, Diverged, UsageError
 from .mpi import choose, device, on_root, together
@@ -395,8 +409,8 @@ def report(journal, progress, plan, state, loss, rate, grad_norm, times, saver):
         saver.finish()
         times = f" (the {state['nonfinite']}th in a row)" if state["nonfinite"] > 1 else ""
         raise Diverged(
-            f"step {state['step']}{times}: loss {loss}, gradient norm {grad_norm}: the run has diverged at learning rate "
-            f"{rate:.3g}; newest checkpoint: {saver.newest or 'none'}"
+            f"step {state['step']}{times}: loss {loss}, gradient norm {grad_norm}: the run has diverged at learning "
+            f"rate {rate:.3g}; newest checkpoint: {saver.newest or 'none'}"
         ).known_to_all()
     text = (
         f"step {state['step']}/{plan.max_steps} loss={loss:.4f} lr={rate:.3e} grad_norm={grad_norm:.3f} "

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 import hpcllm.mpi
-from hpcllm import __main__, checkpoint, config, export, files, model, saving, tensors
+from hpcllm import __main__, config, export, files, model, saving, tensors
 from hpcllm.errors import Refusal
 from hpcllm.parallel.apply import whole
 

@@ -105,9 +105,11 @@ def test_what_one_rank_cannot_write_all_ranks_hear_of_at_the_edge_of_a_step(worl
 
 
 @pytest.mark.mpi()
-def test_a_run_that_diverges_leaves_the_checkpoint_that_was_under_way(world, prepared, tmp_path, slow_disk, monkeypatch):
+def test_a_run_that_diverges_leaves_the_checkpoint_that_was_under_way(
+    world, prepared, tmp_path, slow_disk, monkeypatch
+):
     base, one_step, steps = shared(world, tmp_path), train.one_step, []
-    run = settings(prepared, base / "run", **{"checkpoint.every_steps": 2})
+    run = settings(prepared, base / "run", **{"checkpoint.every_steps": 2, "train.max_nonfinite_steps": 0})
     goes = slow_disk()
 
     def diverging(*arguments):
@@ -118,7 +120,7 @@ def test_a_run_that_diverges_leaves_the_checkpoint_that_was_under_way(world, pre
         return one_step(*arguments)
 
     monkeypatch.setattr(train, "one_step", diverging)
-    with pytest.raises(train.Diverged, match="newest checkpoint: .*checkpoint-2"):
+    with pytest.raises(train.Diverged, match=r"newest checkpoint: .*checkpoint-2"):
         train.train(run, world)
     world.comm.Barrier()
     assert (base / "run" / "checkpoint-2" / ".complete").is_file()

@@ -246,7 +246,11 @@ def test_a_site_of_your_own_takes_the_place_of_the_one_in_the_repository(tmp_pat
 
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_a_job_is_queued_again_when_its_run_was_saved_and_only_then(tmp_path, code):
-    site = (SLURM / "site.sh").read_text().replace("slurm_launcher=(\n    srun", f"slurm_launcher=(\n    bash -c 'exit {code}'")
+    site = (
+        (SLURM / "site.sh")
+        .read_text()
+        .replace("slurm_launcher=(\n    srun", f"slurm_launcher=(\n    bash -c 'exit {code}'")
+    )
     (tmp_path / "mine.sh").write_text(site)
     (tmp_path / "scontrol").write_text('#!/bin/sh\necho "scontrol $*"\n')
     (tmp_path / "scontrol").chmod(0o755)

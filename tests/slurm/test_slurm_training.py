@@ -146,7 +146,10 @@ def test_a_job_that_was_saved_under_one_layout_goes_on_under_another(layouts):
 
 
 def test_a_job_whose_time_is_up_is_saved_queued_again_and_repeats_an_uninterrupted_one(cluster, module_load, project):
-    script, how = ROOT / "slurm/train_bert.sbatch", (*SMALL, "train.lr_scheduler_type=constant", "checkpoint.every_steps=0")
+    script, how = (
+        ROOT / "slurm/train_bert.sbatch",
+        (*SMALL, "train.lr_scheduler_type=constant", "checkpoint.every_steps=0"),
+    )
     run, reference = project / "runs/minute", project / "runs/uninterrupted"
 
     def submit(options, steps, folder):
