@@ -34,7 +34,6 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hpcllm-save")
         self._path = self._at_work = None
         self._copied = threading.Event()
-        optimizer.register_step_pre_hook(lambda *_: self.hold())
 
     def begin(self, step, state, best=None, copy=True):
         """Start to write `checkpoint-<step>`; returns while that goes on.
@@ -61,7 +60,7 @@ class Saver:
         self._waited_s = time.monotonic() - self._began
 
     def hold(self):
-        """Wait until what is being saved may change."""
+        """Wait until what is being saved may change: to be called before the optimizer's step."""
         if self._path is not None:
             began = time.monotonic()
             self._copied.wait()

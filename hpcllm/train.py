@@ -130,6 +130,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
 
     keeping = config.run.output_dir, config.data.tokenizer_dir, config.checkpoint.keep
     saver = saving.Saver(world.comm, placed, adjust, *keeping, newest=last, completed=told_of)
+    adjust.register_step_pre_hook(lambda *_: saver.hold())
 
     def save(waits):
         kept = {

@@ -229,6 +229,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept_under_another_name(world, 
     train.train(run, world)
     theirs = {name: tensor.clone() for name, tensor in weights(base / "run", 6).items()}  # not what is in the file
     files = [base / "run" / f"checkpoint-{step}" / "optimizer.safetensors" for step in (4, 6)]
+    world.comm.Barrier()
     if world.is_root:
         for file in files:
             content = bytearray(file.read_bytes())
