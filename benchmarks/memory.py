@@ -68,7 +68,7 @@ def one(name, large):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import hpcllm.mpi
-    from hpcllm import checkpoint, optimizer, weights
+    from hpcllm import optimizer, saving, weights
     from hpcllm.config import Parallel, Train
     from hpcllm.model import outline
     from hpcllm.parallel import mesh
@@ -124,7 +124,7 @@ def one(name, large):
         trained = watch.most
         if large:
             folder = world.comm.bcast(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")) if world.is_root else None)
-            path = checkpoint.save(world.comm, folder, 2, placed, adjust, folder, {}, 1)
+            path = saving.save(world.comm, folder, 2, placed, adjust, folder, {}, 1)
     everybody = world.comm.gather((trained - began, watch.most - began, watch.most))
     if world.is_root:
         shapes = count.count(lambda: AutoModelForCausalLM.from_config(made, dtype=torch.float32), tokens, gpu=False)

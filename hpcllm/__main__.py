@@ -98,9 +98,10 @@ def fetch(args):
 
 
 def train(args):
-    from . import startup
+    from . import startup, stopping
 
     parts = startup.Parts()
+    stopping.listen()
     from . import config, mpi
 
     world = mpi.join()
@@ -112,8 +113,23 @@ def train(args):
     world = mpi.init(settings.train.device, settings.parallel.backend)
     parts.end("backend")
     results = train(settings, world, resume=args.resume, overwrite=args.overwrite, parts=parts)
+    code = results.pop("exit_code", 0)
     if world.is_root:
-        print(f"done: {json.dumps(results)}")
+        print(f"{'stopped' if 'stopped' in results else 'done'}: {json.dumps(results)}", flush=True)
+    if code:
+        leave_together(code)
+
+
+def status(args):
+    if not launcher.speaks():
+        return  # needs no job, and tells the same in each process of one
+    from .status import show, status
+
+    try:
+        found = status(args.run)
+    except Refusal as refusal:
+        raise refusal.known_to_all() from None
+    print(json.dumps(found, indent=2) if args.json else show(found))
 
 
 def plan(args):
@@ -306,6 +322,7 @@ def main(arguments=None):
         "prepare": prepare,
         "fetch": fetch,
         "train": train,
+        "status": status,
         "plan": plan,
         "evaluate": evaluate,
         "predict": predict,

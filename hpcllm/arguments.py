@@ -104,6 +104,15 @@ def parser():
     p.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
 
     p = commands.add_parser(
+        "status",
+        help="how far a run is, from its folder: on a login node, without MPI",
+        description="Step, loss, rate and how long it will still take, newest checkpoint, starts and goodput (seconds "
+        "of steps that count / seconds since the first start), and whether the run is alive.",
+    )
+    p.add_argument("run", metavar="RUN", help="run.output_dir of the run file")
+    p.add_argument("--json", action="store_true", help="the same as JSON")
+
+    p = commands.add_parser(
         "plan",
         help="what a run file would do on a machine: which layout is the fastest, which rank does what",
         description="With --gpu, --nodes and --gpus-per-node: predict memory, step time, tokens/s and energy of every "

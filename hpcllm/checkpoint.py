@@ -12,6 +12,7 @@ run goes on under any other layout.
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,40 +21,49 @@ from safetensors import SafetensorError, safe_open
 
 from . import __version__, files, tensors
 from .data import tokenizer
-from .errors import DataError
+from .errors import DataError, IOFailure
 from .model import class_name
-from .mpi import on_root, together
 from .parallel.pieces import Piece
 from .parallel.sharding import local
 
 COMPLETE, MODEL, OPTIMIZER = ".complete", "model.safetensors", "optimizer.safetensors"
+_BLOCK_BYTES = 1 << 26  # the large files have a digest for each so many bytes, which ranks share out
 
 
-def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):
-    """Write `checkpoint-<step>` below `output_dir`, then delete all but the newest `keep`, and that of step `best`.
-
-    Returns its path.
+def contents(placed, optimizer):
+    """{file: {name of entry: (name of the parameter, Piece, tensor)}} of what this rank has of a checkpoint.
 
     placed: parallel.apply.Placed; every rank writes its pieces, and the files are those that one rank would write.
-    state: JSON-able dict that `read_state` gives back. Collective over `comm`. Raises IOFailure, the same on every
-    rank; the checkpoints that were there stay.
     """
-    path = Path(output_dir) / f"checkpoint-{step}"
-    placed.reshard()
-    contents = {MODEL: _weights(placed), OPTIMIZER: _moments(placed, optimizer)}
-    outlines = {file: _outline(placed, held) for file, held in contents.items()}
-    hidden = on_root(comm, _begin, path, outlines)
+    return {MODEL: _weights(placed), OPTIMIZER: _moments(placed, optimizer)}
+
+
+def parts(placed, held):
+    """(name of entry, box of it, values without gradient) of what this rank writes of a file's contents."""
+    for number, (entry, (name, piece, tensor)) in enumerate(held.items()):
+        if placed.writes(name, piece, number):
+            for box, values in placed.boxes(piece, tensor.detach()):
+                yield entry, box, values
+
+
+def size_bytes(placed, plan):
+    """Of a checkpoint's tensors, those of all ranks. plan: the run file's [train]."""
+    moments = 2 if plan.optimizer == "adamw" else 1 if plan.sgd_momentum else 0
+    frozen = {name for name, parameter in placed.named_parameters() if not parameter.requires_grad}
+    return sum(4 * piece.shape.numel() * (1 + moments * (name not in frozen)) for name, piece in placed.pieces.items())
+
+
+def require_room(output_dir, size_bytes):
+    """Raise IOFailure where so much cannot be written to `output_dir`: its disk is full, or a quota would be exceeded.
+
+    Seen by making such a file, which is removed: what is free of a file system says nothing of quotas. Root only.
+    """
     try:
-        with together(comm), files.failing_as_io(path):
-            for file, held in contents.items():
-                _write_pieces(hidden / file, outlines[file], held, placed)
-        on_root(comm, _finish, hidden, path, step, placed, tokenizer_dir, state)
-    except BaseException:
-        if comm.rank == 0:
-            shutil.rmtree(hidden, ignore_errors=True)
-        raise
-    on_root(comm, _delete_older, output_dir, keep, best)
-    return path
+        with tempfile.TemporaryFile(dir=output_dir) as file:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+    except OSError as error:
+        needed = f"a checkpoint of {size_bytes / 1e9:.3g} GB"
+        raise IOFailure(f"run.output_dir: {output_dir} has no room for {needed}: {error.strerror}") from None
 
 
 def _weights(placed):
@@ -74,7 +84,7 @@ def _moments(placed, optimizer):
     return found
 
 
-def _outline(placed, held):
+def outline(placed, held):
     """Where everything goes, of this and of the other stages. Collective over the pipeline."""
     mine = {entry: (tensor.dtype, piece.shape) for entry, (_, piece, tensor) in held.items()}
     stages = [mine]
@@ -84,7 +94,8 @@ def _outline(placed, held):
     return tensors.Outline({entry: what for stage in stages for entry, what in stage.items()})
 
 
-def _begin(path, outlines):
+def begin(path, outlines):
+    """The hidden folder that becomes `path`, with files of the full length. Root only."""
     with files.failing_as_io(path):
         if path.exists():
             files.remove_folder(path)  # the same step again after a restart from an older checkpoint
@@ -98,20 +109,31 @@ def _begin(path, outlines):
         return hidden
 
 
-def _write_pieces(file, outline, held, placed):
+def write(file, outline, parts):
+    """Write parts of a file whose `outline` is there, durably."""
     handle = os.open(file, os.O_WRONLY)
     try:
-        for number, (entry, (name, piece, tensor)) in enumerate(held.items()):
-            if placed.writes(name, piece, number):
-                for box, values in placed.boxes(piece, tensor):
-                    outline.write(handle, entry, box, values)
+        for entry, box, values in parts:
+            outline.write(handle, entry, box, values)
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _finish(hidden, path, step, placed, tokenizer_dir, state):
-    """What is not made of pieces, and the rename. Root only."""
+def digests(hidden, rank, size):
+    """{file: {number of a block: its digest}} of the blocks of the large files that are this rank's to read."""
+    found = {}
+    for file in (MODEL, OPTIMIZER):
+        blocks = -(-(hidden / file).stat().st_size // _BLOCK_BYTES)
+        found[file] = files.block_digests(hidden / file, _BLOCK_BYTES, range(rank, blocks, size))
+    return found
+
+
+def finish(hidden, path, step, placed, tokenizer_dir, state, known):
+    """Write what is not made of pieces, the digests, and give the folder its name. Root only.
+
+    known: what `digests` has returned on each rank.
+    """
     with files.failing_as_io(path):
         config, model = placed.config, placed.model
         config.architectures = [class_name(model)]
@@ -124,16 +146,17 @@ def _finish(hidden, path, step, placed, tokenizer_dir, state):
             if (Path(tokenizer_dir) / name).is_file():
                 shutil.copyfile(Path(tokenizer_dir) / name, hidden / name)
         files.write_json(hidden / "trainer_state.json", {"step": step, "hpcllm": __version__, **state})
-        listed = {
-            file.name: {"bytes": file.stat().st_size, "sha256": files.digest(file)}
-            for file in sorted(hidden.iterdir())
-            if file.is_file()
-        }
+        listed = {}
+        for file in sorted(hidden.iterdir()):
+            blocks = {number: made for each in known for number, made in each.get(file.name, {}).items()}
+            told = [blocks[number] for number in range(len(blocks))] if blocks else files.digest(file)
+            listed[file.name] = {"bytes": file.stat().st_size, "sha256": told}
         files.write_json(hidden / COMPLETE, {"files": listed})
         files.reveal(hidden, path)
 
 
-def _delete_older(output_dir, keep, best):
+def delete_older(output_dir, keep, best):
+    """Delete all but the newest `keep` checkpoints, and that of step `best`. Root only."""
     for old in find(output_dir)[:-keep]:
         if old.name != f"checkpoint-{best}":
             files.remove_folder(old)
@@ -157,11 +180,11 @@ def remove_unfinished(output_dir):
 
 
 def verify(path):
-    """Raise DataError, naming the file, unless every file of a checkpoint has its recorded size and digest."""
+    """Raise DataError, naming the file, unless every file of a checkpoint has its recorded size and digests."""
     path = Path(path)
     try:
         listed = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+        expected = {str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in listed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a complete checkpoint: {COMPLETE} cannot be read ({error})") from None
     for name, (size, sha256) in expected.items():
@@ -170,7 +193,11 @@ def verify(path):
             raise DataError(f"{path}: {name} is missing")
         if file.stat().st_size != size:
             raise DataError(f"{file}: {file.stat().st_size} bytes, but {size} were written")
-        if files.digest(file) != sha256:
+        if isinstance(sha256, list):
+            found = list(files.block_digests(file, _BLOCK_BYTES).values())
+        else:
+            found = files.digest(file)
+        if found != sha256:
             raise DataError(f"{file}: its contents are not what was written (SHA-256 differs)")
 
 

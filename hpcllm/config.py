@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from . import names
+from . import deadline, names
 from .errors import MissingInput, UsageError
 
 # What says the same in another way, of which a run file has but one.
@@ -32,6 +32,19 @@ class Run(Section):
     """Folder for everything that the run writes: config.toml, metrics.jsonl, checkpoint-<step>/."""
     seed: int = Field(1234, ge=0, lt=2**63)
     """Decides initial weights, sample order, masking and dropout; the same at any number of ranks."""
+    time_limit: str | None = None
+    """Save and end, with exit code 75, before so much time has passed since the start: 11:30:00, 1-12:00:00. The limit
+    of a Slurm or PBS job is known without."""
+    max_fruitless_starts: int = Field(5, ge=0)
+    """Starts with --resume in a row without a new checkpoint after which the next is refused, with exit code 93, since
+    it would burn the allocation; 0: never."""
+
+    @field_validator("time_limit")
+    @classmethod
+    def a_time(cls, text):
+        if text is not None:
+            deadline.seconds(text)
+        return text
 
 
 class Data(Section):
@@ -189,6 +202,9 @@ class Train(Section):
     sgd_momentum: float = Field(0.0, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, ge=0)
     """Largest global 2-norm of the gradient; beyond it the gradient is scaled down. 0 switches it off."""
+    max_nonfinite_steps: int = Field(3, ge=0)
+    """Steps in a row whose loss or gradient is no number before the run ends with exit code 93. Such gradients change
+    nothing: the step is left out, on all ranks."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward; weights, gradients' sum and optimizer state stay fp32."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
@@ -241,6 +257,9 @@ class Checkpoint(Section):
     """Steps between checkpoints; 0 saves after the last step only."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints to keep; older ones are deleted once a newer one is complete."""
+    asynchronous: bool = True
+    """Write checkpoints while training goes on. Needs memory, on the host, for a copy of what a rank writes: its part
+    of 12 bytes a parameter with adamw."""
 
 
 class Config(Section):

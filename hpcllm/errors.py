@@ -5,6 +5,9 @@ step runs and is the same on every rank (see `hpcllm.mpi.together`). Anything el
 of the program and is shown with its traceback. The codes are those of sysexits.h (BSD) where one fits.
 """
 
+# No error: the run was asked to end early, is saved, and goes on when it is started again (EX_TEMPFAIL).
+PAUSED = 75
+
 
 class Refusal(Exception):
     """The user's input cannot be used; `str(refusal)` is the sentence to print."""
@@ -47,6 +50,12 @@ class IOFailure(Refusal):
     """Reading or writing failed: disk full, quota, lost file system."""
 
     code = 74
+
+
+class Fruitless(Refusal):
+    """Started again and again without getting any further: it must not be requeued."""
+
+    code = 93
 
 
 class Diverged(Refusal):

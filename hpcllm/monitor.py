@@ -39,15 +39,16 @@ class Clock:
         yield
         self.data_s += time.perf_counter() - began
 
-    def collect(self, loss_sum):
-        """(loss summed over ranks, dict of times and memory: the largest over ranks). Collective; ends the step.
+    def collect(self, loss_sum, *others):
+        """(loss summed over ranks, dict of times and memory, `others`). Collective; ends the step.
 
-        imbalance: the largest compute_s over the mean of all ranks', 1 where all compute equally long.
+        Of times, memory and `others`, whole numbers, the largest over ranks. imbalance: the largest compute_s over the
+        mean of all ranks', 1 where all compute equally long.
         """
         step_s = time.perf_counter() - self._began
         communication_s = work.communication_s() - self._communicated
         slowest = torch.tensor(
-            [step_s, self.data_s, step_s - self.data_s - communication_s, communication_s, memory_bytes()],
+            [step_s, self.data_s, step_s - self.data_s - communication_s, communication_s, memory_bytes(), *others],
             dtype=torch.float64,
         )
         total = torch.tensor([float(loss_sum)], dtype=torch.float64)
@@ -56,10 +57,10 @@ class Clock:
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self._group)
         dist.all_reduce(computed, group=self._group)
         names = ("step_s", "data_s", "compute_s", "communication_s", "memory_bytes")
-        values = dict(zip(names, slowest.tolist(), strict=True))
+        values = dict(zip(names, slowest.tolist(), strict=False))
         values["memory_bytes"] = int(values["memory_bytes"])
         values["imbalance"] = values["compute_s"] * self._group.size() / computed.item()
-        return total.item(), values
+        return total.item(), values, *map(int, slowest[len(names) :].tolist())
 
 
 def memory_bytes():
@@ -96,9 +97,10 @@ class Progress:
 
 
 def starts(output_dir):
-    """How often the run in `output_dir` has been started, by its events.jsonl."""
+    """(how often the run in `output_dir` has been started; how often since its newest checkpoint), by events.jsonl."""
     path = Path(output_dir) / "events.jsonl"
-    return path.read_text(encoding="utf-8").count('"event": "start"') if path.is_file() else 0
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return tuple(part.count('"event": "start"') for part in (text, text.rpartition('"event": "checkpoint"')[2]))
 
 
 class Journal:

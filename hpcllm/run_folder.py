@@ -6,9 +6,9 @@ All of it is root's: the others are told.
 import json
 from pathlib import Path
 
-from . import best, checkpoint, files, monitor
+from . import best, checkpoint, files, monitor, stopping
 from .config import load
-from .errors import CannotCreate, DataError, MissingInput, UsageError
+from .errors import CannotCreate, DataError, Fruitless, MissingInput, UsageError
 
 _OURS = ("config.toml", "metrics.jsonl", "events.jsonl", "results.json")
 _REPORTS = [f"{part}_{name}" for part in ("eval", "test") for name in ("results.json", "report.txt", "confusion.png")]
@@ -36,15 +36,20 @@ def find_start(config, resume, overwrite):
                 f"{found[-1].name if found else 'none'}); "
                 "continue it with --resume, replace it with --overwrite, or choose another folder"
             )
-    state = {"step": 0, "samples": 0, "restart": monitor.starts(output) if resume else 0}
+    started, fruitless = monitor.starts(output) if resume else (0, 0)
+    state = {"step": 0, "samples": 0, "restart": started, "useful_s": 0.0, "nonfinite": 0}
+    if file := resume and stopping.stop_file(output):
+        print(f"{output}: nothing is done while there is a file {file}; delete it to go on", flush=True)
+        return None, state, {"stopped": f"the file {stopping.STOP}"}
+    if 0 < config.run.max_fruitless_starts <= fruitless:
+        raise Fruitless(
+            f"{output} was started {fruitless} times in a row without a new checkpoint (its log says why); once that "
+            f"is mended, start it with run.max_fruitless_starts={fruitless + 1}"
+        )
     if not resume or not found:
         return None, state, None
-    try:
-        checkpoint.verify(found[-1])
-    except DataError as error:
-        older = f" to continue from {found[-2].name}" if len(found) > 1 else ""
-        raise DataError(f"{error}; move the folder away{older}") from None
-    state = {**checkpoint.read_state(found[-1]), "restart": state["restart"]}
+    state["damaged"] = _pass_over_damaged(found)
+    state |= {**checkpoint.read_state(found[-1]), "restart": started}
     if f"checkpoint-{best.step(state)}" not in [path.name for path in found]:
         state["best"] = None  # it was moved away, or this is older
     if state["step"] > config.train.max_steps:
@@ -58,8 +63,28 @@ def find_start(config, resume, overwrite):
     return found[-1], state, results
 
 
-def open_output(config, resume, overwrite):
-    """Make the output folder, emptied of an older run where that was asked for, and write config.toml. Root only."""
+def _pass_over_damaged(found):
+    """Take checkpoints that are not what was written off the end of `found`, and return them. Raises DataError."""
+    damaged = []
+    while True:
+        try:
+            checkpoint.verify(found[-1])
+        except DataError as error:
+            damaged.append(found.pop())
+            if not found:
+                raise DataError(f"{error}, and there is no older one; move it away to begin from the start") from None
+            print(
+                f"{error}; it will be called damaged-{damaged[-1].name}; continuing from {found[-1].name}", flush=True
+            )
+        else:
+            return damaged
+
+
+def open_output(config, resume, overwrite, damaged=()):
+    """Make the output folder, emptied of an older run where that was asked for, and write config.toml. Root only.
+
+    damaged: checkpoints that are to have other names from now on.
+    """
     output = Path(config.run.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -69,6 +94,11 @@ def open_output(config, resume, overwrite):
             for name in (*_OURS, *_REPORTS):
                 (output / name).unlink(missing_ok=True)
         checkpoint.remove_unfinished(output)
+        for folder in damaged:
+            name = folder.with_name(f"damaged-{folder.name}")
+            if name.exists():
+                files.remove_folder(name)
+            folder.rename(name)
         (output / "events.jsonl").touch()  # what says that this folder is a run of ours
     except OSError as error:
         raise CannotCreate(f"run.output_dir: {output} cannot be created: {error.strerror}") from None

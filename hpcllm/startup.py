@@ -38,6 +38,11 @@ class Parts:
         return f"{sum(self.seconds.values()):.2f} s: {parts}"
 
 
+def age_s():
+    """Seconds since this process began."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - _process(os.getpid())[0]
+
+
 def _process(number):
     """(start in seconds of CLOCK_BOOTTIME, parent, name) of a process; proc(5)."""
     with open(f"/proc/{number}/stat", encoding="utf-8", errors="replace") as file:

@@ -2,12 +2,28 @@
 
 import itertools
 import math
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from . import attention, best, checkpoint, evaluate, files, model, monitor, optimizer, run_folder, startup, utilisation
+from . import (
+    attention,
+    best,
+    checkpoint,
+    deadline,
+    evaluate,
+    files,
+    model,
+    monitor,
+    optimizer,
+    run_folder,
+    saving,
+    startup,
+    stopping,
+    utilisation,
+)
 from .data import batches, examples
 from .errors import DataError, Diverged, UsageError
 from .mpi import choose, device, on_root, together
@@ -25,6 +41,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
 
     resume: continue from the newest complete checkpoint in run.output_dir, from the start if there is none.
     overwrite: replace a run that is there. Without either, an output folder that holds a run is refused (exit 73).
+    A run that ends early because it was asked to (see `stopping`) has "stopped", why, in its results.
     parts: the startup.Parts of this process, told at the first step.
     Everything that can be refused is refused before anything is written.
     """
@@ -90,32 +107,50 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     with together(world.comm):
         if last:
             checkpoint.load_optimizer(last, placed, adjust)
-    on_root(world.comm, run_folder.open_output, config, resume, overwrite)
+    damaged = state.pop("damaged", [])
+    on_root(world.comm, run_folder.open_output, config, resume, overwrite, damaged)
+    on_root(world.comm, checkpoint.require_room, config.run.output_dir, checkpoint.size_bytes(placed, plan))
     journal = monitor.Journal(config.run.output_dir, state["restart"], world.is_root)
     start = {"ranks": world.size, "hosts": world.hosts, "library": world.library, "layout": layout.describe()}
-    journal.event("start", step=state["step"], **start)
+    limit = config.run.time_limit and deadline.seconds(config.run.time_limit)
+    requests = stopping.Requests(config.run.output_dir, world.is_root, limit)
+    journal.event("start", step=state["step"], max_steps=plan.max_steps, job=deadline.job(), ends=requests.end, **start)
+    if damaged:
+        journal.event("damaged", paths=list(map(str, damaged)))
     progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)
     progress.say(describe(config, world, placed, source, validation, state))
     progress.say(f"activation checkpointing: {'on' if again else 'off'} ({why})")
     progress.say(f"peak of matrix products, {plan.precision}, all ranks: {peak / 1e12:.3g} TFLOP/s ({how})")
     parts.end("model")
 
-    def save():
+    def told_of(step, path, seconds, waited_s):
+        requests.took("save", seconds)
+        times = {"seconds": round(seconds, 3), "waited_s": round(waited_s, 3)}
+        journal.event("checkpoint", step=step, path=str(path), **times)
+
+    keeping = config.run.output_dir, config.data.tokenizer_dir, config.checkpoint.keep
+    saver = saving.Saver(world.comm, placed, adjust, *keeping, newest=last, completed=told_of)
+    adjust.register_step_pre_hook(lambda *_: saver.hold())
+
+    def save(waits):
         kept = {
             "samples": state["samples"],
+            "useful_s": state["useful_s"],
+            "nonfinite": state["nonfinite"],
+            "unmeasured": state.get("unmeasured", False),
             "ranks": world.size,
             "data_digest": source.stream.digest,
             "config": config.model_dump(exclude_none=True),
             "best": state.get("best"),
         }
-        where = config.run.output_dir, state["step"], placed, adjust, config.data.tokenizer_dir
-        path = checkpoint.save(world.comm, *where, kept, config.checkpoint.keep, best.step(state))
-        journal.event("checkpoint", step=state["step"], path=str(path))
-        return path
+        saver.begin(state["step"], kept, best.step(state), copy=not waits)
+        if waits:
+            saver.finish()
 
     def measure():
         if not validation:
             return {}, None
+        began = time.monotonic()
         scores, told = evaluate.evaluate(placed, validation, plan.micro_batch_size, plan.precision)
         scores = world.comm.bcast(scores, root=0)  # what follows is decided by them, on every rank
         journal.metrics({"step": state["step"], "samples": state["samples"], **scores})
@@ -123,9 +158,17 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         shown = (f"eval_{name}" for name in dict.fromkeys(shown))
         numbers = (f"{name}={scores[name]:.4f}" for name in shown if name in scores)
         progress.say(f"step {state['step']} {' '.join(numbers)}")
+        requests.took("evaluation", time.monotonic() - began)
         return scores, told
 
-    clock, path, scores, told = monitor.Clock(world.group, mesh.losses), last, {}, None
+    def better():
+        return best.compare(state, plan, scores, validation and validation.stream.digest)
+
+    clock, scores, told = monitor.Clock(world.group, mesh.losses), {}, None
+    if state.pop("unmeasured", False):  # there was no time for it when the run was asked to end
+        scores, told = measure()
+        if better():
+            save(waits=True)
     positions = itertools.count(state["samples"], plan.global_batch_size)
     todo = itertools.islice(positions, plan.max_steps - state["step"])
     steps = batches.ahead(
@@ -140,26 +183,44 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
             micro_batches = next(steps)
         rate = optimizer.learning_rate(state["step"], plan)
         loss_sum, targets, tokens, pairs, grad_norm = one_step(placed, adjust, micro_batches, rate, source, plan)
-        loss_sum, times = clock.collect(loss_sum)
+        soon = [state["step"] + 1, state["step"] + 2]
+        measures = plan.max_steps in soon or any(due(step, plan.eval_every_steps) for step in soon)
+        loss_sum, times, heard, saved = clock.collect(loss_sum, requests.heard(measures), saver.report())
+        saver.advance(saved)
         state["step"] += 1
         state["samples"] += plan.global_batch_size
+        state["useful_s"] += times["step_s"]
+        if math.isfinite(loss_sum) and math.isfinite(grad_norm):
+            state["nonfinite"] = 0
+        else:
+            state["nonfinite"] += 1
+            journal.event("nonfinite", step=state["step"], left_out=not math.isfinite(grad_norm))
         times["mfu"] = operations.step(tokens, targets, pairs) / times["step_s"] / peak
         times["tokens_per_s"] = tokens / times["step_s"]
-        report(journal, progress, plan, state, loss_sum / targets, rate, grad_norm, times, path)
+        report(journal, progress, plan, state, loss_sum / targets, rate, grad_norm, times, saver)
         if parts:
             parts.end("first step")
             tell_start(parts, journal, progress, world)
             parts = None
-        done, better = state["step"] == plan.max_steps, False
+        else:  # the first one compiles and measures
+            requests.took("step", times["step_s"])
+        done, improved, wish = state["step"] == plan.max_steps, False, stopping.wish(heard)
+        ends = bool(wish and wish.ends and not done)
         if done or due(state["step"], plan.eval_every_steps):
-            scores, told = measure()
-            better = best.compare(state, plan, scores, validation and validation.stream.digest)
-            done = done or best.hopeless(state, plan)
-        if done or better or due(state["step"], config.checkpoint.every_steps):
-            path = save()
+            if ends:
+                state["unmeasured"] = True
+            else:
+                scores, told = measure()
+                improved = better()
+                done = done or best.hopeless(state, plan)
+        if done or improved or wish or due(state["step"], config.checkpoint.every_steps):
+            save(waits=done or ends or not config.checkpoint.asynchronous)
+        if ends:
+            return stop(journal, progress, plan, state, saver.newest, wish)
     if not scores:  # of a run that ended between its last checkpoint and its results
         scores, told = measure()
     progress.close()
+    path = saver.newest
     results = {"step": state["step"], "samples": state["samples"], "checkpoint": str(path), **scores}
     if state.get("best"):
         results |= best.results(state, config)
@@ -294,7 +355,8 @@ def one_step(placed, adjust, micro_batches, rate, source, plan):
     losses = placed.step(micro_batches, work, targets)
     loss_sum = torch.stack(losses).double().sum() if losses else 0.0
     grad_norm = placed.clip_gradients(plan.max_grad_norm)
-    adjust.step()
+    if math.isfinite(grad_norm):  # the same on all ranks
+        adjust.step()
     return loss_sum, targets, tokens, pairs, grad_norm
 
 
@@ -315,6 +377,17 @@ def finish(config, world, placed, validation, test, progress, scores, told):
     return scores
 
 
+def stop(journal, progress, plan, state, path, wish):
+    """End a run early, which is saved in `path`; returns its results."""
+    progress.close()
+    why, step = wish.why, state["step"]
+    journal.event("stop", step=step, why=why)
+    again = "delete it, and the" if wish.code == 0 else "the"
+    progress.say(f"stopped after step {step} of {plan.max_steps} ({why}), saved in {path}; {again} same command with "
+                 "--resume goes on")  # fmt: skip
+    return {"step": step, "samples": state["samples"], "checkpoint": str(path), "stopped": why, "exit_code": wish.code}
+
+
 def tell_start(parts, journal, progress, world):
     """Log, and keep as an event, the parts of the start on the rank where it took longest. Collective."""
     everybody = world.comm.gather(parts, root=0)
@@ -328,15 +401,17 @@ def due(step, every):
     return every > 0 and step % every == 0
 
 
-def report(journal, progress, plan, state, loss, rate, grad_norm, times, path):
+def report(journal, progress, plan, state, loss, rate, grad_norm, times, saver):
     """One record and, every log_every_steps, one line: greppable key=value pairs."""
     tokens_per_s = times["tokens_per_s"]
-    record = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, **times}
+    record = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, **times, "useful_s": state["useful_s"]}
     journal.metrics({"step": state["step"], "samples": state["samples"], **record})
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    if state["nonfinite"] > plan.max_nonfinite_steps:
+        saver.finish()
+        times = f" (the {state['nonfinite']}th in a row)" if state["nonfinite"] > 1 else ""
         raise Diverged(
-            f"step {state['step']}: loss {loss}, gradient norm {grad_norm}: the run has diverged at learning rate "
-            f"{rate:.3g}; newest checkpoint: {path or 'none'}"
+            f"step {state['step']}{times}: loss {loss}, gradient norm {grad_norm}: the run has diverged at learning "
+            f"rate {rate:.3g}; newest checkpoint: {saver.newest or 'none'}"
         ).known_to_all()
     text = (
         f"step {state['step']}/{plan.max_steps} loss={loss:.4f} lr={rate:.3e} grad_norm={grad_norm:.3f} "

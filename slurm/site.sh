@@ -59,3 +59,10 @@ launch() {
         "$((${SLURM_RESTART_COUNT:-0} + 1))" "$(printf ' %q' "${command[@]}")"
     "${command[@]}"
 }
+
+# again CODE: have Slurm queue this job again if its run was saved before its end came (exit code 75).
+again() {
+    [ "$1" = 75 ] && [ -n "${SLURM_JOB_ID:-}" ] || return 0
+    echo "$(date +%FT%T) job $SLURM_JOB_ID is queued again"
+    scontrol requeue "$SLURM_JOB_ID" || echo "site.sh: not here: to go on, submit the same command again" >&2
+}

@@ -10,7 +10,7 @@ import torch
 from mpi4py import MPI
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
-from hpcllm import checkpoint, config, files, model, optimizer
+from hpcllm import checkpoint, config, files, model, optimizer, saving
 from hpcllm.errors import DataError, IOFailure
 from hpcllm.parallel.apply import whole
 
@@ -36,7 +36,7 @@ def trained(tmp_path):
 def save(tmp_path, trained, step, keep=2):
     net, adjust, tokenizer_dir = trained
     state = {"samples": step * 10}
-    return checkpoint.save(MPI.COMM_SELF, tmp_path / "run", step, whole(net), adjust, tokenizer_dir, state, keep)
+    return saving.save(MPI.COMM_SELF, tmp_path / "run", step, whole(net), adjust, tokenizer_dir, state, keep)
 
 
 @pytest.fixture

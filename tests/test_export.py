@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 import hpcllm.mpi
-from hpcllm import __main__, checkpoint, config, export, files, model, tensors
+from hpcllm import __main__, config, export, files, model, saving, tensors
 from hpcllm.errors import Refusal
 from hpcllm.parallel.apply import whole
 
@@ -66,7 +66,7 @@ def saved(base, prepared):
             (base / "run").mkdir(exist_ok=True)
             state = {"samples": 0, "config": config.load(values, []).model_dump(exclude_none=True)}
             adjust = torch.optim.SGD(net.parameters(), lr=1e-3)
-            checkpoint.save(MPI.COMM_SELF, base / "run", step, whole(net), adjust, prepared / "tokenizer", state, 2)
+            saving.save(MPI.COMM_SELF, base / "run", step, whole(net), adjust, prepared / "tokenizer", state, 2)
         hpcllm.mpi.join().comm.Barrier()
         return net, base / "run" / f"checkpoint-{step}"
 

@@ -53,8 +53,8 @@ def test_a_step_costs_what_its_slowest_rank_takes(world):
         pass
     clock.data_s = 0.25 * (world.rank + 1)
     clock._began -= 100.0 * (world.rank + 1)  # has computed for so long
-    loss, times = clock.collect(world.rank + 1.0)
-    assert loss == sum(range(1, world.size + 1))
+    loss, times, heard = clock.collect(world.rank + 1.0, 3 * world.rank)
+    assert loss == sum(range(1, world.size + 1)) and heard == 3 * (world.size - 1)
     assert times["data_s"] == 0.25 * world.size
     assert times["memory_bytes"] > 1 << 26
     assert times["imbalance"] == pytest.approx(2 * world.size / (world.size + 1), rel=0.01)

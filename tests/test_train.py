@@ -1,5 +1,6 @@
 """Training: the same run at any number of ranks, continued exactly, refused before it starts when it cannot be."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -200,7 +201,8 @@ def test_a_run_stopped_by_an_error_continues_bit_for_bit(world, prepared, tmp_pa
     whole = settings(prepared, base / "whole", **{"checkpoint.every_steps": 3})
     train.train(whole, world)
 
-    stopped = settings(prepared, base / "stopped", **{"checkpoint.every_steps": 3})
+    # One that is being written when an error comes may be lost.
+    stopped = settings(prepared, base / "stopped", **{"checkpoint.every_steps": 3, "checkpoint.asynchronous": "false"})
     one_step, steps = train.one_step, []
 
     def failing(*arguments):
@@ -394,6 +396,41 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(world, prepa
     assert json.loads(records.splitlines()[-1])["loss"] is None and "NaN" not in records
     for saved in (tmp_path / "run").glob("checkpoint-*") if world.is_root else []:
         assert all(bool(torch.isfinite(t).all()) for t in load_file(saved / "model.safetensors").values())
+
+
+@pytest.mark.mpi()
+def test_a_gradient_that_is_not_a_number_on_one_rank_changes_nothing_on_any(world, prepared, tmp_path, monkeypatch):
+    base, of_task, calls = shared(world, tmp_path), evaluate.of_task, []
+
+    def poisoned(rank, step):
+        def of(*arguments, **options):
+            work = of_task(*arguments, **options)
+            calls.extend([] if options else [None])  # those of training
+            if options or len(calls) != step or world.rank != rank:
+                return work
+            return dataclasses.replace(work, loss=lambda net, batch: work.loss(net, batch) * float("nan"))
+
+        calls.clear()
+        return of
+
+    changes = {**NO_DROPOUT, "checkpoint.every_steps": 1, "checkpoint.keep": 9}
+    run = settings(prepared, base / "run", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "of_task", poisoned(world.size - 1, 3))
+        assert train.train(run, world)["step"] == 6
+    events = [json.loads(line) for line in (base / "run" / "events.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["left_out"]) for e in events if e["event"] == "nonfinite"] == [(3, True)]
+    told = losses(base / "run")
+    assert told[2] is None and all(told[:2] + told[3:])
+    before, after, later = (load_file(base / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (2, 3, 4))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(torch.equal(after[name], later[name]) for name in before if name.endswith("query.weight"))
+    # Nor is the run ended that is poisoned so rarely; one that always is, is.
+    strict = settings(prepared, base / "strict", **{**changes, "train.max_nonfinite_steps": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "of_task", poisoned(0, 2))
+        with pytest.raises(Diverged, match="step 2: loss nan"):
+            train.train(strict, world)
 
 
 def test_the_step_ahead_is_loaded_in_order_and_errors_arrive_in_their_place():

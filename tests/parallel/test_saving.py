@@ -11,7 +11,7 @@ from mpi4py import MPI
 from test_layouts import SHARDINGS, SIZE, TENSOR, place, skip_what_hosts_cannot_hold
 from test_layouts import whole as gathered
 
-from hpcllm import checkpoint, config, model, optimizer
+from hpcllm import checkpoint, config, model, optimizer, saving
 from hpcllm.parallel.apply import whole
 
 pytestmark = pytest.mark.mpi
@@ -47,7 +47,7 @@ def save(world, folder, name, placed, adjust):
     output = folder / name
     if world.is_root:
         output.mkdir()
-    return checkpoint.save(world.comm, output, 1, placed, adjust, folder / "tokenizer", {"samples": 1}, 2)
+    return saving.save(world.comm, output, 1, placed, adjust, folder / "tokenizer", {"samples": 1}, 2)
 
 
 LAYOUTS = [(1, 1, tensor, sharding) for tensor in TENSOR for sharding in SHARDINGS]
@@ -98,7 +98,7 @@ def test_all_layouts_write_the_same_files(world, folder, family, pipeline, conte
         renamed = SimpleNamespace(
             state={p: by_name[name] for name, p in untrained.model.named_parameters()}
         )  # its moments belong to the untrained weights
-        one = checkpoint.save(MPI.COMM_SELF, folder / "one", 1, untrained, renamed, folder / "tokenizer", state, 2)
+        one = saving.save(MPI.COMM_SELF, folder / "one", 1, untrained, renamed, folder / "tokenizer", state, 2)
         for name in ("model.safetensors", "optimizer.safetensors", "config.json"):
             assert (many / name).read_bytes() == (one / name).read_bytes(), name
         checkpoint.verify(many)

@@ -23,7 +23,9 @@ def test_each_option_is_explained_and_the_exit_code_is_that_of_the_ranks(script)
     assert all(re.search(r"\S {2,}# \w", line) for line in options)
     wanted = {"job-name", "nodes", "ntasks-per-node", "cpus-per-task", "time", "output", "open-mode"}
     assert wanted <= {re.match(r"#+SBATCH --([\w-]+)", line)[1] for line in options}
-    assert lines[-3].startswith("launch hpcllm ") and lines[-2:] == ["rc=$?", "exit $rc"]
+    again = ["again $rc   # 75: saved before the time was up"] if "hpcllm train" in script.read_text() else []
+    end = ["rc=$?", *again, "exit $rc"]
+    assert lines[-len(end) - 1].startswith("launch hpcllm ") and lines[-len(end) :] == end
     # Slurm does not make the folder of a log, and drops the log without a word where it is missing.
     assert not any(re.search(r"--output=\S*/", line) for line in options)
 
@@ -187,7 +189,7 @@ def test_without_slurm_labelled_files_become_a_fine_tuned_model(tmp_path, name):
 
 
 def test_a_job_that_predicts_names_model_input_and_output_and_hands_on_the_rest(tmp_path):
-    (tmp_path / "mine.sh").write_text("launch() { printf '<%s>' \"$@\"; return 7; }\n")
+    (tmp_path / "mine.sh").write_text("launch() { printf '<%s>' \"$@\"; return 7; }\nagain() { :; }\n")
     script, asked = SLURM / "predict.sbatch", ("my run", "rows *.jsonl", "out.jsonl")
     done = bash(script, *asked, "--top-k", "2", cwd=tmp_path, ranks=2, HPCLLM_SITE="mine.sh")
     expected = "<hpcllm><predict><my run><--input><rows *.jsonl><--output><out.jsonl><--top-k><2>"
@@ -198,7 +200,7 @@ def test_a_job_that_predicts_names_model_input_and_output_and_hands_on_the_rest(
 
 @pytest.mark.parametrize("name", FINE_TUNE)
 def test_a_job_that_fine_tunes_prepares_once_and_says_what_it_misses(tmp_path, name):
-    (tmp_path / "mine.sh").write_text("launch() { printf '<%s>' \"$@\"; echo; }\n")
+    (tmp_path / "mine.sh").write_text("launch() { printf '<%s>' \"$@\"; echo; }\nagain() { :; }\n")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
 
@@ -236,14 +238,29 @@ def test_a_script_finds_the_venv_of_its_repository_and_ends_with_the_exit_code_o
 
 
 def test_a_site_of_your_own_takes_the_place_of_the_one_in_the_repository(tmp_path):
-    (tmp_path / "mine.sh").write_text("launch() { printf '<%s>' \"$@\"; return 7; }\n")
+    (tmp_path / "mine.sh").write_text("launch() { printf '<%s>' \"$@\"; return 7; }\nagain() { :; }\n")
     done = bash(SLURM / "train_gpt.sbatch", "run.output_dir=my runs", cwd=tmp_path, ranks=2, HPCLLM_SITE="mine.sh")
     expected = f"<hpcllm><train><{SLURM}/train_gpt.toml><run.output_dir=my runs><--resume>"
     assert (done.returncode, done.stdout) == (7, expected)
 
 
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_a_job_is_queued_again_when_its_run_was_saved_and_only_then(tmp_path, code):
+    site = (
+        (SLURM / "site.sh")
+        .read_text()
+        .replace("slurm_launcher=(\n    srun", f"slurm_launcher=(\n    bash -c 'exit {code}'")
+    )
+    (tmp_path / "mine.sh").write_text(site)
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "scontrol $*"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    how = {"HPCLLM_SITE": "mine.sh", "path": f"{tmp_path}:{sys.prefix}/bin:", "SLURM_JOB_ID": "17"}
+    done = bash(SLURM / "train_gpt.sbatch", cwd=tmp_path, ranks=2, **how)
+    assert (done.returncode, "scontrol requeue 17" in done.stdout) == (code, code == 75), done.stderr
+
+
 def test_a_mesh_that_cannot_be_shown_does_not_end_the_job(tmp_path):
-    (tmp_path / "mine.sh").write_text('launch() { printf \'<%s>\' "$@"; echo; [ "$2" = train ]; }\n')
+    (tmp_path / "mine.sh").write_text('launch() { printf \'<%s>\' "$@"; echo; [ "$2" = train ]; }\nagain() { :; }\n')
     done = bash(SLURM / "train_gpt_3d.sbatch", "a b", cwd=tmp_path, ranks=2, HPCLLM_SITE="mine.sh")
     run_file = f"{SLURM}/train_gpt_3d.toml"
     expected = [f"<hpcllm><plan><{run_file}><a b><--show-mesh>", f"<hpcllm><train><{run_file}><a b><--resume>"]

@@ -145,6 +145,45 @@ def test_a_job_that_was_saved_under_one_layout_goes_on_under_another(layouts):
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
 
 
+def test_a_job_whose_time_is_up_is_saved_queued_again_and_repeats_an_uninterrupted_one(cluster, module_load, project):
+    script, how = (
+        ROOT / "slurm/train_bert.sbatch",
+        (*SMALL, "train.lr_scheduler_type=constant", "checkpoint.every_steps=0"),
+    )
+    run, reference = project / "runs/minute", project / "runs/uninterrupted"
+
+    def submit(options, steps, folder):
+        told = (f"train.max_steps={steps}", f"run.output_dir={folder}")
+        return cluster.submit(*TWO_BY_TWO, *options, script, *how, *told, cwd=project, before=module_load)
+
+    number = submit(("--time=1",), 1_000_000, run)
+    cluster.wait(number, timeout_s=60, until={"RUNNING", "FAILED"})
+    job = cluster.wait(number, timeout_s=100, until={"PENDING", "COMPLETED", "FAILED", "TIMEOUT"})
+    assert job["JobState"] == "PENDING" and "(the time limit), saved in" in job["log"], job["log"]
+    saved = records_of_life(run, 0)[-1]["step"]
+    assert (run / f"checkpoint-{saved}/.complete").is_file()
+    cluster.login(f"scontrol update jobid={number} starttime=now")
+    deadline = time.monotonic() + 60
+    while len(records_of_life(run, 1)) < 5:
+        assert time.monotonic() < deadline, cluster.job(number)["log"]
+        time.sleep(0.2)
+    (run / "STOP").touch()
+    job = cluster.wait(number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), job["log"]
+    steps = [record["step"] for record in records(run)]
+    assert steps == list(range(1, len(steps) + 1))  # none lost, none twice
+    job = cluster.wait(submit((), len(steps), reference), timeout_s=200)
+    assert job["JobState"] == "COMPLETED", job["log"]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (folder / f"checkpoint-{len(steps)}" / name for folder in (run, reference))
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert [record["loss"] for record in records(run)] == [record["loss"] for record in records(reference)]
+
+
+def records_of_life(run, life):
+    return [record for record in records(run) if record["restart"] == life] if (run / "metrics.jsonl").exists() else []
+
+
 def test_missing_data_fails_the_job_with_66_and_names_the_folder(cluster, module_load, job_folder):
     number = cluster.submit(*TWO_BY_TWO, ROOT / "slurm/train_bert.sbatch", cwd=job_folder, before=module_load)
     job = cluster.wait(number, timeout_s=60)

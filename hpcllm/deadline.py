@@ -1,0 +1,68 @@
+"""When the batch system ends this job: Slurm and PBS are asked by their own commands, once or twice in a job."""
+
+import contextlib
+import os
+import re
+import subprocess
+import time
+
+_PATIENCE_S = 20.0  # for a controller that is busy
+_DURATION = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
+
+
+def seconds(text):
+    """Seconds of a duration as batch systems write it: [[days-]hours:]minutes:seconds. Raises ValueError."""
+    found = _DURATION.fullmatch(text.strip())
+    if not found:
+        raise ValueError(f'"{text}" is no time such as 12:00:00 (hours, minutes, seconds) or 1-12:00:00 (a day more)')
+    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def job(environment=os.environ):
+    """What the batch system calls this job; None outside of one."""
+    return environment.get("SLURM_JOB_ID") or environment.get("PBS_JOBID")
+
+
+def end_of_job(environment=os.environ):
+    """The time at which this job will be ended, in seconds since 1970; None where nobody says.
+
+    HPCLLM_END_TIME counts first, which a site's profile may set. Then what squeue or qstat say now: limits are changed
+    while jobs run, and a reservation may end before them. Then SLURM_JOB_END_TIME, for nodes without squeue.
+    """
+    with contextlib.suppress(KeyError, ValueError):
+        return float(environment["HPCLLM_END_TIME"])
+    found = None
+    if "SLURM_JOB_ID" in environment:
+        found = _slurm(environment["SLURM_JOB_ID"])
+    elif "PBS_JOBID" in environment:
+        found = _pbs(environment["PBS_JOBID"])
+    if found is None:
+        with contextlib.suppress(KeyError, ValueError):
+            return float(environment["SLURM_JOB_END_TIME"])
+    return found
+
+
+def _slurm(job):
+    told = _ask("squeue", "--noheader", "--jobs", job, "--format", "%e", SLURM_TIME_FORMAT="standard")
+    with contextlib.suppress(ValueError):  # N/A of a job without a limit
+        return time.mktime(time.strptime(told.strip(), "%Y-%m-%dT%H:%M:%S"))
+    return None
+
+
+def _pbs(job):
+    told = _ask("qstat", "-f", job)
+    began = re.search(r"^\s*(?:stime|start_time) = (.+)$", told, re.MULTILINE)
+    limit = re.search(r"^\s*Resource_List\.walltime = (\S+)$", told, re.MULTILINE)
+    with contextlib.suppress(ValueError, TypeError):
+        return time.mktime(time.strptime(began[1].strip())) + seconds(limit[1])
+    return None
+
+
+def _ask(*command, **environment):
+    """What a command of the batch system prints; nothing where it is missing, fails, or does not answer."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
+        env = {**os.environ, "LC_ALL": "C", **environment}
+        return subprocess.run(command, text=True, timeout=_PATIENCE_S, env=env, **how).stdout
+    return ""

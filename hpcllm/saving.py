@@ -1,0 +1,144 @@
+"""Checkpoints that are written while training goes on: it waits until they are copied, or not at all.
+
+What a checkpoint holds changes only where the optimizer steps, so the copy is made while the next step's forward and
+backward run, and the optimizer waits for what is left of it (as in CheckFreq, Mohan et al. 2021, and DataStates-LLM,
+Maurya et al. 2024). Then each rank writes its pieces into files that are there at their full length. Ranks tell each
+other that they are done with the sums at the edge of a step (`monitor.Clock.collect`); then they share out the reading
+of what was written, for its digests, and root gives the folder its name. The threads here never call MPI.
+"""
+
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from . import checkpoint, files
+from .mpi import agree, on_root
+
+# What a rank tells the others of what it has in hand.
+_READY, _BUSY, _FAILED = 0, 1, 2
+
+
+class Saver:
+    """Writes checkpoints of `placed` (parallel.apply.Placed) and its optimizer below `output_dir`, one at a time.
+
+    comm: of all ranks; tokenizer_dir, keep: as in the run file; newest: path of the newest checkpoint that is complete;
+    completed: called with (step, path, seconds since `begin`, how many of them this rank's training waited) for each.
+    Every method but `hold` and `report` is collective.
+    """
+
+    def __init__(self, comm, placed, optimizer, output_dir, tokenizer_dir, keep, newest=None, completed=None):
+        self._comm, self._output, self._placed, self._optimizer = comm, Path(output_dir), placed, optimizer
+        self._tokenizer_dir, self._keep, self.newest, self._completed = tokenizer_dir, keep, newest, completed
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hpcllm-save")
+        self._path = self._at_work = None
+        self._copied = threading.Event()
+
+    def begin(self, step, state, best=None, copy=True):
+        """Start to write `checkpoint-<step>`; returns while that goes on.
+
+        state: JSON-able dict that `checkpoint.read_state` gives back; best: step of a checkpoint that is kept in any
+        case; copy: False writes from the model itself, in whose way `hold` then is until all is written, without the
+        memory for a copy of what this rank writes. Raises IOFailure, the same on every rank, where the disk has no
+        room; what was there stays.
+        """
+        self.finish()
+        self._began, self._waited_s = time.monotonic(), 0.0
+        self._path, self._step, self._state, self._best = self._output / f"checkpoint-{step}", step, state, best
+        self._placed.reshard()
+        contents = checkpoint.contents(self._placed, self._optimizer)
+        outlines = {file: checkpoint.outline(self._placed, held) for file, held in contents.items()}
+        try:
+            self._hidden = on_root(self._comm, checkpoint.begin, self._path, outlines)
+        except BaseException:
+            self._path = None
+            raise
+        self._copied.clear()
+        self._then = "digest"
+        self._at_work = self._pool.submit(self._write, contents, outlines, copy)
+        self._waited_s = time.monotonic() - self._began
+
+    def hold(self):
+        """Wait until what is being saved may change: to be called before the optimizer's step."""
+        if self._path is not None:
+            began = time.monotonic()
+            self._copied.wait()
+            self._waited_s += time.monotonic() - began
+
+    def report(self):
+        """A number for how far this rank is, the largest of all ranks' being for `advance`."""
+        if self._at_work is None:
+            return _READY
+        if not self._at_work.done():
+            return _BUSY
+        return _FAILED if self._at_work.exception() else _READY
+
+    def advance(self, largest):
+        """Go on where all ranks are ready. Raises what failed on any, on all; the checkpoints that were there stay."""
+        if self._path is None or largest == _BUSY:
+            return
+        if largest == _FAILED:
+            self._path = None
+            try:
+                agree(self._comm, self._at_work and self._at_work.exception())  # which waits for those still at work
+            finally:
+                if self._comm.rank == 0:
+                    shutil.rmtree(self._hidden, ignore_errors=True)
+        if self._then == "digest":
+            self._then = "commit"
+            self._at_work = self._pool.submit(self._digest)
+            return
+        if self._then == "commit":
+            self._then = None
+            known = self._comm.gather(self._at_work.result(), root=0)
+            self._at_work = self._pool.submit(self._commit, known) if self._comm.rank == 0 else None
+            return
+        self.newest, self._path, self._at_work = self._path, None, None
+        if self._completed:
+            self._completed(self._step, self.newest, time.monotonic() - self._began, self._waited_s)
+
+    def finish(self):
+        """Wait for what is under way, if anything is; `newest` is that then. Raises as `advance`."""
+        began = time.monotonic()
+        while self._path is not None:
+            if self._at_work is not None:
+                self._at_work.exception()  # waits
+            largest = max(self._comm.allgather(self.report()))
+            self._waited_s += time.monotonic() - began
+            began = time.monotonic()
+            self.advance(largest)
+
+    def _write(self, contents, outlines, copy):
+        try:
+            with files.failing_as_io(self._path):
+                parts = {file: list(checkpoint.parts(self._placed, held)) for file, held in contents.items()}
+                if copy:
+                    for part in parts.values():
+                        part[:] = [(entry, box, values.to("cpu", copy=True)) for entry, box, values in part]
+                    self._copied.set()
+                for file, part in parts.items():
+                    checkpoint.write(self._hidden / file, outlines[file], part)
+        finally:
+            self._copied.set()
+
+    def _digest(self):
+        with files.failing_as_io(self._path):
+            return checkpoint.digests(self._hidden, self._comm.rank, self._comm.size)
+
+    def _commit(self, known):
+        """What is not made of pieces, the name, and the end of older ones. Root's."""
+        where = self._hidden, self._path, self._step, self._placed
+        checkpoint.finish(*where, self._tokenizer_dir, self._state, known)
+        checkpoint.delete_older(self._output, self._keep, self._best)
+
+
+def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):
+    """Write `checkpoint-<step>` below `output_dir`, then delete all but the newest `keep`, and that of step `best`.
+
+    Returns its path once it is complete. See `Saver`. Collective over `comm`.
+    """
+    saver = Saver(comm, placed, optimizer, output_dir, tokenizer_dir, keep)
+    saver.begin(step, state, best, copy=False)
+    saver.finish()
+    return saver.newest

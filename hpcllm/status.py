@@ -1,0 +1,136 @@
+"""How far a run is, told by its folder alone: for people on a login node, where there is neither MPI nor a GPU."""
+
+import json
+import os
+import statistics
+import time
+import tomllib
+from pathlib import Path
+
+from .errors import DataError, MissingInput
+
+_TAIL_BYTES = 1 << 16  # of metrics.jsonl, which grows: more than enough for the newest steps
+_NEWEST = 20
+# A run that has not told of a step for so long, and for so many steps, is dead or hangs.
+_SILENT_S, _SILENT_STEPS = 120.0, 10
+
+
+def status(folder, now=None):
+    """A dict of what is known of the run in `folder`; times in seconds, moments in seconds since 1970.
+
+    Raises MissingInput for a folder that holds no run, DataError for one whose records cannot be read.
+    """
+    folder, now = Path(folder), now or time.time()
+    if not (folder / "events.jsonl").is_file():
+        raise MissingInput(f"{folder} is no folder of a run: it has no events.jsonl")
+    events, records = _records(folder / "events.jsonl"), _records(folder / "metrics.jsonl", _TAIL_BYTES)
+    starts = [event for event in events if event["event"] == "start"]
+    steps = [record for record in records if "loss" in record]
+    if not starts:
+        return {"run": str(folder), "state": "has not started yet", "starts": 0}
+    start, last = starts[-1], events[-1]
+    newest = steps[-1] if steps else None
+    heard = max(last["time"], newest["time"] if newest else 0.0)
+    lately = [record for record in steps if record["restart"] == start["restart"]][-_NEWEST:]
+    step_s = statistics.median(record["step_s"] for record in lately) if lately else None
+    found = {
+        "run": str(folder),
+        "task": _settings(folder).get("model", {}).get("task"),
+        "state": _state(events, now - heard, step_s),
+        "job": start.get("job"),
+        "ranks": start["ranks"],
+        "hosts": start["hosts"],
+        "starts": len(starts),
+        "step": newest["step"] if newest else start["step"],
+        "max_steps": start.get("max_steps"),
+        "silent_s": now - heard,
+    }
+    if lately:
+        found |= {name: newest[name] for name in ("loss", "learning_rate", "tokens_per_s", "mfu", "memory_bytes")}
+        found |= {"step_s": step_s, "goodput": newest.get("useful_s", 0.0) / max(heard - starts[0]["time"], 1e-9)}
+    if found["state"] == "runs" and step_s and found["max_steps"]:
+        found["left_s"] = (found["max_steps"] - found["step"]) * step_s
+    if found["state"] == "runs" and start.get("ends"):
+        found["job_left_s"] = start["ends"] - now
+    evaluations = [record for record in records if "eval_loss" in record]
+    if evaluations:
+        found["eval"] = {name: value for name, value in evaluations[-1].items() if name.startswith("eval_")}
+        found["eval"]["step"] = evaluations[-1]["step"]
+    saved = [event for event in events if event["event"] == "checkpoint"]
+    if saved:
+        found["checkpoint"] = {name: saved[-1].get(name) for name in ("step", "path", "time", "seconds")}
+    return found
+
+
+def _state(events, silent_s, step_s):
+    """One of: finished, stopped (why), runs, silent."""
+    last = events[-1]
+    if last["event"] == "end":
+        return "finished"
+    if last["event"] == "stop":
+        return f"stopped ({last['why']})"
+    return "silent" if silent_s > max(_SILENT_S, _SILENT_STEPS * (step_s or 0.0)) else "runs"
+
+
+def show(found):
+    """The same in words, a fact a line."""
+    if not found["starts"]:
+        return f"{found['run']}: {found['state']}"
+    silent = found["silent_s"]
+    says = {"silent": f"silent for {_long(silent)}: it was ended, or hangs"}.get(found["state"], found["state"])
+    job, hosts = f"job {found['job']}, " if found["job"] else "", len(found["hosts"])
+    where = f"{job}{found['ranks']} ranks on {hosts} host{'s' * (hosts > 1)}, start {found['starts']}"
+    of = f" of {found['max_steps']} ({found['step'] / found['max_steps']:.0%})" if found["max_steps"] else ""
+    lines = [f"{found['run']}: {says}", f"task        {found['task']}, {where}"]
+    lines.append(f"step        {found['step']}{of}, {_long(silent)} ago")
+    if "loss" in found:
+        loss = "not a number" if found["loss"] is None else f"{found['loss']:.4f}"
+        lines.append(f"loss        {loss}, learning rate {found['learning_rate']:.3e}")
+        rate = f"{found['step_s']:.3f} s a step, {found['tokens_per_s']:.0f} tokens/s, MFU {found['mfu']:.3f}"
+        lines.append(f"rate        {rate}, {found['memory_bytes'] / 2**30:.1f} GiB a rank")
+        lines.append(f"goodput     {found['goodput']:.3f}")
+    if "eval" in found:
+        told = {name: value for name, value in found["eval"].items() if isinstance(value, float)}
+        numbers = " ".join(f"{name}={value:.4f}" for name, value in told.items())
+        lines.append(f"evaluated   step {found['eval']['step']}: {numbers}")
+    if "checkpoint" in found:
+        saved = found["checkpoint"]
+        took = f", written in {saved['seconds']:.1f} s" if saved["seconds"] is not None else ""
+        lines.append(f"checkpoint  step {saved['step']}{took}: {saved['path']}")
+    names = {"left_s": "to the last step", "job_left_s": "to the end of the job"}
+    left = [f"{_long(found[name])} {what}" for name, what in names.items() if name in found]
+    if left:
+        lines.append(f"left        {', '.join(left)}")
+    return "\n".join(lines)
+
+
+def _long(seconds):
+    """A duration in words: 12 s, 5 min, 3 h 20 min, 2 d 4 h."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 100:
+        return f"{max(seconds, 0.0):.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def _settings(folder):
+    try:
+        return tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError):
+        return {}
+
+
+def _records(path, tail=None):
+    """The records of a file of JSON lines, or of its last `tail` bytes; a line that is being written is left out."""
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        start = max(0, size - tail) if tail else 0
+        file.seek(start)
+        lines = file.read().split(b"\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines[1 if start else 0 :]]
+    except ValueError as error:
+        raise DataError(f"{path} holds what is no record: {error}") from None

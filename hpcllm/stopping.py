@@ -1,0 +1,115 @@
+"""When a run saves or ends before its last step: at a signal, at the job's time limit, for a file SAVE or STOP.
+
+Ranks hear of it at different moments, and of most things only some do. What each has heard is a number, and the largest
+of all ranks counts: it comes with the sums at the edge of a step (`monitor.Clock.collect`), so all act in one step.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import deadline, startup
+from .errors import PAUSED
+
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+SAVE, STOP = "SAVE", "STOP"  # files in the run's folder
+# What ranks tell each other: nothing, or one of these; a signal by its number on top of _SIGNAL.
+_NOTHING, _SAVE, _STOP, _LIMIT, _SIGNAL = 0, 1, 2, 3, 100
+_LOOK_EVERY_S = 1.0  # for files: thousands of quick steps are not to ask a parallel file system thousands of times
+_ASK_EVERY_S = 60.0  # whether the limit has been moved
+_SPARE, _MARGIN_S = 1.5, 5.0  # steps and saves may take so many times as long as any has; for leaving
+
+_heard = set()
+
+
+def listen():
+    """From now on SIGUSR1, SIGUSR2 and SIGTERM are noted, and end a run at the edge of a step. Main thread only."""
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: _heard.add(number))
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to happen after a step: save, and end if `ends`, with the exit code `code`. why: in the user's words."""
+
+    why: str
+    ends: bool = True
+    code: int = PAUSED
+
+
+def wish(number):
+    """The Wish that the largest number of all ranks' `Requests.heard` stands for; None for none."""
+    if number >= _SIGNAL:
+        return Wish(signal.Signals(number - _SIGNAL).name)
+    known = {
+        _SAVE: Wish(f"the file {SAVE}", ends=False),
+        _STOP: Wish(f"the file {STOP}", code=0),
+        _LIMIT: Wish("the time limit"),
+    }
+    return known.get(number)
+
+
+class Requests:
+    """What this rank hears. looks: it is the one that looks at the run's `folder` and at the clock.
+
+    limit_s: run.time_limit in seconds, counted from the start of this process, or None; ask: tells when the job ends.
+    """
+
+    def __init__(self, folder, looks, limit_s=None, ask=deadline.end_of_job):
+        self._folder, self._looks, self._ask = Path(folder), looks, ask
+        self._own = time.time() - startup.age_s() + limit_s if limit_s is not None else None
+        self._longest = {"step": 0.0, "save": 0.0, "evaluation": 0.0}
+        self._looked, self._asked = float("-inf"), float("-inf")
+        self.end = None  # Unix time
+        self._find_end()
+
+    def took(self, what, seconds):
+        """A "step", "save" or "evaluation" has taken so long."""
+        self._longest[what] = max(self._longest[what], seconds)
+
+    def heard(self, evaluates=False):
+        """The number for what this rank has heard. evaluates: an evaluation follows this step or the next."""
+        if _heard:
+            return _SIGNAL + max(_heard)
+        if not self._looks:
+            return _NOTHING
+        if self._short_of_time(evaluates):
+            return _LIMIT
+        if time.monotonic() - self._looked < _LOOK_EVERY_S:
+            return _NOTHING
+        self._looked = time.monotonic()
+        if stop_file(self._folder):
+            return _STOP
+        with contextlib.suppress(FileNotFoundError):
+            (self._folder / SAVE).unlink()
+            return _SAVE
+        return _NOTHING
+
+    def lead_s(self, evaluates=False):
+        """Seconds that the next step, what follows it, saving and leaving may take."""
+        parts = [self._longest["step"], self._longest["save"], self._longest["evaluation"] * evaluates]
+        return _SPARE * sum(parts) + _MARGIN_S
+
+    def _short_of_time(self, evaluates):
+        def short():
+            return self.end is not None and time.time() + self.lead_s(evaluates) > self.end
+
+        if short() and time.monotonic() - self._asked > _ASK_EVERY_S:
+            self._find_end()  # somebody may have given it more
+        return short()
+
+    def _find_end(self):
+        if not self._looks:
+            return
+        self._asked = time.monotonic()
+        known = [end for end in (self._own, self._ask()) if end is not None]
+        self.end = min(known, default=None)
+
+
+def stop_file(folder):
+    """The file that keeps the run in `folder` from going on, if it is there; else None."""
+    path = os.path.join(folder, STOP)
+    return path if os.path.exists(path) else None

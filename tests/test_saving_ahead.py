@@ -1,0 +1,132 @@
+"""Checkpoints that are written while training goes on: the same bytes, of the moment they were asked for."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from test_train import settings, shared
+
+from hpcllm import checkpoint, saving, train
+from hpcllm.errors import IOFailure
+
+FILES = ("model.safetensors", "optimizer.safetensors")
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A function: from then on nothing is written before what it returns, an event, is set."""
+
+    def begin():
+        goes, write = threading.Event(), checkpoint.write
+
+        def waiting(*arguments):
+            assert goes.wait(30)
+            write(*arguments)
+
+        monkeypatch.setattr(checkpoint, "write", waiting)
+        return goes
+
+    return begin
+
+
+@pytest.mark.mpi()
+@pytest.mark.parametrize("sharding", ["auto", "none", "full"])
+def test_they_are_the_bytes_of_those_that_training_waits_for(world, prepared, tmp_path, sharding):
+    base = shared(world, tmp_path)
+    how = {"checkpoint.every_steps": 1, "checkpoint.keep": 9, "parallel.sharding": sharding}
+    for name, ahead in (("ahead", "true"), ("waited", "false")):
+        train.train(settings(prepared, base / name, **how, **{"checkpoint.asynchronous": ahead}), world)
+    if world.is_root:
+        for step in range(1, 7):
+            checkpoint.verify(base / "ahead" / f"checkpoint-{step}")
+            for file in FILES:
+                ours, theirs = (base / name / f"checkpoint-{step}" / file for name in ("ahead", "waited"))
+                assert ours.read_bytes() == theirs.read_bytes(), (step, file)
+
+
+@pytest.mark.mpi()
+def test_training_goes_on_while_the_disk_is_slow_and_waits_where_the_next_is_due(
+    world, prepared, tmp_path, slow_disk, monkeypatch
+):
+    base, seen = shared(world, tmp_path), []
+    run = settings(prepared, base / "run", **{"checkpoint.every_steps": 3, "train.max_steps": 8})
+    goes, one_step = slow_disk(), train.one_step
+
+    def counting(*arguments):
+        seen.append(len(list((base / "run").glob("checkpoint-*"))))
+        if len(seen) == 6:
+            goes.set()
+        return one_step(*arguments)
+
+    monkeypatch.setattr(train, "one_step", counting)
+    train.train(run, world)
+    assert seen[:6] == [0] * 6  # that of step 3 has not come before
+    world.comm.Barrier()
+    assert {path.name for path in (base / "run").glob("*checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+
+
+@pytest.mark.mpi()
+def test_the_optimizer_waits_for_the_copy(world, prepared, tmp_path, monkeypatch):
+    base = shared(world, tmp_path)
+    how = {"checkpoint.every_steps": 2, "train.max_steps": 4, "checkpoint.keep": 9}
+    train.train(settings(prepared, base / "quick", **how), world)
+    parts = checkpoint.parts
+
+    def slowly(*arguments):
+        threading.Event().wait(0.5)
+        yield from parts(*arguments)
+
+    monkeypatch.setattr(checkpoint, "parts", slowly)
+    train.train(settings(prepared, base / "slow", **how), world)
+    for file in FILES:
+        ours, theirs = (base / name / "checkpoint-2" / file for name in ("slow", "quick"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.mpi()
+def test_what_one_rank_cannot_write_all_ranks_hear_of_at_the_edge_of_a_step(world, prepared, tmp_path, monkeypatch):
+    base, write = shared(world, tmp_path), checkpoint.write
+    run = settings(prepared, base / "run", **{"checkpoint.every_steps": 2, "train.max_steps": 100})
+    tried = []
+
+    def failing(*arguments):
+        tried.append(None)
+        if len(tried) > 2 and world.rank == world.size - 1:  # the second checkpoint; each has two files
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", failing)
+    with pytest.raises(IOFailure, match="checkpoint-4: No space left on device"):
+        train.train(run, world)
+    world.comm.Barrier()
+    assert {path.name for path in (base / "run").glob("*checkpoint-*")} == {"checkpoint-2"}
+
+
+@pytest.mark.mpi()
+def test_a_run_that_diverges_leaves_the_checkpoint_that_was_under_way(
+    world, prepared, tmp_path, slow_disk, monkeypatch
+):
+    base, one_step, steps = shared(world, tmp_path), train.one_step, []
+    run = settings(prepared, base / "run", **{"checkpoint.every_steps": 2, "train.max_nonfinite_steps": 0})
+    goes = slow_disk()
+
+    def diverging(*arguments):
+        steps.append(None)
+        if len(steps) == 3:
+            goes.set()
+            return float("nan"), *one_step(*arguments)[1:]
+        return one_step(*arguments)
+
+    monkeypatch.setattr(train, "one_step", diverging)
+    with pytest.raises(train.Diverged, match=r"newest checkpoint: .*checkpoint-2"):
+        train.train(run, world)
+    world.comm.Barrier()
+    assert (base / "run" / "checkpoint-2" / ".complete").is_file()
+
+
+def test_a_saver_that_has_nothing_to_do_does_nothing(tmp_path):
+    saver = saving.Saver(None, None, None, tmp_path, tmp_path, 2, newest=Path("before"))
+    saver.hold()
+    saver.advance(saver.report())
+    saver.finish()
+    assert saver.newest == Path("before")
