@@ -270,13 +270,15 @@ def export(args):
     from . import mpi
 
     world = mpi.join()
-    from . import export
+    from . import export, to_onnx
     from .run_folder import run_config
 
     max_shard_bytes = mpi.on_root(world.comm, export.size, args.max_shard_size)
     mpi.on_root(world.comm, export.check, args.output, args.overwrite)
+    if args.onnx:
+        mpi.on_root(world.comm, to_onnx.check, args.dtype)
     settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
-    how = (args.dtype, max_shard_bytes, args.overwrite)
+    how = (args.dtype, max_shard_bytes, args.overwrite, args.onnx)
     summary = mpi.on_root(world.comm, export.export, folder, settings.model.task, args.output, *how)
     if world.is_root:
         print(f"done: {json.dumps(summary)}")

@@ -190,7 +190,8 @@ def parser():
         "export",
         help="a checkpoint as one model folder in Hugging Face's layout",
         description="Write what other tools load: the model of a checkpoint, which is verified first, as "
-        "save_pretrained would, with its tokenizer, without the optimizer. Needs memory for one tensor.",
+        "save_pretrained would, with its tokenizer, without the optimizer. Needs memory for one tensor, with "
+        "--onnx for the whole model.",
     )
     p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN")
     p.add_argument("output", metavar="OUTPUT", help="the folder to write")
@@ -201,6 +202,7 @@ def parser():
         metavar="SIZE",
         help="of a weights file: 500MB, 4GiB, ... (default: %(default)s)",
     )
+    p.add_argument("--onnx", action="store_true", help="also write model.onnx, checked (fp32; needs hpcllm[onnx])")
     p.add_argument("--overwrite", action="store_true", help="replace the model folder OUTPUT if it exists")
 
     p = commands.add_parser(

@@ -17,9 +17,10 @@ _PIPELINES = {
 _LABELS_SHOWN = 200
 
 
-def card(folder, task, dtype, parameters):
+def card(folder, task, dtype, parameters, graph=None):
     """Markdown about the model of the checkpoint `folder` (Path), exported as `dtype`. parameters: how many.
 
+    graph: what `to_onnx.write` says of an ONNX graph beside the weights, or None.
     What the run's folder around the checkpoint tells, results and node-hours, is in it where that is there.
     """
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
@@ -52,7 +53,25 @@ def card(folder, task, dtype, parameters):
         names = list(model["id2label"].values())
         more = f", and {len(names) - _LABELS_SHOWN} more" if len(names) > _LABELS_SHOWN else ""
         lines += ["## Labels", "", ", ".join(f"`{label}`" for label in names[:_LABELS_SHOWN]) + more, ""]
+    if graph:
+        lines += _onnx(graph, model)
     return "\n".join([*lines, f"Trained and exported with hpcllm {state['hpcllm']}.", ""])
+
+
+def _onnx(graph, model):
+    """What the ONNX graph takes and gives, and how to run it. model: config.json."""
+    taken, given = (", ".join(f"`{name}`" for name in graph[side]) for side in ("inputs", "outputs"))
+    read = [name for name in graph["inputs"] if name != "decoder_input_ids"]
+    first = f' | {{"decoder_input_ids": [[{model["decoder_start_token_id"]}]]}}' if read != graph["inputs"] else ""
+    return [
+        *("## ONNX", "", f"`model.onnx` (opset {graph['opset']}, fp32) makes {given} of {taken}:", "", "```python"),
+        "import onnxruntime, transformers",
+        "",
+        'given = transformers.AutoTokenizer.from_pretrained(".")("A text.", return_tensors="np")',
+        f"given = {{name: given[name] for name in {read}}}{first}",
+        'found = onnxruntime.InferenceSession("model.onnx").run(None, given)',
+        *("```", ""),
+    ]
 
 
 def _scores(file, checkpoint):

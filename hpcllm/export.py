@@ -1,7 +1,8 @@
 """A checkpoint as one folder in Hugging Face's layout, as `save_pretrained` would write it, a tensor at a time.
 
 config.json, generation_config.json where there is one, tokenizer files, and the weights under the names and in the
-shards of `save_pretrained`, with a model card; no optimizer, no state of the run.
+shards of `save_pretrained`, with a model card, and an ONNX graph where one is asked for; no optimizer, no state of the
+run.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import card, checkpoint, files, model, tensors
+from . import card, checkpoint, files, model, tensors, to_onnx
 from .data import tokenizer
 from .errors import CannotCreate, DataError, UsageError
 from .monitor import Progress
@@ -52,21 +53,21 @@ def check(output, overwrite):
     if path.is_symlink() or not (path / CONFIG).is_file():
         raise CannotCreate(f"{output} is not a model folder (it has no {CONFIG}), so --overwrite leaves it alone")
     # Such a folder may be a checkpoint, or hold the one that is to be exported.
-    known = {CONFIG, GENERATION, INDEX, card.NAME, *tokenizer.FILES}
+    known = {CONFIG, GENERATION, INDEX, card.NAME, to_onnx.NAME, to_onnx.DATA, *tokenizer.FILES}
     strangers = sorted(name for name in os.listdir(path) if name not in known and not _WEIGHTS.fullmatch(name))
     if strangers:
         listed = ", ".join(strangers[:5])
         raise CannotCreate(f"{output} also holds {listed}; --overwrite would delete what an export does not write")
 
 
-def export(folder, task, output, dtype="fp32", max_shard_bytes=5 * 10**9, overwrite=False):
+def export(folder, task, output, dtype="fp32", max_shard_bytes=5 * 10**9, overwrite=False, onnx=False):
     """Write the model of the checkpoint `folder`, which has been verified, to the new folder `output`. One process.
 
     task: of the run that it is from. dtype: "fp32", "bf16" or "fp16"; rounds to nearest. max_shard_bytes: of the
-    tensors in a file; one that is larger has a file of its own.
-    Returns {"checkpoint", "output", "dtype", "files": how many, "bytes": of all files}.
+    tensors in a file; one that is larger has a file of its own. onnx: also as a graph, where `to_onnx.check` allows it.
+    Returns {"checkpoint", "output", "dtype", "files": how many, "bytes": of all files, "onnx": as `to_onnx.write`}.
     Raises a Refusal, and then leaves what was there: CannotCreate as `check`, IOFailure where the disk is full,
-    DataError for weights that are not the model's or beyond the range of `dtype`.
+    DataError for weights that are not the model's or beyond the range of `dtype`, and as `to_onnx.write`.
     """
     check(output, overwrite)
     folder, output = Path(folder), Path(os.path.abspath(output))
@@ -76,16 +77,18 @@ def export(folder, task, output, dtype="fp32", max_shard_bytes=5 * 10**9, overwr
         with files.failing_as_io(folder), safe_open(folder / checkpoint.MODEL, framework="pt") as opened:
             plan = Plan(folder, task, opened, DTYPES[dtype], max_shard_bytes)
             with files.new_folder(output, replace=overwrite) as hidden:
+                graph = to_onnx.write(folder, task, hidden) if onnx else None  # first: it may refuse the model
                 plan.write(hidden, opened)
                 _write_beside(folder, hidden, plan)
-                text = card.card(folder, task, dtype, plan.parameters)
+                text = card.card(folder, task, dtype, plan.parameters, graph)
                 (hidden / card.NAME).write_text(text, encoding="utf-8")
                 written = [file.stat().st_size for file in hidden.iterdir()]
                 check(output, overwrite)  # something may have come there while this worked
     except SafetensorError as error:
         raise DataError(f"{folder / checkpoint.MODEL} cannot be read: {error}") from None
     summary = {"checkpoint": str(folder), "output": str(output), "dtype": dtype}
-    return {**summary, "files": len(written), "bytes": sum(written)}
+    summary |= {"files": len(written), "bytes": sum(written)}
+    return {**summary, "onnx": graph} if onnx else summary
 
 
 class Plan:
