@@ -15,9 +15,10 @@ from launching import clean_environment, find_mpirun
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hpcllm.mpi
-from hpcllm import predict, questions
+from hpcllm import predict
 from hpcllm.data import order, tokenizer
 from hpcllm.errors import CannotCreate, DataError, MissingInput, UsageError
+from hpcllm.questions.generate import Continue
 from hpcllm.tasks import TASKS
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -170,7 +171,7 @@ def test_continuations_are_those_of_generate(world, models, beams):
 def test_what_is_drawn_follows_the_model_and_is_of_the_row(world, models):
     folder, count = models / "causal_lm", 4000
     words, net = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
-    asker = questions.Continue(net, words, max_new_tokens=1, temperature=2.0, top_k=5)
+    asker = Continue(net, words, max_new_tokens=1, temperature=2.0, top_k=5)
     keys = order.key(3, 1, np.arange(count))
     with torch.inference_mode():
         asked = words("the cat", return_tensors="pt").input_ids
