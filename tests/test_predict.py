@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import hpcllm.mpi
 from hpcllm import predict
 from hpcllm.data import order, tokenizer
+from hpcllm.data.labelled import Reading
+from hpcllm.data.prepare_labelled import prepare_labelled
 from hpcllm.errors import CannotCreate, DataError, MissingInput, UsageError
 from hpcllm.questions.generate import Continue
 from hpcllm.tasks import TASKS
@@ -260,9 +262,14 @@ def test_words_of_rows_may_be_lists(world, models, tmp_path):
     assert answer["prediction"]["words"] == ["New York", "cat"] and len(answer["prediction"]["tags"]) == 2
 
 
-def test_a_job_that_is_killed_goes_on_to_the_same_bytes(models, tmp_path, mpirun):
-    (tmp_path / "rows.txt").write_text("".join(text + "\n" for text in texts(8000, 8)))
-    asked = ["-m", "hpcllm", "predict", models / "sequence_classification", "--input", tmp_path / "rows.txt"]
+@pytest.mark.parametrize("given", ["rows.tsv", "data/train"])
+def test_a_job_that_is_killed_goes_on_to_the_same_bytes(models, tmp_path, mpirun, given):
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n" + "".join(f"{text}\tso\n" for text in texts(8000, 8)))
+    if given == "data/train":
+        how = {"tokenizer": models / "sequence_classification", "output": tmp_path / "data"}
+        how = {name: str(path) for name, path in how.items()}
+        prepare_labelled(hpcllm.mpi.join(), inputs=[str(tmp_path / "rows.tsv")], reading=Reading(), **how)
+    asked = ["-m", "hpcllm", "predict", models / "sequence_classification", "--input", tmp_path / given]
     asked += ["--batch-tokens", "64"]  # small ones: it has to take a while
     mpirun(2, [*asked, "--output", tmp_path / "whole.jsonl"], check=True)
     command = [*find_mpirun(), "-np", "2", sys.executable, *map(str, asked), "--output", str(tmp_path / "killed.jsonl")]

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import torch
 
-from ..data.encode import Words
-from ..data.labels import is_chunk
-from ..data.spans import Windows
+from ..data.encode import NO_LABEL, Words
+from ..data.labels import in_words, is_chunk
+from ..data.spans import Window, Windows
 from ..errors import UsageError
 from ..metrics import tags as schemes
 from ..tasks import TASKS, question_answering
@@ -50,7 +50,24 @@ class FillMask(Question):
         return {"token": self.words.decode([token]).strip(), "score": round(score, _DIGITS)}
 
 
-class ClassifySequence(Question):
+class _WholeText(Question):
+    """What is asked of a text or pair whose end may not be seen: its one document says third whether it is not."""
+
+    kinds = ("single", "multi", "value")
+
+    def documents(self, row):
+        found = self.encoder.encode(*self.texts(row))
+        return [(found.ids, found.type_ids, bool(found.overflowing))]
+
+    def example(self, found, first, documents):
+        [(ids, beside)] = found
+        [second] = beside["second"].tolist()
+        texts = zip(("text", "pair"), self.spelt(ids[:second]) + self.spelt(ids[second:]), strict=False)
+        fields = {"text": "", **dict(texts), "label": in_words(documents.meaning, beside["labels"])}
+        return fields, [(ids, np.arange(len(ids)) >= second, False)]
+
+
+class ClassifySequence(_WholeText):
     """The label of a text or pair: {"label", "score"}, of any of several {"labels": [{"label", "score"}]} from 0.5 on,
     of numbers {"value"}; with `top_k` the likeliest as "labels" in any case. Of a text too long for the model the end
     is not seen: {"truncated": true}."""
@@ -62,9 +79,6 @@ class ClassifySequence(Question):
             check_top_k(top_k, net.config.num_labels)
 
     model_class = staticmethod(TASKS["sequence_classification"].model_class)
-
-    def documents(self, row):
-        return [self.cut(row)]
 
     def ask(self, documents, device):
         logits = self.net(**self.inputs(documents, device)).logits.float()
@@ -99,6 +113,7 @@ class TagWords(Question):
         self._column, self.columns = self.columns[0], ()  # a row has it, or words
 
     model_class = staticmethod(TASKS["token_classification"].model_class)
+    kinds = ("tags",)
 
     def _said(self, row):
         text = row.fields.get(self._column)
@@ -109,6 +124,19 @@ class TagWords(Question):
 
     def documents(self, row):
         [(pieces, _)] = self._words.pieces([self._said(row)])
+        return self._windows(pieces)
+
+    def example(self, found, first, documents):
+        pieces, tags = [], []
+        for ids, beside in found:
+            firsts = np.flatnonzero(beside["labels"] != NO_LABEL)
+            pieces += self._words.apart(ids.tolist(), firsts.tolist())
+            tags += in_words(documents.meaning, beside["labels"][firsts])
+        # Some tokenizers would put blanks around what is no letter.
+        words = ["".join(self.words.decode(piece).split()) for piece in pieces]
+        return {"tokens": words, "tags": tags}, self._windows(pieces)
+
+    def _windows(self, pieces):
         return [(ids, None, firsts) for ids, firsts in self._words.windows(pieces)]
 
     def ask(self, documents, device):
@@ -148,6 +176,7 @@ class FindAnswer(Question):
         self._windows = Windows(self.encoder, min(self.places, _WINDOW_TOKENS))
 
     model_class = staticmethod(TASKS["question_answering"].model_class)
+    kinds = ("span",)
 
     def texts(self, row):
         """(question, text)"""
@@ -164,6 +193,13 @@ class FindAnswer(Question):
         if not len(windows[0].inside):
             raise row.refusal("the text has no tokens")
         return windows
+
+    def example(self, found, first, documents):
+        [second] = found[0][1]["second"].tolist()
+        question = "".join(self.spelt(found[0][0][:second]))
+        return {**documents.texts.of(first), "question": question}, [
+            Window(ids, np.arange(len(ids)) >= second, beside["begins"], beside["ends"]) for ids, beside in found
+        ]
 
     def ask(self, documents, device):
         output = self.net(**self.inputs(documents, device))
@@ -188,7 +224,7 @@ class FindAnswer(Question):
         return told | {"score": round(math.exp(score), _DIGITS), "no_answer": round(no_answer, _DIGITS)}
 
 
-class Embed(Question):
+class Embed(_WholeText):
     """The mean of a text's last hidden states, or that of its first token: {"embedding": [...]}, of length 1."""
 
     unused = ("pooler.",)
@@ -204,9 +240,6 @@ class Embed(Question):
         from transformers import AutoModel
 
         return AutoModel
-
-    def documents(self, row):
-        return [self.cut(row)]
 
     def ask(self, documents, device):
         given = self.inputs(documents, device)

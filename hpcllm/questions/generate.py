@@ -48,8 +48,11 @@ class Continue(Question):
 
     def documents(self, row):
         source = getattr(row, "source", None)
-        name = zlib.crc32(os.path.basename(source.path).encode()) if source else 0
-        return [(*self.whole(row), order.key(self._seed, name, row.offset))]
+        return [(*self.whole(row), self._key(source.path if source else "", row.offset))]
+
+    def _key(self, path, place):
+        """What decides what is drawn for the row at `place` of a file."""
+        return order.key(self._seed, zlib.crc32(os.path.basename(path).encode()), place)
 
     def ask(self, documents, device):
         encodes = self.net.config.is_encoder_decoder
@@ -86,8 +89,15 @@ class Continue(Question):
 class Write(Continue):
     """A text from a text, by a model with encoder and decoder: {"written"}."""
 
-    told = "written"
+    told, kinds = "written", ("text",)
     model_class = staticmethod(TASKS["seq2seq_lm"].model_class)
+
+    def example(self, found, first, documents):
+        [(ids, beside)] = found
+        [second] = beside["second"].tolist()
+        source, target = ("".join(self.spelt(part)) for part in (ids[:second], ids[second:]))
+        key = self._key(documents.stream.folder, first)
+        return {"source": source, "target": target}, [(ids[:second], None, key)]
 
 
 class Reply(Continue):

@@ -6,10 +6,16 @@
     ask(documents, device)  what the model says of a batch of documents, one thing each
     join(row, answers)      the answer to a row, from those to its documents: a dict for JSON
 
+Of shards with labels of one of `kinds`, whose examples are tokens already:
+
+    example(found, first, documents)  (fields of a row, what is computed) of an example; found: [(token ids, {column:
+                                      its rows})] of its documents, `first` being its first of all data.documents
+
 A row is whatever has `fields` (dict), `offset` (int) and `refusal(why)` (the error to raise), as rows.Row.
 """
 
 import functools
+import itertools
 
 import numpy as np
 import tokenizers
@@ -26,6 +32,7 @@ class Question:
 
     usual = ("text", None)
     unused = ()  # what of the class's weights it can do without: beginnings of names
+    kinds = ()
 
     def __init__(self, net, words, *, columns=(None, None)):
         self.net, self.words = net, words
@@ -84,10 +91,15 @@ class Question:
             raise row.refusal(f"{len(ids)} tokens, more than the {self.places} that this model leaves room for")
         return ids
 
-    def cut(self, row):
-        """The one document of a row whose end may be missing; says third whether it is."""
-        found = self.encoder.encode(*self.texts(row))
-        return found.ids, found.type_ids, bool(found.overflowing)
+    def spelt(self, ids):
+        """The texts that tokens (int64 [n]) stand for, cut at special ones, as far as tokens tell: a list of str."""
+        parts = itertools.groupby(ids.tolist(), self._around.__contains__)
+        return [self.words.decode(list(part)) for special, part in parts if not special]
+
+    @functools.cached_property
+    def _around(self):
+        """Ids of the special tokens that stand around texts."""
+        return {getattr(self.words, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep", "pad")}
 
     def join(self, row, answers):
         return answers[0]
