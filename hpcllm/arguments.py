@@ -153,7 +153,10 @@ def parser():
     p.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN_OR_MODEL")
     p.add_argument("--text", action="append", default=[], help="a text (may be repeated)")
     p.add_argument(
-        "--input", nargs="+", metavar="FILE_OR_GLOB", help="text, TSV, CSV (first line: names), JSONL, also .gz"
+        "--input",
+        nargs="+",
+        metavar="FILE_OR_GLOB",
+        help="text, TSV, CSV (first line: names), JSONL, also .gz; or a folder of shards that `prepare --task` wrote",
     )
     p.add_argument("--format", choices=("text", "tsv", "csv", "jsonl"), help="of the input (default: by its ending)")
     p.add_argument(

@@ -6,6 +6,7 @@ they are put together depends on the rows alone, so that answers are the same by
 
 import inspect
 import json
+import os
 import time
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 
 from . import checkpoint, files, model
-from .data import tokenizer
+from .data import shards, tokenizer
+from .data.documents import Documents
 from .data.examples import filled
 from .errors import DataError, MissingInput, UsageError
 from .evaluate import arithmetic
@@ -21,7 +23,7 @@ from .metrics import written
 from .mpi import on_root, together
 from .questions import QUESTIONS
 from .quicken import quicken
-from .rows import answer_all
+from .rows import Example, Prepared, answer_all
 from .run_folder import run_config
 
 _BATCH_TOKENS = {"cpu": 2048}  # more is no quicker there, and takes memory
@@ -74,6 +76,7 @@ class Model:
         asked = QUESTIONS[question]
         net = model.load_as(folder, asked.model_class(), unused=asked.unused).to(device).eval()
         quicken(net, device)
+        self._folder, self._name = folder, question
         self._device, self._precision = device, precision
         self._batch_tokens = batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_GPU)
         self.decides = {
@@ -93,11 +96,32 @@ class Model:
     def columns(self):
         return self._question.columns
 
+    def prepared(self, stream):
+        """The examples of a folder of shards (data.stream.TokenStream) as rows.
+
+        Raises DataError for those of other labels or of another tokenizer, and for longer ones than the model takes.
+        """
+        folder, labelled, question = stream.folder, stream.labelled, self._question
+        kind = labelled and labelled["kind"]
+        if kind not in question.kinds:
+            has = f"labels of the kind {kind}" if labelled else "no labels"
+            takes = f"shards with labels of the kind {' or '.join(question.kinds)}, or " if question.kinds else ""
+            raise DataError(f"input: the shards of {folder} have {has}; give {self._name} {takes}files of text")
+        tokenizer.check_same(stream, self._folder, self.decides["tokenizer"])
+        longest = labelled["became"]["longest"]
+        if longest > question.places and kind != "tags":  # sentences of words are cut anew
+            raise DataError(
+                f"input: {folder} has examples of {longest} tokens, the model has room for {question.places}; "
+                f"prepare with --max-tokens {question.places}"
+            )
+        return Prepared(Documents(stream), question.example)
+
     def answer(self, rows, advance=lambda done: None):
-        """[dict] for each of `rows` (rows.Row): its fields, and what was asked as "prediction"; see `answer_all`."""
+        """[dict] for each of `rows` (Row or Example of rows): its fields, and what was asked as "prediction"."""
         question = self._question
         # One row may take several documents.
-        asked = [(number, document) for number, row in enumerate(rows) for document in question.documents(row)]
+        documents = [row.documents if isinstance(row, Example) else question.documents(row) for row in rows]
+        asked = [(number, document) for number, some in enumerate(documents) for document in some]
         lengths = np.array([question.size(ids) for _, (ids, *_) in asked], np.int64)
         longest_first = np.argsort(-lengths, kind="stable")
         found, left = [[] for _ in rows], np.bincount([number for number, _ in asked], minlength=len(rows))
@@ -146,10 +170,11 @@ def predict_file(
     reference=None,
     **options,
 ):
-    """Answers to all rows of `inputs` (paths and globs) in the file `output`; returns a summary. Collective.
+    """Answers to all rows of `inputs` in the file `output`; returns a summary. Collective.
 
-    path, question: as `what_is`; precision: "fp32" or "bf16", None: that of training; format: of rows.FORMATS;
-    reference: of texts that are written, the column of what was wanted, for "scores" of the summary; options: of Model.
+    path, question: as `what_is`; inputs: paths and globs, or a folder of shards; precision: "fp32" or "bf16", None:
+    that of training; format: of rows.FORMATS; reference: of texts that are written, the column of what was wanted, for
+    "scores" of the summary; options: of Model.
     """
     folder, question, usual = on_root(world.comm, what_is, path, question)
     precision = precision or usual
@@ -158,12 +183,35 @@ def predict_file(
     asked = on_root(world.comm, fingerprint, folder, question, precision, options)
     with together(world.comm):
         asker = Model(folder, question, world.device, precision=precision, **options)
+    prepared = on_root(world.comm, _shards, inputs, format, options)
+    if prepared is not None:
+        stream = shards.open_folder(prepared, comm=world.comm)
+        with together(world.comm):
+            inputs = asker.prepared(stream)
     how = {"format": format, "overwrite": overwrite, "columns": asker.columns, "fingerprint": asked | asker.decides}
     summary = answer_all(world, inputs=inputs, output=output, answer=asker.answer, **how)
     summary["batch_seconds"] = _percentiles(world.comm.allgather(asker.seconds))
     if reference is not None:
         summary["scores"] = on_root(world.comm, _scores, output, QUESTIONS[question].told, reference)
     return {"model": str(folder), "question": question, **summary}
+
+
+def _shards(inputs, format, options):
+    """The folder of shards that `inputs` are, None for files. Root only.
+
+    Raises UsageError for other inputs beside it, and for what says how to read files.
+    """
+    folders = [path for path in inputs if os.path.isfile(os.path.join(path, shards.MANIFEST))]
+    if not folders:
+        return None
+    if len(inputs) > 1:
+        raise UsageError(f"input: {folders[0]} is a folder of shards; give it alone, and not {len(inputs)} inputs")
+    columns = zip(("text-column", "pair-column"), options.get("columns", ()), strict=False)
+    given = {"format": format, **dict(columns), "ask": options.get("ask")}
+    useless = [name for name, value in given.items() if value is not None]
+    if useless:
+        raise UsageError(f"--{useless[0]} is for files, and {folders[0]} is a folder of shards")
+    return os.path.normpath(folders[0])
 
 
 def _percentiles(everybody):

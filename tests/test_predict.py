@@ -15,9 +15,12 @@ from launching import clean_environment, find_mpirun
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hpcllm.mpi
-from hpcllm import predict, questions
+from hpcllm import predict
 from hpcllm.data import order, tokenizer
+from hpcllm.data.labelled import Reading
+from hpcllm.data.prepare_labelled import prepare_labelled
 from hpcllm.errors import CannotCreate, DataError, MissingInput, UsageError
+from hpcllm.questions.generate import Continue
 from hpcllm.tasks import TASKS
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -170,7 +173,7 @@ def test_continuations_are_those_of_generate(world, models, beams):
 def test_what_is_drawn_follows_the_model_and_is_of_the_row(world, models):
     folder, count = models / "causal_lm", 4000
     words, net = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
-    asker = questions.Continue(net, words, max_new_tokens=1, temperature=2.0, top_k=5)
+    asker = Continue(net, words, max_new_tokens=1, temperature=2.0, top_k=5)
     keys = order.key(3, 1, np.arange(count))
     with torch.inference_mode():
         asked = words("the cat", return_tensors="pt").input_ids
@@ -259,9 +262,14 @@ def test_words_of_rows_may_be_lists(world, models, tmp_path):
     assert answer["prediction"]["words"] == ["New York", "cat"] and len(answer["prediction"]["tags"]) == 2
 
 
-def test_a_job_that_is_killed_goes_on_to_the_same_bytes(models, tmp_path, mpirun):
-    (tmp_path / "rows.txt").write_text("".join(text + "\n" for text in texts(8000, 8)))
-    asked = ["-m", "hpcllm", "predict", models / "sequence_classification", "--input", tmp_path / "rows.txt"]
+@pytest.mark.parametrize("given", ["rows.tsv", "data/train"])
+def test_a_job_that_is_killed_goes_on_to_the_same_bytes(models, tmp_path, mpirun, given):
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n" + "".join(f"{text}\tso\n" for text in texts(8000, 8)))
+    if given == "data/train":
+        how = {"tokenizer": models / "sequence_classification", "output": tmp_path / "data"}
+        how = {name: str(path) for name, path in how.items()}
+        prepare_labelled(hpcllm.mpi.join(), inputs=[str(tmp_path / "rows.tsv")], reading=Reading(), **how)
+    asked = ["-m", "hpcllm", "predict", models / "sequence_classification", "--input", tmp_path / given]
     asked += ["--batch-tokens", "64"]  # small ones: it has to take a while
     mpirun(2, [*asked, "--output", tmp_path / "whole.jsonl"], check=True)
     command = [*find_mpirun(), "-np", "2", sys.executable, *map(str, asked), "--output", str(tmp_path / "killed.jsonl")]

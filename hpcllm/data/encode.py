@@ -321,6 +321,11 @@ class Words:
             ids += piece
         yield ids + self._after, firsts
 
+    def apart(self, ids, firsts):
+        """The tokens of each word (lists of ids) of a document of `windows`, a list of ids."""
+        ends = [*firsts[1:], len(ids) - len(self._after)]
+        return [ids[first:end] for first, end in zip(firsts, ends, strict=True)]
+
     def _around(self):
         """The special tokens before and after one text: two lists of ids."""
         bare, whole = (self._encoder.encode("a", add_special_tokens=them).ids for them in (False, True))

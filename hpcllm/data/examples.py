@@ -5,9 +5,7 @@ micro-batches as global_batch_size / micro_batch_size, of about equal padded siz
 long ones few, and all ranks have as much to do. What a micro-batch holds depends on the global batch alone.
 """
 
-import bisect
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +13,19 @@ import numpy as np
 import torch
 
 from ..errors import DataError, UsageError
-from . import order, shards, texts
+from . import order
+from .documents import Documents
 
 
 @dataclass(frozen=True)
-class Examples:
-    """A part of labelled data, as `hpcllm prepare --task` wrote it, for a run.
+class Examples(Documents):
+    """A part of labelled data for a run, each document an example.
 
-    stream: data.shards.TokenStream; task: module of hpcllm.tasks; vocabulary: model.Vocabulary; sequence_length: the
-    longest example that the model takes; multiple: padded lengths are multiples of it; class_weights: float32 of each
-    label's name, None: all 1; label_smoothing: as in the run file.
+    task: module of hpcllm.tasks; vocabulary: model.Vocabulary; sequence_length: the longest example that the model
+    takes; multiple: padded lengths are multiples of it; class_weights: float32 of each label's name, None: all 1;
+    label_smoothing: as in the run file.
     """
 
-    stream: Any
     task: Any
     vocabulary: Any
     sequence_length: int
@@ -41,60 +39,6 @@ class Examples:
         """What the task's loss takes beside inputs and targets, as far as it was asked for."""
         asked = {"class_weights": self.class_weights, "label_smoothing": self.label_smoothing or None}
         return {name: value for name, value in asked.items() if value is not None}
-
-    @property
-    def meaning(self):
-        """What the manifest says of the labels: kind, names, ..."""
-        return self.stream.labelled
-
-    def __len__(self):
-        return self.stream.document_count
-
-    @functools.cached_property
-    def _columns(self):
-        return shards.columns_of(self.meaning)
-
-    @functools.cached_property
-    def _shards(self):
-        """[(first example, first token, what is beside the tokens)] of each shard."""
-        found, example, token = [], 0, 0
-        for path in self.stream.paths:
-            beside = shards.map_beside(path, self._columns)
-            found.append((example, token, beside))
-            offsets = beside["document_offsets"]
-            example, token = example + len(offsets) - 1, token + int(offsets[-1])
-        return found
-
-    @functools.cached_property
-    def _begins(self):
-        """Where each example begins in the stream, and the end, int64 [len + 1]."""
-        parts = [token + np.asarray(beside["document_offsets"][:-1]) for _, token, beside in self._shards]
-        return np.concatenate([*parts, [self.stream.token_count]])
-
-    def lengths(self, numbers):
-        """Tokens of the examples `numbers` (int64 [n]), int64 [n]."""
-        return self._begins[numbers + 1] - self._begins[numbers]
-
-    def column(self, name):
-        """What column `name`, of documents, has for all examples: [len, width]."""
-        return np.concatenate([beside[name] for *_, beside in self._shards])
-
-    @functools.cached_property
-    def texts(self):
-        """What the examples were before they were tokens (data.texts.Texts), of kinds of labels that keep it."""
-        return texts.Texts(self.stream.folder, self.column("text"))
-
-    def rows(self, numbers):
-        """Yield (tokens, {column: its rows}) of each of the examples `numbers`."""
-        firsts = [example for example, *_ in self._shards]
-        for number in numbers.tolist():
-            begin, end = self._begins[number : number + 2].tolist()
-            example, token, shard = self._shards[bisect.bisect_right(firsts, number) - 1]
-            tokens, row = slice(begin - token, end - token), number - example
-            beside = {
-                c.name: shard[c.name][tokens, 0] if c.of == "token" else shard[c.name][row] for c in self._columns
-            }
-            yield self.stream.gather(np.array([begin]), end - begin)[0], beside
 
     def training_step(self, position, rank, size, train):
         """This rank's micro-batches of the global batch that starts after `position` consumed samples."""

@@ -15,6 +15,8 @@ import functools
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..errors import DataError, UsageError
 from ..metrics.tags import spans
 from ..mpi import together
@@ -61,6 +63,19 @@ class Labels:
     @functools.cached_property
     def _places(self):
         return {name: number for number, name in enumerate(self.names)}
+
+
+def in_words(meaning, numbers):
+    """The label of an example again, of what a column holds of it: a name, a list of names, or a value.
+
+    meaning: what a manifest says of the labels; numbers: as of `Labels.numbers`, an array.
+    """
+    if meaning["kind"] == "value":
+        return float(str(numbers[0]))  # the shortest that is this fp32
+    if meaning["kind"] == "multi":
+        numbers = np.flatnonzero(numbers)
+    names = [meaning["names"][number] for number in numbers.tolist()]
+    return names[0] if meaning["kind"] == "single" else names
 
 
 def named(kind, example, unit, separator=","):

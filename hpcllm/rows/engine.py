@@ -18,6 +18,7 @@ from ..errors import CannotCreate, DataError
 from ..files import failing_as_io, write_at
 from ..mpi import agree, on_root, together
 from . import read, spool
+from .prepared import Prepared
 from .queue import Queue
 
 
@@ -40,10 +41,10 @@ def answer_all(
 ):
     """Write to the file `output` a JSON line for each row of `inputs`, in their order; collective.
 
-    inputs: paths and globs. output: a path; `.NAME.partial` beside it holds what is done until all is.
-    answer: called as answer(rows, advance) with the rows (list of read.Row) of a unit; returns a list of as many dicts.
-    It depends on the rows alone, calls no collective of this world, and calls advance(n), n of its rows being
-    done, between its batches: there root hands out work and a failure of another rank ends this one's.
+    inputs: paths and globs, or a Prepared. output: a path; `.NAME.partial` beside it holds what is done until all is.
+    answer: called as answer(rows, advance) with the rows (list of read.Row or prepared.Example) of a unit; returns a
+    list of as many dicts. It depends on the rows alone, calls no collective of this world, and calls advance(n), n of
+    its rows being done, between its batches: there root hands out work and a failure of another rank ends this one's.
     fingerprint: flat dict of what else decides the answers (the model, options), in words for the user: a run that was
     killed is gone on with only if it had the same. columns: names that every row has, a string each.
     format: one of read.FORMATS; None goes by each file's name. unit_bytes: of a unit; by default 16 KiB to 1 MiB.
@@ -56,9 +57,9 @@ def answer_all(
     that are done stay for a restart.
     """
     comm, began, partial = world.comm, time.monotonic(), spool.Partial(output)
-    options = {"columns": tuple(columns), "format": format, "unit_bytes": unit_bytes}
-    files, step, plan = on_root(comm, _plan, inputs, partial.output, options, fingerprint, overwrite)
-    units = _cut(comm, files, options["columns"], step)
+    source = inputs if isinstance(inputs, Prepared) else _Files(inputs, tuple(columns), format)
+    files, step, plan = on_root(comm, _plan, source, partial.output, unit_bytes, fingerprint, overwrite)
+    units = source.cut(comm, files, step)
     try:
         run, spools = on_root(comm, partial.claim, plan, overwrite)
         done, missing = _look(comm, spools, units)
@@ -66,8 +67,7 @@ def answer_all(
         order = sorted(missing, key=lambda unit: -(units[unit].size // step))
         with together(comm):
             spooled = partial.spool(run, comm.rank)
-        reader = read.Reader(options["columns"])
-        mine = _answer_units(comm, units, order, reader, answer, spooled, what)
+        mine = _answer_units(comm, units, order, source.reader(), answer, spooled, what)
         rows = _write(comm, partial, run, done | spooled.records, len(units))
         on_root(comm, partial.publish, _part(partial, run), overwrite)
     finally:
@@ -89,40 +89,55 @@ def answer_all(
     )
 
 
-def _plan(inputs, output, options, fingerprint, overwrite):
+class _Files:
+    """Rows of files, each of a format of `read`. Prepared has the same methods."""
+
+    def __init__(self, patterns, columns, format):
+        self._patterns, self._columns, self._format = patterns, columns, format
+
+    def plan(self):
+        """([(path, format)], bytes of a unit, what of the input decides the answers: {name: str}). Root only."""
+        paths = text.find_inputs(map(os.fspath, self._patterns))
+        files = [(path, read.format_of(path, self._columns, self._format)) for path in paths]
+        said = {"columns": ", ".join(self._columns)}
+        for number, (path, format) in enumerate(files, 1):
+            status = os.stat(path)
+            changed = f"{time.strftime('%F %T', time.gmtime(status.st_mtime))}.{status.st_mtime_ns % 10**9:09d}"
+            said[f"input {number}"] = f"{os.path.abspath(path)}: {format}, {status.st_size} bytes of {changed}"
+        return files, read.unit_bytes(paths), said
+
+    def cut(self, comm, files, step):
+        """The units of all files, in order, on every rank; ranks cut files in turn."""
+        cut = []
+        with together(comm):
+            try:
+                mine = files[comm.rank :: comm.size]
+                cut = [read.cut(path, format, self._columns, step) for path, format in mine]
+            finally:
+                meet(comm)  # reading a large compressed file through takes a while
+        gathered = comm.allgather(cut)
+        units = [unit for index in range(len(files)) for unit in gathered[index % comm.size][index // comm.size]]
+        if not units:
+            raise DataError(f"input: there is no row in it (first file: {files[0][0]})").known_to_all()
+        return units
+
+    def reader(self):
+        return read.Reader(self._columns)
+
+
+def _plan(source, output, unit_bytes, fingerprint, overwrite):
     """Check what can be checked without reading; returns ([(path, format)], bytes of a unit, the plan's words)."""
-    paths = text.find_inputs(map(os.fspath, inputs))
-    files = [(path, read.format_of(path, options["columns"], options["format"])) for path in paths]
+    files, usual, said = source.plan()
     if os.path.lexists(output):
         if not overwrite:
             raise CannotCreate(f"output: {output} exists; give another name or --overwrite")
         if not os.path.isfile(output):
             raise CannotCreate(f"output: {output} is not a file that can be overwritten")
-        if os.path.realpath(output) in map(os.path.realpath, paths):
+        if os.path.realpath(output) in [os.path.realpath(path) for path, _ in files]:
             raise CannotCreate(f"output: --overwrite would replace the input {output}")
-    step = options["unit_bytes"] or read.unit_bytes(paths)
-    plan = {"columns": ", ".join(options["columns"]), "bytes of a unit": str(step)}
-    plan |= {name: str(value) for name, value in fingerprint.items()}
-    for number, (path, format) in enumerate(files, 1):
-        status = os.stat(path)
-        changed = f"{time.strftime('%F %T', time.gmtime(status.st_mtime))}.{status.st_mtime_ns % 10**9:09d}"
-        plan[f"input {number}"] = f"{os.path.abspath(path)}: {format}, {status.st_size} bytes of {changed}"
+    step = unit_bytes or usual
+    plan = {"bytes of a unit": str(step)} | {name: str(value) for name, value in fingerprint.items()} | said
     return files, step, plan
-
-
-def _cut(comm, files, columns, step):
-    """The units of all files, in order, on every rank; ranks cut files in turn."""
-    cut = []
-    with together(comm):
-        try:
-            cut = [read.cut(path, format, columns, step) for path, format in files[comm.rank :: comm.size]]
-        finally:
-            meet(comm)  # reading a large compressed file through takes a while
-    gathered = comm.allgather(cut)
-    units = [unit for index in range(len(files)) for unit in gathered[index % comm.size][index // comm.size]]
-    if not units:
-        raise DataError(f"input: there is no row in it (first file: {files[0][0]})").known_to_all()
-    return units
 
 
 def _look(comm, spools, units):

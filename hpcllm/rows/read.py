@@ -77,8 +77,12 @@ class Row:
 
 
 def unit_bytes(paths):
-    """How long units of these files are: long enough to be worth a message, short enough to share evenly."""
-    total = sum(text.Unit(path, 0, size, size).weight for path in paths for size in [os.path.getsize(path)])
+    """How long units of these files are."""
+    return unit_size(sum(text.Unit(path, 0, size, size).weight for path in paths for size in [os.path.getsize(path)]))
+
+
+def unit_size(total):
+    """Bytes of a unit of so many bytes: enough to be worth a message, few enough to share evenly."""
     return min(max(total // _UNITS, _UNIT_BYTES[0]), _UNIT_BYTES[1])
 
 

@@ -6,6 +6,8 @@ answer's first and its last one; the answer is the span of the text with the lar
 ([CLS]) stands for no answer. Of a text in windows the best window counts.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
@@ -97,8 +99,7 @@ def whole(answers, examples):
 
     What says of there being none that it is unlikely, in any window, is believed.
     """
-    begins = examples.texts.firsts.tolist()
-    return [_joined(answers[begin:end]) for begin, end in zip(begins, [*begins[1:], len(answers)], strict=True)]
+    return [_joined(answers[begin:end]) for begin, end in pairwise(examples.borders.tolist())]
 
 
 def _joined(windows):

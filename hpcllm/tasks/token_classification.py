@@ -3,6 +3,8 @@
 As in Devlin et al. 2019, section 5.3: a layer on what the model says of each word's first token; cross entropy.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch.nn import functional
@@ -70,9 +72,7 @@ def answers(batch, found, examples):
 
 def whole(answers, examples):
     """Of the answers of all examples (data.examples.Examples) those of whole sentences, split ones being joined."""
-    begins = np.flatnonzero(~examples.column("continues")[:, 0].astype(bool)).tolist()
-    ends = [*begins[1:], len(answers)]
-    return [tuple(map(np.concatenate, zip(*answers[a:b], strict=True))) for a, b in zip(begins, ends, strict=True)]
+    return [tuple(map(np.concatenate, zip(*answers[a:b], strict=True))) for a, b in pairwise(examples.borders.tolist())]
 
 
 def scores(answers, meaning):
