@@ -83,7 +83,7 @@ def build(section, words, sequence_length, seed, meaning=None):
         source = weights.Fresh(model, seed)
     if head:  # decoders find a text's last token by what rows are filled up with
         model.config.pad_token_id = words.padding
-    _freeze(model, section.freeze)
+    freeze_named(model, section.freeze)
     check_fits(model, words, sequence_length)
     return model, source
 
@@ -99,7 +99,7 @@ def resume(folder, task, freeze=()):
     folder = require_folder(folder)
     model, source = outline(saved_configuration(folder), task), saved(folder)
     source.check(model)
-    _freeze(model, freeze)
+    freeze_named(model, freeze)
     return model, source
 
 
@@ -177,7 +177,7 @@ def require_folder(folder):
     return folder
 
 
-def _freeze(model, patterns):
+def freeze_named(model, patterns):
     """Parameters whose names match one of the shell `patterns` are not trained. Raises UsageError for one of none."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
