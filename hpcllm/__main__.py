@@ -260,7 +260,7 @@ def export(args):
     max_shard_bytes = mpi.on_root(world.comm, export.size, args.max_shard_size)
     mpi.on_root(world.comm, export.check, args.output, args.overwrite)
     settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
-    how = (args.dtype, max_shard_bytes, args.overwrite)
+    how = (args.dtype, max_shard_bytes, args.overwrite, args.adapter)
     summary = mpi.on_root(world.comm, export.export, folder, settings.model.task, args.output, *how)
     if world.is_root:
         print(f"done: {json.dumps(summary)}")

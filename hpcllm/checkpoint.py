@@ -1,9 +1,9 @@
 """Checkpoints: a folder `checkpoint-<step>` in Hugging Face's layout, with everything a run needs to go on.
 
-config.json, model.safetensors, tokenizer files: `from_pretrained` loads the folder as it is. optimizer.safetensors and
-trainer_state.json: optimizer moments by parameter name, step, samples consumed. Order, masking, dropout and learning
-rate are functions of seed and position, so nothing else has state. `.complete` names every file with size and SHA-256
-and is written last; a folder without it does not count.
+config.json, model.safetensors, tokenizer files: `from_pretrained` loads the folder as it is (of a run with LoRA only
+hpcllm does: see `lora`). optimizer.safetensors and trainer_state.json: optimizer moments by parameter name, step,
+samples consumed. Order, masking, dropout and learning rate are functions of seed and position, so nothing else has
+state. `.complete` names every file with size and SHA-256 and is written last; a folder without it does not count.
 
 No layout: the tensors in the files are those of the whole model, each rank writes and reads its pieces of them, and a
 run goes on under any other layout.
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from . import __version__, files, tensors
+from . import __version__, files, lora, tensors
 from .data import tokenizer
 from .errors import DataError
 from .model import class_name
@@ -26,7 +26,7 @@ from .mpi import on_root, together
 from .parallel.pieces import Piece
 from .parallel.sharding import local
 
-COMPLETE, MODEL, OPTIMIZER = ".complete", "model.safetensors", "optimizer.safetensors"
+COMPLETE, OPTIMIZER = ".complete", "optimizer.safetensors"
 
 
 def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):
@@ -40,7 +40,8 @@ def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, 
     """
     path = Path(output_dir) / f"checkpoint-{step}"
     placed.reshard()
-    contents = {MODEL: _weights(placed), OPTIMIZER: _moments(placed, optimizer)}
+    weights = lora.WEIGHTS if hasattr(placed.model, "lora") else lora.PLAIN
+    contents = {weights: _weights(placed), OPTIMIZER: _moments(placed, optimizer)}
     outlines = {file: _outline(placed, held) for file, held in contents.items()}
     hidden = on_root(comm, _begin, path, outlines)
     try:
@@ -120,6 +121,8 @@ def _finish(hidden, path, step, placed, tokenizer_dir, state):
         if getattr(model, "generation_config", None) is not None and model.can_generate():
             # As it came: transformers' own way to save refuses what some published models have in it.
             model.generation_config.to_json_file(hidden / "generation_config.json")
+        if hasattr(model, "lora"):
+            files.write_json(hidden / lora.SETTINGS, model.lora)
         for name in tokenizer.FILES:  # the folder may also hold a model
             if (Path(tokenizer_dir) / name).is_file():
                 shutil.copyfile(Path(tokenizer_dir) / name, hidden / name)

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from . import card, checkpoint, files, model, tensors
+from . import card, checkpoint, files, lora, model, tensors, weights
 from .data import tokenizer
 from .errors import CannotCreate, DataError, UsageError
 from .monitor import Progress
@@ -49,41 +49,48 @@ def check(output, overwrite):
         return
     if not overwrite:
         raise CannotCreate(f"{output} exists; choose another name or --overwrite")
-    if path.is_symlink() or not (path / CONFIG).is_file():
+    if path.is_symlink() or not any((path / name).is_file() for name in (CONFIG, lora.ADAPTER_CONFIG)):
         raise CannotCreate(f"{output} is not a model folder (it has no {CONFIG}), so --overwrite leaves it alone")
     # Such a folder may be a checkpoint, or hold the one that is to be exported.
-    known = {CONFIG, GENERATION, INDEX, card.NAME, *tokenizer.FILES}
+    known = {CONFIG, GENERATION, INDEX, card.NAME, *tokenizer.FILES, lora.ADAPTER_CONFIG, lora.ADAPTER}
     strangers = sorted(name for name in os.listdir(path) if name not in known and not _WEIGHTS.fullmatch(name))
     if strangers:
         listed = ", ".join(strangers[:5])
         raise CannotCreate(f"{output} also holds {listed}; --overwrite would delete what an export does not write")
 
 
-def export(folder, task, output, dtype="fp32", max_shard_bytes=5 * 10**9, overwrite=False):
+def export(folder, task, output, dtype="fp32", max_shard_bytes=5 * 10**9, overwrite=False, adapter=False):
     """Write the model of the checkpoint `folder`, which has been verified, to the new folder `output`. One process.
 
     task: of the run that it is from. dtype: "fp32", "bf16" or "fp16"; rounds to nearest. max_shard_bytes: of the
-    tensors in a file; one that is larger has a file of its own.
+    tensors in a file; one that is larger has a file of its own. adapter: of a run with LoRA, what was learnt alone, in
+    PEFT's layout; otherwise that is added to the model's weights.
     Returns {"checkpoint", "output", "dtype", "files": how many, "bytes": of all files}.
     Raises a Refusal, and then leaves what was there: CannotCreate as `check`, IOFailure where the disk is full,
-    DataError for weights that are not the model's or beyond the range of `dtype`.
+    DataError for weights that are not the model's or beyond the range of `dtype`, UsageError where there is no adapter.
     """
     check(output, overwrite)
     folder, output = Path(folder), Path(os.path.abspath(output))
+    if adapter and not lora.read(folder):
+        raise UsageError(f"--adapter: {folder} is of a run without [lora], which has no adapter but a whole model")
     for left in files.leftovers(output):
         print(f"export: {left} is of a job that was killed, or of one at work; delete it if none is", file=sys.stderr)
     try:
-        with files.failing_as_io(folder), safe_open(folder / checkpoint.MODEL, framework="pt") as opened:
+        with files.failing_as_io(folder), lora.opened(folder) as opened:
             plan = Plan(folder, task, opened, DTYPES[dtype], max_shard_bytes)
             with files.new_folder(output, replace=overwrite) as hidden:
-                plan.write(hidden, opened)
-                _write_beside(folder, hidden, plan)
-                text = card.card(folder, task, dtype, plan.parameters)
+                if adapter:
+                    base = checkpoint.read_state(folder)["config"]["model"]["init_from"]
+                    lora.write_adapter(folder, hidden, task, base, lambda *tensor: rounded(*tensor, plan.dtype))
+                else:
+                    plan.write(hidden, opened)
+                _write_beside(folder, hidden, None if adapter else plan)
+                text = card.card(folder, task, dtype, plan.parameters, "peft" if adapter else "transformers")
                 (hidden / card.NAME).write_text(text, encoding="utf-8")
                 written = [file.stat().st_size for file in hidden.iterdir()]
                 check(output, overwrite)  # something may have come there while this worked
     except SafetensorError as error:
-        raise DataError(f"{folder / checkpoint.MODEL} cannot be read: {error}") from None
+        raise DataError(f"{lora.weights_file(folder)} cannot be read: {error}") from None
     summary = {"checkpoint": str(folder), "output": str(output), "dtype": dtype}
     return {**summary, "files": len(written), "bytes": sum(written)}
 
@@ -95,7 +102,8 @@ class Plan:
     """
 
     def __init__(self, folder, task, opened, dtype, max_shard_bytes):
-        net, _ = model.resume(folder, task)
+        net = model.outline(model.saved_configuration(folder), task)
+        weights.check(opened, net, lora.weights_file(folder))
         lacking = model.beside_weights(net)
         if lacking:
             raise DataError(f"{folder}: weights missing or not of this model: {', '.join(lacking[:5])}")
@@ -160,7 +168,7 @@ def shards(sizes, limit):
         room -= count
     parts += [open_part] if open_part else []
     if len(parts) == 1:
-        return {checkpoint.MODEL: parts[0]}
+        return {lora.PLAIN: parts[0]}
     return {f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, 1)}
 
 
@@ -206,12 +214,14 @@ def _groups(net, held, published):
 
 
 def _write_beside(folder, hidden, plan):
-    """All files but the weights."""
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    settings["dtype"] = str(plan.dtype).removeprefix("torch.")
-    (hidden / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """All files but the weights; plan: None beside an adapter, which has no configuration of a model."""
     for name in (GENERATION, *tokenizer.FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, hidden / name)
+    if plan is None:
+        return
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    settings["dtype"] = str(plan.dtype).removeprefix("torch.")
+    (hidden / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if plan.index:
         (hidden / INDEX).write_text(json.dumps(plan.index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@
 import json
 from pathlib import Path
 
-from .. import model
+from .. import lora, model, weights
 from ..errors import DataError, MissingInput, UsageError
 from ..parallel import apply, mesh
 from ..tasks import TASKS
@@ -58,6 +58,10 @@ def shapes_of(config, made, gpu=True):
 
     def make():
         net = task.model_class().from_config(made, dtype=count.torch.float32)
+        if config.lora:
+            with weights.absent():  # PEFT moves to its place what is somewhere else, and fake tensors do not move
+                lora.adapt(net, config.lora.model_dump())
+            weights.give([net], "cpu")
         model.freeze_named(net, config.model.freeze)
         return net
 
