@@ -275,10 +275,14 @@ def export(args):
 
     max_shard_bytes = mpi.on_root(world.comm, export.size, args.max_shard_size)
     mpi.on_root(world.comm, export.check, args.output, args.overwrite)
+    if args.onnx and args.adapter:
+        raise UsageError(
+            "--onnx draws a whole model, --adapter writes what was learnt alone; export twice"
+        ).known_to_all()
     if args.onnx:
         mpi.on_root(world.comm, to_onnx.check, args.dtype)
     settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
-    how = (args.dtype, max_shard_bytes, args.overwrite, args.onnx)
+    how = (args.dtype, max_shard_bytes, args.overwrite, args.onnx, args.adapter)
     summary = mpi.on_root(world.comm, export.export, folder, settings.model.task, args.output, *how)
     if world.is_root:
         print(f"done: {json.dumps(summary)}")

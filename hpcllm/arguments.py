@@ -206,6 +206,9 @@ def parser():
         help="of a weights file: 500MB, 4GiB, ... (default: %(default)s)",
     )
     p.add_argument("--onnx", action="store_true", help="also write model.onnx, checked (fp32; needs hpcllm[onnx])")
+    p.add_argument(
+        "--adapter", action="store_true", help="of a run with [lora]: what was learnt alone, for PEFT (default: added)"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace the model folder OUTPUT if it exists")
 
     p = commands.add_parser(

@@ -4,6 +4,8 @@ import itertools
 import json
 from pathlib import Path
 
+from . import lora
+
 NAME = "README.md"
 _PIPELINES = {
     "masked_lm": "fill-mask",
@@ -17,8 +19,9 @@ _PIPELINES = {
 _LABELS_SHOWN = 200
 
 
-def card(folder, task, dtype, parameters, graph=None):
-    """Markdown about the model of the checkpoint `folder` (Path), exported as `dtype`. parameters: how many.
+def card(folder, task, dtype, parameters, library="transformers", graph=None):
+    """Markdown about the model of the checkpoint `folder` (Path), exported as `dtype`. parameters: how many; library:
+    that loads it.
 
     graph: what `to_onnx.write` says of an ONNX graph beside the weights, or None.
     What the run's folder around the checkpoint tells, results and node-hours, is in it where that is there.
@@ -41,11 +44,14 @@ def card(folder, task, dtype, parameters, graph=None):
         "optimizer": f"{train['optimizer']}, learning rate {train['learning_rate']:g}, {train['precision']}",
         "seed": config["run"]["seed"],
     }
+    learnt = lora.describe(folder)
+    if learnt:
+        rows["LoRA"] = learnt
     hours = node_hours(run / "events.jsonl", state["step"])
     if hours is not None:
         rows["node-hours"] = f"{hours:.3g}"
     lines = [
-        *("---", "library_name: transformers", f"pipeline_tag: {_PIPELINES[task]}", "tags:", "- hpcllm", "---", ""),
+        *("---", f"library_name: {library}", f"pipeline_tag: {_PIPELINES[task]}", "tags:", "- hpcllm", "---", ""),
         *(f"# {name}", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""),
     ]
     lines += _scores(run / "results.json", folder.name)

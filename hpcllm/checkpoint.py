@@ -1,9 +1,9 @@
 """Checkpoints: a folder `checkpoint-<step>` in Hugging Face's layout, with everything a run needs to go on.
 
-config.json, model.safetensors, tokenizer files: `from_pretrained` loads the folder as it is. optimizer.safetensors and
-trainer_state.json: optimizer moments by parameter name, step, samples consumed. Order, masking, dropout and learning
-rate are functions of seed and position, so nothing else has state. `.complete` names every file with size and SHA-256
-and is written last; a folder without it does not count.
+config.json, model.safetensors, tokenizer files: `from_pretrained` loads the folder as it is (of a run with LoRA only
+hpcllm does: see `lora`). optimizer.safetensors and trainer_state.json: optimizer moments by parameter name, step,
+samples consumed. Order, masking, dropout and learning rate are functions of seed and position, so nothing else has
+state. `.complete` names every file with size and SHA-256 and is written last; a folder without it does not count.
 
 No layout: the tensors in the files are those of the whole model, each rank writes and reads its pieces of them, and a
 run goes on under any other layout.
@@ -19,14 +19,15 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from . import __version__, files, tensors
+from . import __version__, files, lora, tensors
 from .data import tokenizer
 from .errors import DataError, IOFailure
 from .model import class_name
 from .parallel.pieces import Piece
 from .parallel.sharding import local
 
-COMPLETE, MODEL, OPTIMIZER = ".complete", "model.safetensors", "optimizer.safetensors"
+COMPLETE, OPTIMIZER = ".complete", "optimizer.safetensors"
+_LARGE = (lora.PLAIN, lora.WEIGHTS, OPTIMIZER)
 _BLOCK_BYTES = 1 << 26  # the large files have a digest for each so many bytes, which ranks share out
 
 
@@ -35,7 +36,8 @@ def contents(placed, optimizer):
 
     placed: parallel.apply.Placed; every rank writes its pieces, and the files are those that one rank would write.
     """
-    return {MODEL: _weights(placed), OPTIMIZER: _moments(placed, optimizer)}
+    weights = lora.WEIGHTS if hasattr(placed.model, "lora") else lora.PLAIN
+    return {weights: _weights(placed), OPTIMIZER: _moments(placed, optimizer)}
 
 
 def parts(placed, held):
@@ -123,7 +125,7 @@ def write(file, outline, parts):
 def digests(hidden, rank, size):
     """{file: {number of a block: its digest}} of the blocks of the large files that are this rank's to read."""
     found = {}
-    for file in (MODEL, OPTIMIZER):
+    for file in filter(lambda name: (hidden / name).is_file(), _LARGE):
         blocks = -(-(hidden / file).stat().st_size // _BLOCK_BYTES)
         found[file] = files.block_digests(hidden / file, _BLOCK_BYTES, range(rank, blocks, size))
     return found
@@ -142,6 +144,8 @@ def finish(hidden, path, step, placed, tokenizer_dir, state, known):
         if getattr(model, "generation_config", None) is not None and model.can_generate():
             # As it came: transformers' own way to save refuses what some published models have in it.
             model.generation_config.to_json_file(hidden / "generation_config.json")
+        if hasattr(model, "lora"):
+            files.write_json(hidden / lora.SETTINGS, model.lora)
         for name in tokenizer.FILES:  # the folder may also hold a model
             if (Path(tokenizer_dir) / name).is_file():
                 shutil.copyfile(Path(tokenizer_dir) / name, hidden / name)

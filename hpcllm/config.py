@@ -8,7 +8,7 @@ import difflib
 import math
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -89,6 +89,22 @@ class Model(Section):
         if self.config is not None and "model_type" not in self.config:
             raise ValueError('config needs a model_type, e.g. { model_type = "bert", hidden_size = 256 }')
         return self
+
+
+class Lora(Section):
+    """Arguments of PEFT's LoraConfig, by its names and with its defaults."""
+
+    r: int = Field(8, ge=1)
+    """Rank of what is learnt for each adapted layer: how wide it is between its two matrices."""
+    lora_alpha: int = Field(8, ge=1)
+    """What is learnt is multiplied by lora_alpha / r."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of what enters the two matrices."""
+    use_rslora: bool = False
+    """Multiply by lora_alpha / sqrt(r) instead (rank-stabilised, arXiv 2312.03732)."""
+    target_modules: list[str] | Literal["all-linear"] | None = None
+    """Names of the layers to adapt, or their ends: ["query", "value"]; all-linear: all but the output layer; by default
+    those that PEFT knows as usual for the family of models."""
 
 
 class Parallel(Section):
@@ -268,9 +284,24 @@ class Config(Section):
     run: Run
     data: Data
     model: Model
+    lora: Lora | None = None
+    """Narrow matrices are trained, beside layers of a model that stays as it is; without the section, all of it is."""
     parallel: Parallel = Parallel()
     train: Train
     checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def a_model_that_lora_can_adapt(self):
+        if self.lora and not self.model.init_from:
+            raise ValueError("[lora] adapts a model that has learnt something: give model.init_from, not model.config")
+        for axis in ("tensor", "pipeline"):
+            size = getattr(self.parallel, axis)
+            if self.lora and size > 1:
+                raise ValueError(
+                    f"[lora] goes with parallel.{axis} = 1, not {size}: a model that one rank cannot hold is divided "
+                    'by parallel.sharding = "full"'
+                )
+        return self
 
     @model_validator(mode="after")
     def sequences_that_can_be_shared(self):
@@ -393,9 +424,9 @@ def _section_of(location):
     section = Config
     for part in location:
         field = section.model_fields.get(part)
-        kind = field.annotation if field else None
-        if isinstance(kind, type) and issubclass(kind, Section):
-            section = kind
+        for kind in (field.annotation, *get_args(field.annotation)) if field else ():
+            if isinstance(kind, type) and issubclass(kind, Section):
+                section = kind
     return section
 
 

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from . import card, checkpoint, files, model, tensors, to_onnx
+from . import card, checkpoint, files, lora, model, tensors, to_onnx, weights
 from .data import tokenizer
 from .errors import CannotCreate, DataError, UsageError
 from .monitor import Progress
@@ -50,42 +50,52 @@ def check(output, overwrite):
         return
     if not overwrite:
         raise CannotCreate(f"{output} exists; choose another name or --overwrite")
-    if path.is_symlink() or not (path / CONFIG).is_file():
+    if path.is_symlink() or not any((path / name).is_file() for name in (CONFIG, lora.ADAPTER_CONFIG)):
         raise CannotCreate(f"{output} is not a model folder (it has no {CONFIG}), so --overwrite leaves it alone")
     # Such a folder may be a checkpoint, or hold the one that is to be exported.
     known = {CONFIG, GENERATION, INDEX, card.NAME, to_onnx.NAME, to_onnx.DATA, *tokenizer.FILES}
+    known |= {lora.ADAPTER_CONFIG, lora.ADAPTER}
     strangers = sorted(name for name in os.listdir(path) if name not in known and not _WEIGHTS.fullmatch(name))
     if strangers:
         listed = ", ".join(strangers[:5])
         raise CannotCreate(f"{output} also holds {listed}; --overwrite would delete what an export does not write")
 
 
-def export(folder, task, output, dtype="fp32", max_shard_bytes=5 * 10**9, overwrite=False, onnx=False):
+def export(folder, task, output, dtype="fp32", max_shard_bytes=5 * 10**9, overwrite=False, onnx=False, adapter=False):
     """Write the model of the checkpoint `folder`, which has been verified, to the new folder `output`. One process.
 
     task: of the run that it is from. dtype: "fp32", "bf16" or "fp16"; rounds to nearest. max_shard_bytes: of the
     tensors in a file; one that is larger has a file of its own. onnx: also as a graph, where `to_onnx.check` allows it.
+    adapter: of a run with LoRA, what was learnt alone, in PEFT's layout; otherwise that is added to the weights.
     Returns {"checkpoint", "output", "dtype", "files": how many, "bytes": of all files, "onnx": as `to_onnx.write`}.
     Raises a Refusal, and then leaves what was there: CannotCreate as `check`, IOFailure where the disk is full,
-    DataError for weights that are not the model's or beyond the range of `dtype`, and as `to_onnx.write`.
+    DataError for weights that are not the model's or beyond the range of `dtype`, and as `to_onnx.write`, UsageError
+    where there is no adapter.
     """
     check(output, overwrite)
     folder, output = Path(folder), Path(os.path.abspath(output))
+    if adapter and not lora.read(folder):
+        raise UsageError(f"--adapter: {folder} is of a run without [lora], which has no adapter but a whole model")
     for left in files.leftovers(output):
         print(f"export: {left} is of a job that was killed, or of one at work; delete it if none is", file=sys.stderr)
     try:
-        with files.failing_as_io(folder), safe_open(folder / checkpoint.MODEL, framework="pt") as opened:
+        with files.failing_as_io(folder), lora.opened(folder) as opened:
             plan = Plan(folder, task, opened, DTYPES[dtype], max_shard_bytes)
             with files.new_folder(output, replace=overwrite) as hidden:
                 graph = to_onnx.write(folder, task, hidden) if onnx else None  # first: it may refuse the model
-                plan.write(hidden, opened)
-                _write_beside(folder, hidden, plan)
-                text = card.card(folder, task, dtype, plan.parameters, graph)
+                if adapter:
+                    base = checkpoint.read_state(folder)["config"]["model"]["init_from"]
+                    lora.write_adapter(folder, hidden, task, base, lambda *tensor: rounded(*tensor, plan.dtype))
+                else:
+                    plan.write(hidden, opened)
+                _write_beside(folder, hidden, None if adapter else plan)
+                library = "peft" if adapter else "transformers"
+                text = card.card(folder, task, dtype, plan.parameters, library, graph)
                 (hidden / card.NAME).write_text(text, encoding="utf-8")
                 written = [file.stat().st_size for file in hidden.iterdir()]
                 check(output, overwrite)  # something may have come there while this worked
     except SafetensorError as error:
-        raise DataError(f"{folder / checkpoint.MODEL} cannot be read: {error}") from None
+        raise DataError(f"{lora.weights_file(folder)} cannot be read: {error}") from None
     summary = {"checkpoint": str(folder), "output": str(output), "dtype": dtype}
     summary |= {"files": len(written), "bytes": sum(written)}
     return {**summary, "onnx": graph} if onnx else summary
@@ -98,7 +108,8 @@ class Plan:
     """
 
     def __init__(self, folder, task, opened, dtype, max_shard_bytes):
-        net, _ = model.resume(folder, task)
+        net = model.outline(model.saved_configuration(folder), task)
+        weights.check(opened, net, lora.weights_file(folder))
         lacking = model.beside_weights(net)
         if lacking:
             raise DataError(f"{folder}: weights missing or not of this model: {', '.join(lacking[:5])}")
@@ -163,7 +174,7 @@ def shards(sizes, limit):
         room -= count
     parts += [open_part] if open_part else []
     if len(parts) == 1:
-        return {checkpoint.MODEL: parts[0]}
+        return {lora.PLAIN: parts[0]}
     return {f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, 1)}
 
 
@@ -209,12 +220,14 @@ def _groups(net, held, published):
 
 
 def _write_beside(folder, hidden, plan):
-    """All files but the weights."""
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    settings["dtype"] = str(plan.dtype).removeprefix("torch.")
-    (hidden / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """All files but the weights; plan: None beside an adapter, which has no configuration of a model."""
     for name in (GENERATION, *tokenizer.FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, hidden / name)
+    if plan is None:
+        return
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    settings["dtype"] = str(plan.dtype).removeprefix("torch.")
+    (hidden / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if plan.index:
         (hidden / INDEX).write_text(json.dumps(plan.index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

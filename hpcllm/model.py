@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from . import weights
+from . import lora, weights
 from .data.labels import WITHOUT_NAMES
 from .errors import DataError, MissingInput, UsageError
 from .tasks import TASKS
@@ -64,18 +64,23 @@ def vocabulary(tokenizer):
     return Vocabulary(int(numbers[-1]) + 1, **ids, **more)
 
 
-def build(section, words, sequence_length, seed, meaning=None):
+def build(section, words, sequence_length, seed, meaning=None, adapters=None):
     """(the model that the run file's [model] section describes, where its weights come from), fp32.
 
-    section: config.Model; words: Vocabulary; meaning: of labelled data, what their labels are. The model has no weights
-    (on the meta device) where they are to come from a `weights.Fresh`, and has them, on the CPU, where that is None.
+    section: config.Model; words: Vocabulary; meaning: of labelled data, what their labels are; adapters: config.Lora,
+    None for none. The model has no weights (on the meta device) where they are to come from a `weights.Fresh`, and has
+    them, on the CPU, where that is None.
     Raises UsageError for a configuration that transformers does not know or that does not fit vocabulary or sequence
-    length, or names to freeze that no parameter has; MissingInput and DataError for an unusable folder.
+    length, or names to freeze or adapt that the model does not have; MissingInput and DataError for an unusable folder.
     """
     torch.manual_seed(seed)
     head = TASKS[section.task].head(meaning) if meaning else {}
     if section.init_from:
-        model, source = load(section.init_from, section.task, strict=False, head=head), None
+        model, missing = _load(section.init_from, TASKS[section.task].model_class(), strict=False, head=head)
+        source = None
+        if adapters:
+            torch.manual_seed(weights.seed_of(seed, "lora"))
+            lora.adapt(model, adapters.model_dump(), missing)
     else:
         made = configuration(section, words)
         made.update(head)
@@ -83,7 +88,7 @@ def build(section, words, sequence_length, seed, meaning=None):
         source = weights.Fresh(model, seed)
     if head:  # decoders find a text's last token by what rows are filled up with
         model.config.pad_token_id = words.padding
-    _freeze(model, section.freeze)
+    freeze_named(model, section.freeze)
     check_fits(model, words, sequence_length)
     return model, source
 
@@ -97,9 +102,11 @@ def outline(made, task):
 def resume(folder, task, freeze=()):
     """(the model of a checkpoint, without weights, where they come from); see `build`. freeze: as in the run file."""
     folder = require_folder(folder)
-    model, source = outline(saved_configuration(folder), task), saved(folder)
+    model, source, adapted = outline(saved_configuration(folder), task), saved(folder), lora.read(folder)
+    if adapted:
+        lora.adapt(model, adapted, adapted["whole"])
     source.check(model)
-    _freeze(model, freeze)
+    freeze_named(model, freeze)
     return model, source
 
 
@@ -166,18 +173,20 @@ def label_names(folder, task):
 
 def saved(folder):
     """Where the weights of the checkpoint `folder` come from (weights.Saved)."""
-    return weights.Saved(Path(folder) / "model.safetensors")
+    return weights.Saved(lora.weights_file(folder))
 
 
 def require_folder(folder):
-    """The Path of a model folder. Raises MissingInput for any other."""
+    """The Path of a model folder. Raises MissingInput for any other, and DataError for an adapter of one."""
     folder = Path(folder)
+    if (folder / lora.ADAPTER_CONFIG).is_file():  # which transformers would follow to its model, wherever that is
+        raise DataError(f"{folder} holds an adapter of a model; `hpcllm export` without --adapter writes the whole")
     if not (folder / "config.json").is_file():
         raise MissingInput(f"{folder} is not a model folder in Hugging Face's layout: it has no config.json")
     return folder
 
 
-def _freeze(model, patterns):
+def freeze_named(model, patterns):
     """Parameters whose names match one of the shell `patterns` are not trained. Raises UsageError for one of none."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
@@ -202,10 +211,19 @@ def load(folder, task, *, strict=True, head=None):
 
 def load_as(folder, model_class, *, strict=True, head=None, unused=()):
     """As `load`, of a class of transformers (AutoModel, ...). unused: beginnings of names that may be missing."""
-    folder, head = require_folder(folder), head or {}
+    return _load(folder, model_class, strict=strict, head=head, unused=unused)[0]
+
+
+def _load(folder, model_class, *, strict, head=None, unused=()):
+    """(the model of `load_as`, names of weights that the folder lacks and that started at random)"""
+    folder, given, place = require_folder(folder), head or {}, folder
     how = {"output_loading_info": True, "use_safetensors": True, "dtype": torch.float32}
     try:
-        model, report = model_class.from_pretrained(folder, **how, **LOCAL, **head)
+        if lora.read(folder):
+            given, place = _merged(folder, given), None
+            with weights.absent():  # transformers' own class: their Auto classes load nothing that has no place
+                model_class = type(model_class.from_config(given["config"]))
+        model, report = model_class.from_pretrained(place, **how, **LOCAL, **given)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise DataError(f"{folder}: the model cannot be loaded for {model_class.__name__}: {error}") from None
     output, words = model.get_output_embeddings(), model.get_input_embeddings()
@@ -219,7 +237,18 @@ def load_as(folder, model_class, *, strict=True, head=None, unused=()):
         # From slices of a mapped file into memory that torch allocates: BLAS sums in another order where the
         # alignment is another, and a continued run would no longer repeat an uninterrupted one to the bit.
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    return model
+    return model, missing
+
+
+def _merged(folder, head):
+    """What `from_pretrained` is given of a checkpoint with LoRA, whose weights it does not find by itself."""
+    from transformers import GenerationConfig
+
+    made, generation = saved_configuration(folder), {}
+    made.update(head)
+    if (folder / "generation_config.json").is_file():
+        generation["generation_config"] = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return {"config": made, "state_dict": lora.merged(folder), **generation}
 
 
 def lasting_name(model, name):

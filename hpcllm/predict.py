@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import checkpoint, files, model
+from . import checkpoint, files, lora, model
 from .data import shards, tokenizer
 from .data.documents import Documents
 from .data.examples import filled
@@ -148,7 +148,7 @@ def fingerprint(folder, question, precision, options):
     """What decides answers, in words, for a run that goes on where another was killed. Root only."""
     said = folder / checkpoint.COMPLETE
     if said.is_file():
-        which = json.loads(said.read_text(encoding="utf-8"))["files"][checkpoint.MODEL]["sha256"]
+        which = json.loads(said.read_text(encoding="utf-8"))["files"][lora.weights_file(folder).name]["sha256"]
     else:
         found = sorted(folder.glob("*.safetensors"))
         if not found:

@@ -24,6 +24,7 @@ from . import (
     stopping,
     utilisation,
 )
+from .config import Lora
 from .data import batches, examples
 from .errors import DataError, Diverged, UsageError
 from .mpi import choose, device, on_root, together
@@ -88,6 +89,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
             attention.keep_apart(net)
         quicken(net, world.device)
         operations = utilisation.count(net)
+        trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
     peak, how = utilisation.peak(world, plan.precision)
     mesh = meshes.build(layout, world)
     targets = TASKS[config.model.task].target_fraction(config.data)
@@ -118,7 +120,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     if damaged:
         journal.event("damaged", paths=list(map(str, damaged)))
     progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)
-    progress.say(describe(config, world, placed, source, validation, state))
+    progress.say(describe(config, world, placed, source, validation, state, trained))
     progress.say(f"activation checkpointing: {'on' if again else 'off'} ({why})")
     progress.say(f"peak of matrix products, {plan.precision}, all ranks: {peak / 1e12:.3g} TFLOP/s ({how})")
     parts.end("model")
@@ -287,9 +289,10 @@ def check_same_run(config, source, state):
         ("model", "config"),
         ("train", "sequence_length"),
         ("train", "optimizer"),
+        *(("lora", key) for key in Lora.model_fields),
     )
     for section, key in fixed:
-        was, is_ = saved[section].get(key), now[section].get(key)
+        was, is_ = saved.get(section, {}).get(key), now.get(section, {}).get(key)
         if was != is_:
             raise DataError(f"--resume: {section}.{key} was {was} when the checkpoint was written and is {is_} now")
     if state["data_digest"] != source.stream.digest:
@@ -303,14 +306,14 @@ def load_or_build(config, last, source):
     """The model of the newest checkpoint, or a new one, and where its weights come from; see `model.build`."""
     if last is None:
         how = config.train.sequence_length, config.run.seed, source.stream.labelled
-        return model.build(config.model, source.vocabulary, *how)
+        return model.build(config.model, source.vocabulary, *how, config.lora)
     net, weights = model.resume(last, config.model.task, config.model.freeze)
     model.check_fits(net, source.vocabulary, config.train.sequence_length)
     return net, weights
 
 
-def describe(config, world, placed, source, validation, state):
-    """The lines at the head of a run: who runs what on how much."""
+def describe(config, world, placed, source, validation, state, trained):
+    """The lines at the head of a run: who runs what on how much. trained: parameters that are not frozen."""
     parameters = sum(piece.shape.numel() for piece in placed.pieces.values())
     layout = placed.mesh.layout
     how = f"layout: {layout.describe()}"
@@ -320,6 +323,7 @@ def describe(config, world, placed, source, validation, state):
     epochs = plan.max_steps * plan.global_batch_size / len(source)
     evaluated = f", {len(validation)} validation samples" if validation else ""
     count = plan.accumulation(layout.data)
+    learnt = f", {trained / 1e6:.3g} M of them trained" if trained < parameters else ""
     up_to = "up to " if source.stream.labelled else ""
     name, where = model.class_name(placed.model), str(world.device)
     if world.device.type == "cpu":
@@ -328,7 +332,7 @@ def describe(config, world, placed, source, validation, state):
         where += f", {threads} thread{'s' if threads > 1 else ''} a rank, freed memory is {kept}"
     return (
         f"{world.describe()}\n{how}\n"
-        f"{config.model.task}: {name}, {parameters / 1e6:.1f} M parameters, {plan.precision} on {where}\n"
+        f"{config.model.task}: {name}, {parameters / 1e6:.1f} M parameters{learnt}, {plan.precision} on {where}\n"
         f"{len(source)} samples of {up_to}{plan.sequence_length} tokens{evaluated}; {plan.max_steps} steps of "
         f"{plan.global_batch_size} sequences = {epochs:.2f} epochs; {count} micro-batch{'es' * (count > 1)} of "
         f"{plan.micro_batch_size} per rank and step"

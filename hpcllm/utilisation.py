@@ -1,11 +1,12 @@
 """Model FLOP/s utilisation (MFU): the share of what processors can multiply that goes into the model.
 
 Counted as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): a weight of a matrix product takes 2
-operations a token in forward and 4 in backward; a pair of tokens of a sequence, also one that causal attention leaves
-out, 4 and 8 for each number of a query. Nothing counts twice because it is computed twice, and nothing that looks up,
-normalises or draws. Beyond PaLM: what follows the model's base counts for targets alone, which are all that reaches it;
-experts count as often as a token uses them; where attention stays within documents, so do pairs. A window counts as the
-whole sequence, linear attention as attention, and attention that no configuration tells the sizes of as nothing.
+operations a token in forward and 4 in backward, a frozen one 2; a pair of tokens of a sequence, also one that causal
+attention leaves out, 4 and 8 for each number of a query. Nothing counts twice because it is computed twice, and nothing
+that looks up, normalises or draws. Beyond PaLM: what follows the model's base counts for targets alone, which are all
+that reaches it; experts count as often as a token uses them; where attention stays within documents, so do pairs. A
+window counts as the whole sequence, linear attention as attention, and attention that no configuration tells the sizes
+of as nothing.
 """
 
 import time
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-_TRAINED = 3  # forward and, twice as much, backward
+_TRAINED, _FROZEN = 3, 2  # forward and backward, to the weight and to what enters, or to that alone
 _AT_LEAST, _AT_MOST_S, _MEASURED_S = 3, 0.3, 0.05
 
 
@@ -40,12 +41,16 @@ def count(model):
         if isinstance(module, nn.Embedding):
             continue
         products = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-        numbers = sum(p.numel() * (used if p.dim() == 3 else 1) for p in products)  # experts' are stacked
+        numbers = sum(_passes(p) * p.numel() * (used if p.dim() == 3 else 1) for p in products)  # experts are stacked
         if module in within:
             inside += numbers
         else:
             outside += numbers
-    return Operations(_TRAINED * 2 * inside, _TRAINED * 2 * outside, _TRAINED * 2 * _widths(config))
+    return Operations(2 * inside, 2 * outside, _TRAINED * 2 * _widths(config))
+
+
+def _passes(parameter):
+    return _TRAINED if parameter.requires_grad else _FROZEN
 
 
 def _widths(config):

@@ -124,6 +124,15 @@ def seed_of(seed, name):
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little") >> 1
 
 
+def check(opened, model, file):
+    """Raise DataError for weights of `model` that an open `file` lacks, has in another shape, or has too many of."""
+    shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wrong = sorted(name for name in wanted | shapes if shapes.get(name) != wanted.get(name))
+    if wrong:
+        raise DataError(f"{file}: weights missing, of another shape or too many: {', '.join(wrong[:5])}")
+
+
 class Saved:
     """The weights in a safetensors file."""
 
@@ -133,11 +142,7 @@ class Saved:
     def check(self, model):
         """Raise DataError, before anything starts, for weights of `model` that are missing or of another shape."""
         with self._opened() as opened:
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        wrong = sorted(name for name in wanted | shapes if shapes.get(name) != wanted.get(name))
-        if wrong:
-            raise DataError(f"{self._file}: weights missing, of another shape or too many: {', '.join(wrong[:5])}")
+            check(opened, model, self._file)
 
     def fill(self, wanted):
         """As `Fresh.fill`."""

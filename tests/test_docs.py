@@ -28,12 +28,19 @@ def test_the_run_file_of_a_task_is_that_of_its_job_script_where_it_has_one(docum
     assert config.load(tomllib.loads(shown)).model.task == document.stem
 
 
+def test_what_is_told_of_lora_is_a_run_file_and_all_of_its_keys():
+    [shown] = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "fine_tuning.md").read_text(), re.DOTALL)
+    assert config.load(tomllib.loads(shown)).lora.r == 16
+    told = re.findall(r"^\| `(\w+)(?: = [^`]+)?` \|", (ROOT / "docs" / "fine_tuning.md").read_text(), re.MULTILINE)
+    assert set(config.Lora.model_fields) <= set(told)
+
+
 @pytest.mark.parametrize("document", FINE_TUNING, ids=lambda document: document.name)
 def test_commands_have_the_options_that_are_told_of_them(document):
     commands = parser()._subparsers._group_actions[0].choices
     known = {
         option
-        for name in ("prepare", "train", "evaluate", "predict")
+        for name in ("prepare", "train", "evaluate", "predict", "export")
         for option in commands[name]._option_string_actions
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text())) <= known

@@ -43,6 +43,14 @@ def test_the_formula_gives_what_counting_every_product_gives(kind, targets):
     assert found + dense == pytest.approx(counted, rel=1e-6)
 
 
+def test_a_frozen_weight_has_no_gradient_to_be_computed():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=1000, **CONFIGS["gpt2"]))
+    trained = utilisation.count(model)
+    frozen = utilisation.count(model.requires_grad_(False))
+    assert (6 * frozen.token, 6 * frozen.target, frozen.pair) == (4 * trained.token, 4 * trained.target, trained.pair)
+
+
 def test_experts_count_as_often_as_they_are_used():
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
     sizes |= {"intermediate_size": 96, "vocab_size": 100, "num_experts_per_tok": 2}

@@ -135,7 +135,7 @@ class OneCopy:
         """
         self.place, self.comm, self._near = group.place, group.comm, shared.near(group.comm)
         self._reduce_dtype = reduce_dtype
-        self._hosts, self._dirty = len(self._near.table), True
+        self._hosts = len(self._near.table)
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
             if not parameter.shape:
@@ -143,14 +143,19 @@ class OneCopy:
                     f'parallel: sharding = "host" cannot divide {name}, which is one number'
                 ).known_to_all()
         low = {id(p) for m in model.modules() if isinstance(m, _LOW_PRECISION) for p in m.parameters(recurse=False)}
-        # First those that have a copy in bfloat16: it is one stretch of memory.
-        order = sorted(parameters, key=lambda name: id(parameters[name]) not in low)
+        # First those that have a copy in bfloat16, then the others; what is trained lies together: stretches of memory.
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        order = sorted(parameters, key=lambda n: (n in trained) if id(parameters[n]) in low else 3 - (n in trained))
         shapes = {name: parameters[name].shape for name in order}
         ends = list(itertools.accumulate(shape.numel() for shape in shapes.values()))
         self._starts, length = dict(zip(order, [0, *ends], strict=False)), ends[-1]
         low_length = sum(shapes[name].numel() for name in order if id(parameters[name]) in low) if low_precision else 0
         reached = self._near.reached
-        self._weights, self._gradients = reached.first(length, torch.float32), reached.each(length, torch.float32)
+        starts = [self._starts[name] for name in order if name in trained]
+        self._trained = starts[0], starts[0] + sum(shapes[name].numel() for name in trained)
+        self._all = self._changed = 0, length
+        self._weights = reached.first(length, torch.float32)
+        self._gradients = reached.each(self._trained[1] - self._trained[0], torch.float32)
         self._low = reached.first(max(1, low_length), torch.bfloat16)
         there = all(memory is not None for memory in (self._weights, self._gradients, self._low))
         if not all(self.comm.allgather(there)):
@@ -162,14 +167,16 @@ class OneCopy:
         self._cuts = _cuts(shapes, self._near.size)
         self._host = self._near.table.index(self._near.here)
         mine = self._gradients[self._near.me]
-        self._collected = {name: _Gradient(self._view(mine, name, shape)) for name, shape in shapes.items()}
+        places = {name: self._view(mine, name, shapes[name], self._trained[0]) for name in trained}
+        self._collected = {name: _Gradient(places[name]) for name in order if name in trained}
         self.slices, self.pieces = {}, {}
         for name, shape in shapes.items():
             self._divide(name, shape, parameters[name])
         self._take_over(model, {id(parameter): name for name, parameter in parameters.items()}, shapes)
 
-    def _view(self, flat, name, shape):
-        return flat[self._starts[name] : self._starts[name] + shape.numel()].view(shape)
+    def _view(self, flat, name, shape, first=0):
+        start = self._starts[name] - first
+        return flat[start : start + shape.numel()].view(shape)
 
     def _of(self, host):
         """Where the part begins and ends, among all weights, that this rank (or its counterpart on `host`) updates."""
@@ -179,6 +186,10 @@ class OneCopy:
     def _slice(self):
         """Where what this rank and its counterparts on all hosts update begins and ends."""
         return self._of(0)[0], self._of(self._hosts - 1)[1]
+
+    def _summed(self, part):
+        """Where, among gradients, those of a part of all weights begin and end."""
+        return tuple(at - self._trained[0] for at in _within(part, self._trained))
 
     def _divide(self, name, shape, old):
         row, length = shape[1:].numel(), shape.numel()
@@ -202,7 +213,7 @@ class OneCopy:
                         whole[name].register_post_accumulate_grad_hook(_moved_to(self._collected[name]))
                 module._parameters[key] = whole[name]
             if type(module) is nn.Embedding and not (module.scale_grad_by_freq or module.max_norm):
-                gradient = self._collected[uses["weight"]]
+                gradient = self._collected.get(uses["weight"])
                 module.forward = lambda ids, m=module, g=gradient: _LookUp.apply(m.weight, ids, m.padding_idx, g)
             elif uses:
                 self._stand_in(module, {key: (whole[name], name) for key, name in uses.items()})
@@ -212,7 +223,7 @@ class OneCopy:
         given = []
         for key, (parameter, name) in uses.items():
             values = self._view(self._low, name, parameter.shape) if low else parameter.detach()
-            given.append((key, parameter, parameter.detach(), values, self._collected[name]))
+            given.append((key, parameter, parameter.detach(), values, self._collected.get(name)))
 
         def before(module, _):
             lower = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
@@ -229,7 +240,7 @@ class OneCopy:
 
     def changed(self):
         """The slices have other values than the copies that are made of them."""
-        self._dirty = True
+        self._changed = self._all
 
     @work.timed
     def add_up(self):
@@ -237,7 +248,7 @@ class OneCopy:
         for gradient in self._collected.values():
             gradient.finish()
         self._near.memory.meet()
-        mine, (begin, end) = self._gradients[self._near.me], self._slice()
+        mine, (begin, end) = self._gradients[self._near.me], self._summed(self._slice())
         if self._near.across is None:
             reduce.fold([given[begin:end] for given in self._gradients], reduce.SUM, mine[begin:end])
         else:
@@ -246,11 +257,11 @@ class OneCopy:
             if part.requires_grad:
                 ((first, last),) = self.pieces[name].ranges
                 part.grad = self._collected[name].place[first:last]
-        self._dirty = True
+        self._changed = self._changed or self._trained
 
     def _add_up_between_hosts(self, mine):
         """Each host's sum of a part goes to the rank that updates it."""
-        parts = [self._of(host) for host in range(self._hosts)]
+        parts = [self._summed(self._of(host)) for host in range(self._hosts)]
         longest = max(end - begin for begin, end in parts)
         step = max(1, reduce.CHUNK_BYTES // (self._hosts * mine.element_size()))
         for offset in range(0, longest, step):
@@ -267,20 +278,26 @@ class OneCopy:
 
     def ready(self):
         """Let every rank see what all have updated, before the weights are used again."""
-        if self._dirty:
+        if self._changed:
             self._publish()
-            self._dirty = False
+            self._changed = None
 
     @work.timed
     def _publish(self):
-        begin, end = self._slice()
+        parts = [_within(self._of(host), self._changed) for host in range(self._hosts)]
+        begin, end = parts[0][0], parts[-1][1]
         if self._near.across is not None:
-            sizes = [stop - start for start, stop in map(self._of, range(self._hosts))]
+            sizes = [stop - start for start, stop in parts]
             reduce.gather_in_place(self._near.across, self._weights[begin:end], sizes)
         end = min(end, len(self._low))
         if begin < end:
             self._low[begin:end].copy_(self._weights[begin:end])
         self._near.memory.meet()
+
+
+def _within(part, stretch):
+    """Where what a part has of a stretch begins and ends."""
+    return tuple(min(max(at, stretch[0]), stretch[1]) for at in part)
 
 
 def _moved_to(gradient):

@@ -4,11 +4,10 @@
 `cost` what a layout makes of that, `search` tries all layouts, `report` tells. Needs neither MPI nor a GPU.
 """
 
-import functools
 import json
 from pathlib import Path
 
-from .. import model
+from .. import lora, model, weights
 from ..errors import DataError, MissingInput, UsageError
 from ..parallel import apply, mesh
 from ..tasks import TASKS
@@ -56,7 +55,16 @@ def shapes_of(config, made, gpu=True):
     task = TASKS[config.model.task]
     targets = max(1, round(task.target_fraction(config.data) * train.sequence_length))
     model.check_length(made, train.sequence_length)
-    make = functools.partial(task.model_class().from_config, made, dtype=count.torch.float32)
+
+    def make():
+        net = task.model_class().from_config(made, dtype=count.torch.float32)
+        if config.lora:
+            with weights.absent():  # PEFT moves to its place what is somewhere else, and fake tensors do not move
+                lora.adapt(net, config.lora.model_dump())
+            weights.give([net], "cpu")
+        model.freeze_named(net, config.model.freeze)
+        return net
+
     return count.count(make, train.sequence_length, targets, train.precision, gpu)
 
 

@@ -108,6 +108,14 @@ class Stage:
     outside: Part
     logits: float
 
+    def held(self, ranks):
+        """As `Part.held`."""
+        return self.blocks.held(ranks) + self.outside.held(ranks)
+
+    def trained(self, ranks):
+        """As `Part.trained`."""
+        return self.blocks.trained(ranks) + self.outside.trained(ranks)
+
 
 @functools.lru_cache(maxsize=256)
 def stages(shapes, ranks, chunks=1, balanced=True):
@@ -188,9 +196,9 @@ def under_way(work, rank):
 
 def _memory(shapes, stage, work, rank):
     tensor, shard = work.layout.tensor, work.layout.shard
-    held = stage.blocks.held(tensor) + stage.outside.held(tensor)
+    held, trained = stage.held(tensor), stage.trained(tensor)
     root, block = work.weight * stage.outside.held(tensor), work.weight * stage.block.held(tensor)
-    weights, gradients, state = work.weight * held, work.gradient * held, work.state * held
+    weights, gradients, state = work.weight * held, work.gradient * trained, work.state * trained
     activations = _activations(stage, work, rank)
     at_once = LOGITS_AT_ONCE // (16 if work.pooled else 1)
     logits = LOGITS_BYTES * min(stage.logits * work.micro_batch / tensor / work.layout.context, at_once)
@@ -290,10 +298,10 @@ def time(shapes, machine, work):
     idle = (ranks - 1) / {"1f1b": 1, "interleaved": work.stages_per_rank, "zero_bubble": 3}[work.schedule]
     products, traffic, calls, tensor, context, pipeline = (count * seconds for seconds in forward_backward)
     bubble = idle * sum(forward_backward)
-    parameters = max(one.blocks.held(work.layout.tensor) + one.outside.held(work.layout.tensor) for one in held)
-    data, data_bytes = _data(machine, work, parameters, sum(forward_backward[:3]))
+    parameters, trained = max((one.held(work.layout.tensor), one.trained(work.layout.tensor)) for one in held)
+    data, data_bytes = _data(machine, work, parameters, trained, sum(forward_backward[:3]))
     divided = work.layout.shard
-    adjust = parameters / divided * (3 * work.weight + 2 * work.state + 4 * work.gradient)
+    adjust = trained / divided * (3 * work.weight + 2 * work.state + 4 * work.gradient)
     adjust /= MEMORY * machine.memory_bandwidth
     spent = Time(products, traffic, calls, tensor, context, pipeline, bubble, data, adjust)
     return spent, Volume(data_bytes, *(count * each for each in sent))
@@ -349,11 +357,11 @@ def _weights_traffic(part, work):
     return work.weight * part.held(work.layout.tensor)
 
 
-def _data(machine, work, parameters, computing):
+def _data(machine, work, parameters, trained, computing):
     """(seconds that are not hidden, bytes sent) along the data axis in a step. computing: of one micro-batch."""
     made, many = work.layout, work.micro_batches
     stride = made.pipeline * made.context * made.tensor
-    weights, gradients = work.weight * parameters, work.travelling * parameters
+    weights, gradients = work.weight * parameters, work.travelling * trained
     gathers, scatters, beside = {
         "none": (0, 0, 2 / 3),
         "optimizer": (1, 1, 1),

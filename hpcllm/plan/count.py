@@ -155,6 +155,7 @@ class _Watch(TorchDispatchMode):
                 users.append(self._now)
                 self._now["parameters"] += parameter.numel()
                 self._now["cut"] += parameter.numel() * (id(parameter) in self._cut)
+                self._now["frozen"] += parameter.numel() * (len(users) == 1 and not parameter.requires_grad)
 
     def _enter(self, module, given, named):
         tensors = [leaf for leaf in tree_leaves((given, named)) if isinstance(leaf, torch.Tensor)]
@@ -236,6 +237,7 @@ class _Watch(TorchDispatchMode):
             if not self._users[id(parameter)]:
                 self._last["parameters"] += parameter.numel()
                 self._last["cut"] += parameter.numel() * (id(parameter) in self._cut)
+                self._last["frozen"] += parameter.numel() * (not parameter.requires_grad)
         tied = sum(parameter.numel() for parameter in self._parameters.values()
                    if len(self._users[id(parameter)]) > 1)  # fmt: skip
         first, *blocks, last = (_of_one(part) for part in (self._first, *self._blocks, self._last))
@@ -244,7 +246,7 @@ class _Watch(TorchDispatchMode):
 
 def _of_one(part):
     """The Part of one sequence."""
-    whole = ("parameters", "cut", "copies", "copies_cut", "meetings", "calls", "attentions")
+    whole = ("parameters", "cut", "frozen", "copies", "copies_cut", "meetings", "calls", "attentions")
     return Part(**{name: value if name in whole else value / _ROWS for name, value in part.items()})
 
 

@@ -18,7 +18,8 @@ class Part:
     is of what enters regions, which is whole there even if ranks hold slices between them; gathered: bytes of it, those
     of each region once, in the precision of the products; attended: bytes of keys and values as attention takes them;
     masks: of a mask that says which token sees which; keys: of keys and values before they are copied for the queries
-    that share them, as they travel over the context axis; attentions: how many there are.
+    that share them, as they travel over the context axis; attentions: how many there are; frozen: elements that are not
+    trained, of those that parts share in the first of them.
     """
 
     parameters: float = 0
@@ -42,6 +43,7 @@ class Part:
     masks: float = 0
     keys: float = 0
     attentions: int = 0
+    frozen: float = 0
 
     def __add__(self, other):
         return Part(*map(add, dataclasses.astuple(self), dataclasses.astuple(other)))
@@ -49,6 +51,10 @@ class Part:
     def held(self, ranks):
         """Parameters of one of `ranks` ranks of a tensor axis."""
         return self.parameters - self.cut + self.cut / ranks
+
+    def trained(self, ranks):
+        """Of those, parameters that have gradients and a state of the optimizer."""
+        return self.held(ranks) * (1 - self.frozen / self.parameters) if self.frozen else self.held(ranks)
 
     def kept(self, ranks, parts=1, sliced=False, again=False):
         """Bytes of activations that one of `ranks` ranks of a tensor axis keeps, a sequence in `parts` parts.

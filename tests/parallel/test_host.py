@@ -176,6 +176,26 @@ def test_weights_in_bfloat16_are_written_once_and_those_of_the_step(world, domai
         assert one._low.untyped_storage().data_ptr() != one._weights.untyped_storage().data_ptr()
 
 
+def test_nothing_is_collected_for_what_is_frozen_and_it_stays(world, domains):
+    model = models.build("bert")
+    frozen = {
+        name: p.detach().clone() for name, p in model.named_parameters() if "attention" in name or "embed" in name
+    }
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    placed = place(world, model, sharding="host", low_precision=True)
+    one = placed.one_copy
+    wanted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert {len(gradients) for gradients in one._gradients} == {wanted}
+    before = one._weights.clone()
+    train(placed)
+    placed.ready()
+    assert torch.equal(one._low, one._weights[: len(one._low)].bfloat16())
+    for name, value in frozen.items():
+        assert torch.equal(one._view(one._weights, name, value.shape), value), name
+    assert (one._weights != before).any()
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [({"tensor": 2}, "the data axis alone"), ({"backend": "gloo"}, 'needs backend = "mpi"')],

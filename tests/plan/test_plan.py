@@ -103,6 +103,19 @@ def test_only_targets_reach_the_vocabulary():
     assert counted.logits == round(0.15 * 512) * 30522
 
 
+def test_what_is_frozen_has_neither_gradient_nor_state():
+    told = load("model.task=masked_lm", "model.config={model_type='bert'}", "parallel.sharding=none")
+    frozen = load(
+        "model.task=masked_lm", "model.config={model_type='bert'}", "parallel.sharding=none", "model.freeze=['bert.*']"
+    )
+    whole, part = (plan.shapes_of(run, AutoConfig.for_model("bert")) for run in (told, frozen))
+    work = cost.work(told, mesh.layout(told.parallel, ["a"]), 1)
+    all_of_it, some = cost.memory(whole, work), cost.memory(part, work)
+    head = 768 * 768 + 3 * 768 + 30522
+    assert some.weights == all_of_it.weights and some.optimizer == pytest.approx(8 * head)
+    assert some.gradients == pytest.approx(all_of_it.gradients * head / whole.parameters)
+
+
 def test_what_autograd_keeps_is_the_formula_in_our_precisions():
     # Korthikanti et al. 2022, arXiv 2205.05198: 34 s b h without attention's matrix, 10 of it whole. Here norms take
     # fp32 (4 + 4, not 2 + 2), and query, key and value each a bf16 copy of their own (6, not 2): whole are 18, with the
