@@ -14,7 +14,7 @@ import torch
 from mpi4py import MPI
 from transformers import CONFIG_MAPPING
 
-from hpcllm import __main__, checkpoint, config, export, model, to_onnx
+from hpcllm import __main__, config, export, model, saving, to_onnx
 from hpcllm.errors import Refusal
 from hpcllm.parallel.apply import whole
 from hpcllm.tasks import TASKS
@@ -57,7 +57,7 @@ def saved(tmp_path_factory, prepared):
         (base / "run").mkdir()
         state = {"samples": 0, "config": config.load(values, []).model_dump(exclude_none=True)}
         adjust = torch.optim.SGD(net.parameters(), lr=1e-3)
-        checkpoint.save(MPI.COMM_SELF, base / "run", 1, whole(net), adjust, prepared / "tokenizer", state, 1)
+        saving.save(MPI.COMM_SELF, base / "run", 1, whole(net), adjust, prepared / "tokenizer", state, 1)
         return base / "run" / "checkpoint-1"
 
     return save
@@ -223,3 +223,7 @@ def test_without_the_packages_the_user_hears_how_to_install_them(bert, monkeypat
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_graph_beside_other_weights_is_refused(bert, dtype):
     refused(2, f"in fp32, which is another model than weights in {dtype}", bert, "--dtype", dtype)
+
+
+def test_a_graph_of_what_lora_learnt_alone_is_refused(bert):
+    refused(2, "^--onnx draws a whole model, --adapter writes what was learnt alone; export twice$", bert, "--adapter")
