@@ -86,11 +86,16 @@ def build(section, words, sequence_length, seed, meaning=None, adapters=None):
         made.update(head)
         model = outline(made, section.task)
         source = weights.Fresh(model, seed)
-    if head:  # decoders find a text's last token by what rows are filled up with
+    if head and not _counts_from_padding(model):  # decoders find a text's last token by what rows are filled up with
         model.config.pad_token_id = words.padding
     freeze_named(model, section.freeze)
     check_fits(model, words, sequence_length)
     return model, source
+
+
+def _counts_from_padding(model):
+    """True of families as RoBERTa, whose positions begin behind the configuration's pad_token_id: it is as it is."""
+    return any(hasattr(m, "position_embeddings") and hasattr(m, "padding_idx") for m in model.modules())
 
 
 def outline(made, task):

@@ -100,6 +100,17 @@ def test_other_families_learn_too(world, labelled, tmp_path, family, kind):
     assert results["test_accuracy"] > 0.85, results
 
 
+def test_a_family_that_counts_positions_from_its_padding_token_keeps_that_of_its_configuration(labelled):
+    words, *_ = train.read_tokenizer(f"{labelled}/tokenizer")
+    sizes = {**SIZES["bert"], "vocab_size": 200, "max_position_embeddings": 20, "pad_token_id": 1}
+    built = {}
+    for family in ("roberta", "bert"):
+        section = config.Model(task="sequence_classification", config={"model_type": family, **sizes})
+        built[family], _ = model.build(section, words, 16, 3, {"kind": "single", "names": ["a", "b"]})
+    assert words.padding == 0 and built["roberta"].config.pad_token_id == 1
+    assert built["roberta"].roberta.embeddings.padding_idx == 1 and built["bert"].config.pad_token_id == 0
+
+
 def test_a_decoder_without_a_padding_token_sees_the_last_token_of_each_text(world, tmp_path):
     write_tokenizer(tmp_path / "tokenizer", "bpe")
     write(tmp_path / "train.jsonl", "single", 40, 1)
