@@ -19,6 +19,7 @@ from .scratch import COPY_BYTES
 
 # Characters that go to the tokenizer at once: bounds the memory of its results, about 60 bytes a character.
 BATCH_CHARACTERS = 1 << 20
+_AT_ONCE = 1 << 16  # token ids that are written at once
 
 
 def share(weights, size):
@@ -63,6 +64,7 @@ class Spool:
         self._written, self._documents = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
         self._line_bytes, self._with_lines = dict.fromkeys(parts, 0), with_lines
         self._lengths = {part: [] for part in parts}
+        self._waiting = {part: [] for part in parts}
         self._open_length = 0
 
     @property
@@ -70,10 +72,17 @@ class Spool:
         return sum(self._written.values())
 
     def append(self, part, ids):
-        # array reads a list of ints in half of numpy's time.
-        self._files[part][0].write(np.frombuffer(array("I", ids), np.uintc).astype(self.dtype, copy=False))
+        self._waiting[part] += ids
         self._written[part] += len(ids)
         self._open_length += len(ids)
+        if len(self._waiting[part]) >= _AT_ONCE:
+            self._flush(part)
+
+    def _flush(self, part):
+        # array reads a list of ints in half of numpy's time.
+        ids = np.frombuffer(array("I", self._waiting[part]), np.uintc)
+        self._files[part][0].write(ids.astype(self.dtype, copy=False))
+        self._waiting[part] = []
 
     def end_document(self, part, separator_id):
         """Close the document with its separator; one without a single token is left out."""
@@ -106,7 +115,8 @@ class Spool:
             self.lines[part][unit], self._line_bytes[part] = self._line_bytes[part], 0
 
     def close(self):
-        for files in self._files.values():
+        for part, files in self._files.items():
+            self._flush(part)
             for file in files:
                 file.close()
 
@@ -142,16 +152,16 @@ def _tokenise_units(spool, mine, units, reading, encoder, separator_id, split, p
     for index in mine:
         batch, characters = [], 0
         for document, position in text.documents(units[index], **reading):
-            part = split.part(document)
+            part, begun = split.part(document), 0
             for piece in pieces(document):
-                batch.append((part, piece, False))
+                begun += len(piece)
+                batch.append((part, piece, begun == len(document)))
                 characters += len(piece)
                 if characters >= BATCH_CHARACTERS:
                     _encode(encoder, batch, spool, separator_id)
                     batch, characters = [], 0
                     if not progress.advance(done + position, spool.tokens):
                         return
-            batch.append((part, "", True))
         _encode(encoder, batch, spool, separator_id)
         spool.end_unit(index)
         done += units[index].stop - units[index].start
@@ -162,7 +172,6 @@ def _tokenise_units(spool, mine, units, reading, encoder, separator_id, split, p
 def _encode(encoder, batch, spool, separator_id):
     encodings = encoder.encode_batch_fast([piece for _, piece, _ in batch], add_special_tokens=False)
     for (part, _, ends), encoding in zip(batch, encodings, strict=True):
+        spool.append(part, encoding.ids)
         if ends:
             spool.end_document(part, separator_id)
-        else:
-            spool.append(part, encoding.ids)
