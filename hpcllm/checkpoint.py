@@ -99,8 +99,6 @@ def outline(placed, held):
 def begin(path, outlines):
     """The hidden folder that becomes `path`, with files of the full length. Root only."""
     with files.failing_as_io(path):
-        if path.exists():
-            files.remove_folder(path)  # the same step again after a restart from an older checkpoint
         hidden = files.hidden_folder(path)
         try:
             for file, outline in outlines.items():
@@ -156,7 +154,8 @@ def finish(hidden, path, step, placed, tokenizer_dir, state, known):
             told = [blocks[number] for number in range(len(blocks))] if blocks else files.digest(file)
             listed[file.name] = {"bytes": file.stat().st_size, "sha256": told}
         files.write_json(hidden / COMPLETE, {"files": listed})
-        files.reveal(hidden, path)
+        # There may be one of this step, which is the newest: of a run that goes on with an evaluation that was due.
+        files.reveal(hidden, path, replace=True)
 
 
 def delete_older(output_dir, keep, best):

@@ -79,6 +79,25 @@ def test_the_newest_are_kept_by_step_and_not_by_name_or_time(tmp_path, trained, 
     assert sorted(os.listdir(run)) == ["checkpoint-10", "checkpoint-100"]
 
 
+def test_one_of_the_same_step_is_there_until_the_new_one_is(tmp_path, trained, run, monkeypatch):
+    path, reveal = save(tmp_path, trained, 1), files.reveal
+    before = (path / "trainer_state.json").read_bytes()
+
+    def looking(*arguments, **how):
+        checkpoint.verify(path)
+        assert (path / "trainer_state.json").read_bytes() == before
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files, "reveal", looking)
+    with pytest.raises(IOFailure, match="Input/output error"):
+        save(tmp_path, trained, 1)
+    checkpoint.verify(path)
+    monkeypatch.setattr(files, "reveal", reveal)
+    save(tmp_path, trained, 1)
+    checkpoint.verify(path)
+    assert os.listdir(run) == ["checkpoint-1"]
+
+
 def test_a_folder_that_was_never_finished_does_not_count(tmp_path, trained, run):
     save(tmp_path, trained, 1)
     save(tmp_path, trained, 2)
