@@ -175,6 +175,14 @@ def find(output_dir):
     return [path for _, path in sorted(found)]
 
 
+def rescue(output_dir):
+    """Give complete checkpoints their names that a kill between two renamings has left without. Root only."""
+    for folder in sorted(Path(output_dir).glob(".checkpoint-*"), reverse=True):  # *.tmp, the newer ones, first
+        path = folder.with_name(".".join(folder.name.split(".")[1:2]))
+        if (folder / COMPLETE).is_file() and not path.exists():
+            folder.rename(path)
+
+
 def remove_unfinished(output_dir):
     """Delete what saves that were killed in the middle have left below `output_dir`, which one run owns."""
     for pattern in (".checkpoint-*.tmp", ".checkpoint-*.removed"):

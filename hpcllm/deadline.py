@@ -6,7 +6,7 @@ import re
 import subprocess
 import time
 
-_PATIENCE_S = 20.0  # for a controller that is busy
+_PATIENCE_S = 10.0  # for a controller that is busy
 _DURATION = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
 
 
@@ -20,7 +20,9 @@ def seconds(text):
 
 
 def job(environment=os.environ):
-    """What the batch system calls this job; None outside of one."""
+    """What the batch system calls this job; None outside of one. Of a job array, the one of it that this is."""
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment.get("SLURM_JOB_ID") or environment.get("PBS_JOBID")
 
 
@@ -34,7 +36,7 @@ def end_of_job(environment=os.environ):
         return float(environment["HPCLLM_END_TIME"])
     found = None
     if "SLURM_JOB_ID" in environment:
-        found = _slurm(environment["SLURM_JOB_ID"])
+        found = _slurm(job(environment))
     elif "PBS_JOBID" in environment:
         found = _pbs(environment["PBS_JOBID"])
     if found is None:
@@ -45,9 +47,11 @@ def end_of_job(environment=os.environ):
 
 def _slurm(job):
     told = _ask("squeue", "--noheader", "--jobs", job, "--format", "%e", SLURM_TIME_FORMAT="standard")
-    with contextlib.suppress(ValueError):  # N/A of a job without a limit
-        return time.mktime(time.strptime(told.strip(), "%Y-%m-%dT%H:%M:%S"))
-    return None
+    ends = []
+    for line in told.split():  # one for each part of a heterogeneous job
+        with contextlib.suppress(ValueError):  # N/A of a job without a limit
+            ends.append(time.mktime(time.strptime(line, "%Y-%m-%dT%H:%M:%S")))
+    return min(ends, default=None)
 
 
 def _pbs(job):

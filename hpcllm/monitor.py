@@ -3,8 +3,10 @@
 Root writes; the numbers of all ranks meet in one small reduction a step (`Clock.collect`).
 """
 
+import contextlib
 import json
 import math
+import os
 import resource
 import time
 from contextlib import contextmanager
@@ -103,6 +105,18 @@ def starts(output_dir):
     return tuple(part.count('"event": "start"') for part in (text, text.rpartition('"event": "checkpoint"')[2]))
 
 
+def longest_save_s(output_dir):
+    """The most seconds that a checkpoint of the run in `output_dir` took, by events.jsonl; 0 where none is told of."""
+    path = Path(output_dir) / "events.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    longest = 0.0
+    for line in lines:
+        if line.startswith('{"event": "checkpoint"'):
+            with contextlib.suppress(ValueError):  # cut by a kill
+                longest = max(longest, json.loads(line).get("seconds", 0.0))
+    return longest
+
+
 class Journal:
     """metrics.jsonl and events.jsonl of a run, appended to on root and silent elsewhere.
 
@@ -123,7 +137,10 @@ class Journal:
     def _append(self, name, record):
         if self._folder is None:
             return
-        with files.failing_as_io(self._folder / name), open(self._folder / name, "a", encoding="utf-8") as file:
-            # JSON has no NaN and no infinity.
-            record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            file.write(json.dumps({**record, "time": round(time.time(), 3)}, allow_nan=False) + "\n")
+        # JSON has no NaN and no infinity.
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        line = json.dumps({**record, "time": round(time.time(), 3)}, allow_nan=False) + "\n"
+        with files.failing_as_io(self._folder / name), open(self._folder / name, "ab+") as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                line = f"\n{line}"  # a full disk, or a kill, has cut the last record
+            file.write(line.encode())

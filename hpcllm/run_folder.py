@@ -10,7 +10,7 @@ from . import best, checkpoint, files, monitor, stopping
 from .config import load
 from .errors import CannotCreate, DataError, Fruitless, MissingInput, UsageError
 
-_OURS = ("config.toml", "metrics.jsonl", "events.jsonl", "results.json")
+_OURS = ("config.toml", "metrics.jsonl", "events.jsonl", "results.json", stopping.SAVE, stopping.STOP)
 _REPORTS = [f"{part}_{name}" for part in ("eval", "test") for name in ("results.json", "report.txt", "confusion.png")]
 
 
@@ -24,6 +24,8 @@ def find_start(config, resume, overwrite):
         raise UsageError("--resume continues a run and --overwrite deletes it; give one of them")
     if output.exists() and not output.is_dir():
         raise CannotCreate(f"run.output_dir: {output} is a file")
+    if resume:
+        checkpoint.rescue(output)
     found = checkpoint.find(output)
     if output.is_dir() and any(output.iterdir()):
         if not (output / "events.jsonl").is_file():

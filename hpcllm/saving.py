@@ -24,7 +24,7 @@ class Saver:
     """Writes checkpoints of `placed` (parallel.apply.Placed) and its optimizer below `output_dir`, one at a time.
 
     comm: of all ranks; tokenizer_dir, keep: as in the run file; newest: path of the newest checkpoint that is complete;
-    completed: called with (step, path, seconds since `begin`, how many of them this rank's training waited) for each.
+    completed: called for each with (step, path, seconds that this rank worked at it, how many its training waited).
     Every method but `hold` and `report` is collective.
     """
 
@@ -44,7 +44,7 @@ class Saver:
         room; what was there stays.
         """
         self.finish()
-        self._began, self._waited_s = time.monotonic(), 0.0
+        began, self._worked_s = time.monotonic(), 0.0
         self._path, self._step, self._state, self._best = self._output / f"checkpoint-{step}", step, state, best
         self._placed.reshard()
         contents = checkpoint.contents(self._placed, self._optimizer)
@@ -56,8 +56,13 @@ class Saver:
             raise
         self._copied.clear()
         self._then = "digest"
-        self._at_work = self._pool.submit(self._write, contents, outlines, copy)
-        self._waited_s = time.monotonic() - self._began
+        self._at_work = self._pool.submit(self._timed, self._write, contents, outlines, copy)
+        self._waited_s = time.monotonic() - began
+
+    @property
+    def under_way(self):
+        """True while a checkpoint is being written."""
+        return self._path is not None
 
     def hold(self):
         """Wait until what is being saved may change: to be called before the optimizer's step."""
@@ -87,16 +92,16 @@ class Saver:
                     shutil.rmtree(self._hidden, ignore_errors=True)
         if self._then == "digest":
             self._then = "commit"
-            self._at_work = self._pool.submit(self._digest)
+            self._at_work = self._pool.submit(self._timed, self._digest)
             return
         if self._then == "commit":
             self._then = None
             known = self._comm.gather(self._at_work.result(), root=0)
-            self._at_work = self._pool.submit(self._commit, known) if self._comm.rank == 0 else None
+            self._at_work = self._pool.submit(self._timed, self._commit, known) if self._comm.rank == 0 else None
             return
         self.newest, self._path, self._at_work = self._path, None, None
         if self._completed:
-            self._completed(self._step, self.newest, time.monotonic() - self._began, self._waited_s)
+            self._completed(self._step, self.newest, self._worked_s, self._waited_s)
 
     def finish(self):
         """Wait for what is under way, if anything is; `newest` is that then. Raises as `advance`."""
@@ -108,6 +113,13 @@ class Saver:
             self._waited_s += time.monotonic() - began
             began = time.monotonic()
             self.advance(largest)
+
+    def _timed(self, work, *arguments):
+        began = time.monotonic()
+        try:
+            return work(*arguments)
+        finally:
+            self._worked_s += time.monotonic() - began
 
     def _write(self, contents, outlines, copy):
         try:

@@ -1,5 +1,6 @@
 """How far a run is, told by its folder alone: for people on a login node, where there is neither MPI nor a GPU."""
 
+import contextlib
 import json
 import os
 import statistics
@@ -10,9 +11,10 @@ from pathlib import Path
 from .errors import DataError, MissingInput
 
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl, which grows: more than enough for the newest steps
+_FURTHER_BYTES = 1 << 22  # to look for an evaluation
 _NEWEST = 20
-# A run that has not told of a step for so long, and for so many steps, is dead or hangs.
-_SILENT_S, _SILENT_STEPS = 120.0, 10
+# A run that has told nothing for so long, and for so many steps, or before its first step, may be dead.
+_SILENT_S, _SILENT_STEPS, _START_S = 600.0, 10, 1800.0
 
 
 def status(folder, now=None):
@@ -24,6 +26,9 @@ def status(folder, now=None):
     if not (folder / "events.jsonl").is_file():
         raise MissingInput(f"{folder} is no folder of a run: it has no events.jsonl")
     events, records = _records(folder / "events.jsonl"), _records(folder / "metrics.jsonl", _TAIL_BYTES)
+    evaluations = [record for record in records if "eval_loss" in record]
+    if not evaluations and records:
+        evaluations = [r for r in _records(folder / "metrics.jsonl", _FURTHER_BYTES) if "eval_loss" in r]
     starts = [event for event in events if event["event"] == "start"]
     steps = [record for record in records if "loss" in record]
     if not starts:
@@ -37,22 +42,23 @@ def status(folder, now=None):
         "run": str(folder),
         "task": _settings(folder).get("model", {}).get("task"),
         "state": _state(events, now - heard, step_s),
+        "silent_s": now - heard,
         "job": start.get("job"),
         "ranks": start["ranks"],
         "hosts": start["hosts"],
         "starts": len(starts),
-        "step": newest["step"] if newest else start["step"],
+        "step": newest["step"] if lately else start["step"],
         "max_steps": start.get("max_steps"),
-        "silent_s": now - heard,
     }
     if lately:
-        found |= {name: newest[name] for name in ("loss", "learning_rate", "tokens_per_s", "mfu", "memory_bytes")}
-        found |= {"step_s": step_s, "goodput": newest.get("useful_s", 0.0) / max(heard - starts[0]["time"], 1e-9)}
+        found |= {name: newest.get(name) for name in ("loss", "learning_rate", "tokens_per_s", "mfu", "memory_bytes")}
+        found["step_s"] = step_s
+        if "useful_s" in newest:
+            found["goodput"] = newest["useful_s"] / max(heard - starts[0]["time"], 1e-9)
     if found["state"] == "runs" and step_s and found["max_steps"]:
         found["left_s"] = (found["max_steps"] - found["step"]) * step_s
     if found["state"] == "runs" and start.get("ends"):
         found["job_left_s"] = start["ends"] - now
-    evaluations = [record for record in records if "eval_loss" in record]
     if evaluations:
         found["eval"] = {name: value for name, value in evaluations[-1].items() if name.startswith("eval_")}
         found["eval"]["step"] = evaluations[-1]["step"]
@@ -69,25 +75,31 @@ def _state(events, silent_s, step_s):
         return "finished"
     if last["event"] == "stop":
         return f"stopped ({last['why']})"
-    return "silent" if silent_s > max(_SILENT_S, _SILENT_STEPS * (step_s or 0.0)) else "runs"
+    patience_s = _START_S if step_s is None else max(_SILENT_S, _SILENT_STEPS * step_s)
+    return "silent" if silent_s > patience_s else "runs"
 
 
 def show(found):
     """The same in words, a fact a line."""
     if not found["starts"]:
         return f"{found['run']}: {found['state']}"
-    silent = found["silent_s"]
-    says = {"silent": f"silent for {_long(silent)}: it was ended, or hangs"}.get(found["state"], found["state"])
+    silent = _long(found["silent_s"])
+    says = {
+        "silent": f"no word for {silent}: it was ended, hangs, or evaluates",
+        "runs": f"runs, heard of {silent} ago",
+    }
     job, hosts = f"job {found['job']}, " if found["job"] else "", len(found["hosts"])
     where = f"{job}{found['ranks']} ranks on {hosts} host{'s' * (hosts > 1)}, start {found['starts']}"
     of = f" of {found['max_steps']} ({found['step'] / found['max_steps']:.0%})" if found["max_steps"] else ""
-    lines = [f"{found['run']}: {says}", f"task        {found['task']}, {where}"]
-    lines.append(f"step        {found['step']}{of}, {_long(silent)} ago")
+    lines = [f"{found['run']}: {says.get(found['state'], found['state'])}", f"task        {found['task']}, {where}"]
+    lines.append(f"step        {found['step']}{of}")
     if "loss" in found:
-        loss = "not a number" if found["loss"] is None else f"{found['loss']:.4f}"
-        lines.append(f"loss        {loss}, learning rate {found['learning_rate']:.3e}")
-        rate = f"{found['step_s']:.3f} s a step, {found['tokens_per_s']:.0f} tokens/s, MFU {found['mfu']:.3f}"
-        lines.append(f"rate        {rate}, {found['memory_bytes'] / 2**30:.1f} GiB a rank")
+        loss, rate = _number(found["loss"], "not a number"), _number(found["learning_rate"], form=".3e")
+        lines.append(f"loss        {loss}, learning rate {rate}")
+        tokens, mfu = _number(found["tokens_per_s"], form=".0f"), _number(found["mfu"], form=".3f")
+        memory = _number(found["memory_bytes"] and found["memory_bytes"] / 2**30, form=".1f")
+        lines.append(f"rate        {found['step_s']:.3f} s a step, {tokens} tokens/s, MFU {mfu}, {memory} GiB a rank")
+    if "goodput" in found:
         lines.append(f"goodput     {found['goodput']:.3f}")
     if "eval" in found:
         told = {name: value for name, value in found["eval"].items() if isinstance(value, float)}
@@ -102,6 +114,10 @@ def show(found):
     if left:
         lines.append(f"left        {', '.join(left)}")
     return "\n".join(lines)
+
+
+def _number(value, otherwise="-", form=".4f"):
+    return otherwise if value is None else format(value, form)
 
 
 def _long(seconds):
@@ -130,7 +146,10 @@ def _records(path, tail=None):
         start = max(0, size - tail) if tail else 0
         file.seek(start)
         lines = file.read().split(b"\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines[1 if start else 0 :]]
-    except ValueError as error:
-        raise DataError(f"{path} holds what is no record: {error}") from None
+    found = []
+    for line in lines[1 if start else 0 :]:
+        with contextlib.suppress(ValueError):  # cut by a full disk, or a kill
+            found.append(json.loads(line))
+    if lines and not found:
+        raise DataError(f"{path} holds no records")
+    return found

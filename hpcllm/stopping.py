@@ -19,8 +19,8 @@ SAVE, STOP = "SAVE", "STOP"  # files in the run's folder
 # What ranks tell each other: nothing, or one of these; a signal by its number on top of _SIGNAL.
 _NOTHING, _SAVE, _STOP, _LIMIT, _SIGNAL = 0, 1, 2, 3, 100
 _LOOK_EVERY_S = 1.0  # for files: thousands of quick steps are not to ask a parallel file system thousands of times
-_ASK_EVERY_S = 60.0  # whether the limit has been moved
-_SPARE, _MARGIN_S = 1.5, 5.0  # steps and saves may take so many times as long as any has; for leaving
+_ASK_EVERY_S = 60.0  # whether the limit has been moved, when the end is near
+_SPARE, _MARGIN_S = 1.5, 10.0  # steps and saves may take so many times as long as any has; for leaving
 
 _heard = set()
 
@@ -55,28 +55,37 @@ def wish(number):
 class Requests:
     """What this rank hears. looks: it is the one that looks at the run's `folder` and at the clock.
 
-    limit_s: run.time_limit in seconds, counted from the start of this process, or None; ask: tells when the job ends.
+    limit_s: run.time_limit in seconds, counted from the start of this process, or None; save_s: what a save may take,
+    as long as none has been seen; ask: tells when the job ends.
     """
 
-    def __init__(self, folder, looks, limit_s=None, ask=deadline.end_of_job):
+    def __init__(self, folder, looks, limit_s=None, save_s=0.0, ask=deadline.end_of_job):
         self._folder, self._looks, self._ask = Path(folder), looks, ask
         self._own = time.time() - startup.age_s() + limit_s if limit_s is not None else None
-        self._longest = {"step": 0.0, "save": 0.0, "evaluation": 0.0}
+        self._longest = {"step": 0.0, "save": save_s, "evaluation": 0.0}
         self._looked, self._asked = float("-inf"), float("-inf")
-        self.end = None  # Unix time
+        self._told = None
         self._find_end()
+
+    @property
+    def end(self):
+        """When this job, or the time that the run file gives it, will end: Unix time, None where nobody says."""
+        return min((end for end in (self._own, self._told) if end is not None), default=None)
 
     def took(self, what, seconds):
         """A "step", "save" or "evaluation" has taken so long."""
         self._longest[what] = max(self._longest[what], seconds)
 
-    def heard(self, evaluates=False):
-        """The number for what this rank has heard. evaluates: an evaluation follows this step or the next."""
+    def heard(self, evaluates=False, saves=1):
+        """The number for what this rank has heard.
+
+        evaluates: an evaluation follows this step or the next; saves: how many saves ending now would wait for.
+        """
         if _heard:
             return _SIGNAL + max(_heard)
         if not self._looks:
             return _NOTHING
-        if self._short_of_time(evaluates):
+        if self._short_of_time(self.lead_s(evaluates, saves)):
             return _LIMIT
         if time.monotonic() - self._looked < _LOOK_EVERY_S:
             return _NOTHING
@@ -88,25 +97,24 @@ class Requests:
             return _SAVE
         return _NOTHING
 
-    def lead_s(self, evaluates=False):
+    def lead_s(self, evaluates=False, saves=1):
         """Seconds that the next step, what follows it, saving and leaving may take."""
-        parts = [self._longest["step"], self._longest["save"], self._longest["evaluation"] * evaluates]
+        parts = [self._longest["step"], self._longest["save"] * saves, self._longest["evaluation"] * evaluates]
         return _SPARE * sum(parts) + _MARGIN_S
 
-    def _short_of_time(self, evaluates):
-        def short():
-            return self.end is not None and time.time() + self.lead_s(evaluates) > self.end
-
-        if short() and time.monotonic() - self._asked > _ASK_EVERY_S:
-            self._find_end()  # somebody may have given it more
-        return short()
+    def _short_of_time(self, lead_s):
+        if self.end is None:
+            return False
+        near = time.time() + lead_s + _ASK_EVERY_S > self.end
+        if near and time.monotonic() - self._asked > _ASK_EVERY_S:
+            self._find_end()  # somebody may have moved it
+        return time.time() + lead_s > self.end
 
     def _find_end(self):
-        if not self._looks:
-            return
-        self._asked = time.monotonic()
-        known = [end for end in (self._own, self._ask()) if end is not None]
-        self.end = min(known, default=None)
+        if self._looks:
+            self._asked = time.monotonic()
+            told = self._ask()
+            self._told = self._told if told is None else told  # a controller may be too busy to answer
 
 
 def stop_file(folder):

@@ -1,5 +1,6 @@
 """Training, from a run file to a trained model: the story in `train`, its parts below it in the order they appear."""
 
+import contextlib
 import itertools
 import math
 import time
@@ -26,7 +27,7 @@ from . import (
 )
 from .config import Lora
 from .data import batches, examples
-from .errors import DataError, Diverged, UsageError
+from .errors import DataError, Diverged, IOFailure, UsageError
 from .mpi import choose, device, on_root, together
 from .names import OF_EXAMPLES, OF_TEXT
 from .parallel import compiled, host
@@ -35,6 +36,8 @@ from .parallel.apply import apply, check
 from .plan import fit
 from .quicken import quicken
 from .tasks import TASKS
+
+_SLOW_DISK = 1e8  # bytes a second, as long as no checkpoint of the run tells better
 
 
 def train(config, world, *, resume=False, overwrite=False, parts=None):
@@ -111,11 +114,13 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
             checkpoint.load_optimizer(last, placed, adjust)
     damaged = state.pop("damaged", [])
     on_root(world.comm, run_folder.open_output, config, resume, overwrite, damaged)
-    on_root(world.comm, checkpoint.require_room, config.run.output_dir, checkpoint.size_bytes(placed, plan))
+    size_bytes = checkpoint.size_bytes(placed, plan)
+    on_root(world.comm, checkpoint.require_room, config.run.output_dir, size_bytes)
     journal = monitor.Journal(config.run.output_dir, state["restart"], world.is_root)
     start = {"ranks": world.size, "hosts": world.hosts, "library": world.library, "layout": layout.describe()}
     limit = config.run.time_limit and deadline.seconds(config.run.time_limit)
-    requests = stopping.Requests(config.run.output_dir, world.is_root, limit)
+    longest_s = on_root(world.comm, monitor.longest_save_s, config.run.output_dir) or size_bytes / _SLOW_DISK
+    requests = stopping.Requests(config.run.output_dir, world.is_root, limit, longest_s)
     journal.event("start", step=state["step"], max_steps=plan.max_steps, job=deadline.job(), ends=requests.end, **start)
     if damaged:
         journal.event("damaged", paths=list(map(str, damaged)))
@@ -187,7 +192,8 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
         loss_sum, targets, tokens, pairs, grad_norm = one_step(placed, adjust, micro_batches, rate, source, plan)
         soon = [state["step"] + 1, state["step"] + 2]
         measures = plan.max_steps in soon or any(due(step, plan.eval_every_steps) for step in soon)
-        loss_sum, times, heard, saved = clock.collect(loss_sum, requests.heard(measures), saver.report())
+        heard = requests.heard(measures, 1 + saver.under_way)
+        loss_sum, times, heard, saved = clock.collect(loss_sum, heard, saver.report())
         saver.advance(saved)
         state["step"] += 1
         state["samples"] += plan.global_batch_size
@@ -411,7 +417,8 @@ def report(journal, progress, plan, state, loss, rate, grad_norm, times, saver):
     record = {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, **times, "useful_s": state["useful_s"]}
     journal.metrics({"step": state["step"], "samples": state["samples"], **record})
     if state["nonfinite"] > plan.max_nonfinite_steps:
-        saver.finish()
+        with contextlib.suppress(IOFailure):  # which would have the run started again
+            saver.finish()
         times = f" (the {state['nonfinite']}th in a row)" if state["nonfinite"] > 1 else ""
         raise Diverged(
             f"step {state['step']}{times}: loss {loss}, gradient norm {grad_norm}: the run has diverged at learning "

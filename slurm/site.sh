@@ -63,6 +63,8 @@ launch() {
 # again CODE: have Slurm queue this job again if its run was saved before its end came (exit code 75).
 again() {
     [ "$1" = 75 ] && [ -n "${SLURM_JOB_ID:-}" ] || return 0
-    echo "$(date +%FT%T) job $SLURM_JOB_ID is queued again"
-    scontrol requeue "$SLURM_JOB_ID" || echo "site.sh: not here: to go on, submit the same command again" >&2
+    local job=$SLURM_JOB_ID
+    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID   # not the whole array
+    echo "$(date +%FT%T) job $job is queued again"
+    scontrol requeue "$job" || echo "site.sh: not here: to go on, submit the same command again" >&2
 }

@@ -98,6 +98,18 @@ def test_one_of_the_same_step_is_there_until_the_new_one_is(tmp_path, trained, r
     assert os.listdir(run) == ["checkpoint-1"]
 
 
+def test_what_a_kill_between_two_renamings_has_left_is_found_again(tmp_path, trained, run):
+    path = save(tmp_path, trained, 1)
+    path.rename(run / ".checkpoint-1.17.removed")
+    (run / ".checkpoint-2.x.tmp").mkdir()  # not complete
+    checkpoint.rescue(run)
+    assert [path.name for path in checkpoint.find(run)] == ["checkpoint-1"]
+    checkpoint.verify(path)
+    (run / ".checkpoint-1.17.removed").mkdir()
+    checkpoint.remove_unfinished(run)
+    assert os.listdir(run) == ["checkpoint-1"]
+
+
 def test_a_folder_that_was_never_finished_does_not_count(tmp_path, trained, run):
     save(tmp_path, trained, 1)
     save(tmp_path, trained, 2)

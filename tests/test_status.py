@@ -42,7 +42,7 @@ def test_a_run_at_work_says_how_long_it_will_take(tmp_path):
     assert found["goodput"] == pytest.approx(900 / 996) and found["silent_s"] == pytest.approx(4.0)
     assert status.show(found).splitlines()[1:] == [
         "task        causal_lm, job 17, 4 ranks on 2 hosts, start 1",
-        "step        450 of 1000 (45%), 4 s ago",
+        "step        450 of 1000 (45%)",
         "loss        4.5500, learning rate 1.000e-03",
         "rate        2.000 s a step, 500 tokens/s, MFU 0.250, 1.0 GiB a rank",
         "goodput     0.904",
@@ -51,7 +51,14 @@ def test_a_run_at_work_says_how_long_it_will_take(tmp_path):
     ]
     late = status.status(tmp_path / "run", now + 3600)
     assert late["state"] == "silent" and "left_s" not in late
-    assert status.show(late).startswith(f"{tmp_path}/run: silent for 60 min: it was ended, or hangs\n")
+    assert status.show(late).startswith(f"{tmp_path}/run: no word for 60 min: it was ended, hangs, or evaluates\n")
+    # Before its first step a start may take a while, and what another one did counts no more.
+    with open(tmp_path / "run" / "events.jsonl", "a") as file:
+        again = {"event": "start", "step": 400, "ranks": 2, "hosts": ["n1"], "restart": 1, "time": now + 3600.0}
+        file.write('{"event": "chec\n' + json.dumps(again) + "\n")
+    begun = status.status(tmp_path / "run", now + 4200)
+    assert (begun["state"], begun["step"], begun["starts"]) == ("runs", 400, 2) and "loss" not in begun
+    assert status.status(tmp_path / "run", now + 3600 + 1801)["state"] == "silent"
 
 
 @pytest.mark.parametrize(
@@ -69,8 +76,24 @@ def test_folders_that_tell_nothing(tmp_path):
     (tmp_path / "events.jsonl").touch()
     assert status.show(status.status(tmp_path)) == f"{tmp_path}: has not started yet"
     (tmp_path / "events.jsonl").write_text("no record\n")
-    with pytest.raises(DataError, match="holds what is no record"):
+    with pytest.raises(DataError, match="holds no records"):
         status.status(tmp_path)
+
+
+def test_an_evaluation_long_ago_and_records_of_older_versions_are_told_of(tmp_path):
+    now = time.time()
+    write(tmp_path / "run", 2000, [], now)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    told = {"step": 1000, "eval_loss": 3.5, "eval_samples": 10, "restart": 0, "time": now - 2000.0}
+    lines.insert(1000, json.dumps(told))
+    last = {name: value for name, value in json.loads(lines[-1]).items() if name not in ("mfu", "useful_s")}
+    lines[-1] = json.dumps(last | {"loss": None, "tokens_per_s": None})
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = status.status(tmp_path / "run", now)
+    assert found["eval"] == {"step": 1000, "eval_loss": 3.5, "eval_samples": 10} and "goodput" not in found
+    shown = status.show(found)
+    assert "evaluated   step 1000: eval_loss=3.5000" in shown and "loss        not a number, " in shown
+    assert "- tokens/s, MFU -, 1.0 GiB a rank" in shown
 
 
 def test_the_command_needs_neither_mpi_nor_torch_and_reads_no_more_of_a_long_run(tmp_path):

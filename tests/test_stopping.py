@@ -148,15 +148,17 @@ def test_more_time_is_noticed_before_a_run_ends_for_want_of_it(tmp_path, monkeyp
     requests.took("step", 10.0)
     requests.took("save", 20.0)
     requests.took("evaluation", 100.0)
-    assert requests.lead_s() == 1.5 * 30 + 5 and requests.lead_s(evaluates=True) == 1.5 * 130 + 5
+    assert requests.lead_s() == 1.5 * 30 + 10 and requests.lead_s(evaluates=True) == 1.5 * 130 + 10
+    assert requests.lead_s(saves=2) == 1.5 * 50 + 10
     assert stopping.wish(requests.heard()) is None
     assert stopping.wish(requests.heard(evaluates=True)).why == "the time limit"
     ends[0] = 2000.0
     assert stopping.wish(requests.heard(evaluates=True)).why == "the time limit"  # asked a moment ago
     now[0] += 61
     assert stopping.wish(requests.heard(evaluates=True)) is None and requests.end == 2000.0
-    now[0] = 1960.0
-    assert stopping.wish(requests.heard()) == stopping.Wish("the time limit", True, 75)
+    now[0], ends[0] = 1960.0, None  # the controller is too busy to answer
+    assert stopping.wish(requests.heard()) == stopping.Wish("the time limit", True, 75) and requests.end == 2000.0
+    assert stopping.Requests(tmp_path, True, save_s=7.0, ask=lambda: None).lead_s() == 1.5 * 7 + 10
     assert stopping.wish(stopping.Requests(tmp_path, False, ask=lambda: 0.0).heard()) is None  # root's business
 
 
@@ -178,8 +180,12 @@ def test_the_end_of_a_job_is_what_its_batch_system_says(tmp_path, monkeypatch):
     assert deadline.end_of_job({"SLURM_JOB_ID": "18", "SLURM_JOB_END_TIME": "5"}) == 5.0
     assert deadline.end_of_job({"SLURM_JOB_ID": "18"}) is None
     assert deadline.end_of_job({"PBS_JOBID": "3.server"}) == at + 1800
+    array = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4"}
+    assert deadline.job(array) == "17_4" and deadline.end_of_job(array) is None  # its own limit, not that of all
     assert deadline.end_of_job({"PBS_JOBID": "3.server", "HPCLLM_END_TIME": "7"}) == 7.0
     assert deadline.end_of_job({}) is None
+    program(tmp_path, "squeue", "echo 2026-11-26T15:00:00; echo N/A; echo 2026-11-26T14:59:59")
+    assert deadline.end_of_job({"SLURM_JOB_ID": "17"}) == at - 1  # of a heterogeneous job
     program(tmp_path, "squeue", "echo N/A")
     program(tmp_path, "qstat", "echo unknown job; exit 153")
     assert deadline.end_of_job({"SLURM_JOB_ID": "17"}) is None and deadline.end_of_job({"PBS_JOBID": "3"}) is None

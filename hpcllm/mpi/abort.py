@@ -11,9 +11,9 @@ that nobody caught (in any thread), to `sys.exit` (and the builtins exit and qui
   the others are leaving too: then all end quietly, each with its code; otherwise MPI_Abort(n).
 
 Not seen: `raise SystemExit(n)` written out, which says on purpose "only this process" (see `leave_together`), and a
-`sys.exit` imported by name before `hpcllm.mpi.join`. Signals are left as they are: a rank that one kills is noticed
-by the launcher, and named by `watch`, which is also for what does not fail but hangs. Children made by fork behave as
-if nothing had been installed.
+`sys.exit` imported by name before `hpcllm.mpi.join`. Signals are left as they are (training notes some, see
+`hpcllm.stopping`): a rank that one kills is noticed by the launcher, and named by `watch`, which is also for what does
+not fail but hangs. Children made by fork behave as if nothing had been installed.
 """
 
 import array

@@ -255,8 +255,10 @@ def test_a_job_is_queued_again_when_its_run_was_saved_and_only_then(tmp_path, co
     (tmp_path / "scontrol").write_text('#!/bin/sh\necho "scontrol $*"\n')
     (tmp_path / "scontrol").chmod(0o755)
     how = {"HPCLLM_SITE": "mine.sh", "path": f"{tmp_path}:{sys.prefix}/bin:", "SLURM_JOB_ID": "17"}
-    done = bash(SLURM / "train_gpt.sbatch", cwd=tmp_path, ranks=2, **how)
-    assert (done.returncode, "scontrol requeue 17" in done.stdout) == (code, code == 75), done.stderr
+    array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4"}
+    for more, name in (({}, "17"), (array, "17_4")):
+        done = bash(SLURM / "train_gpt.sbatch", cwd=tmp_path, ranks=2, **how, **more)
+        assert (done.returncode, f"scontrol requeue {name}\n" in done.stdout) == (code, code == 75), done.stderr
 
 
 def test_a_mesh_that_cannot_be_shown_does_not_end_the_job(tmp_path):
