@@ -102,6 +102,7 @@ def test_the_file_stop_ends_a_run_and_keeps_it_from_starting(world, prepared, tm
     monkeypatch.setattr(stopping, "stop_file", lambda folder: "it")
     results = train.train(run, world)
     assert (results["step"], results["stopped"], results["exit_code"]) == (1, "the file STOP", 0)
+    world.comm.Barrier()  # root has written the last one
     before = (base / "run" / "events.jsonl").read_text()
     assert train.train(run, world, resume=True) == {"stopped": "the file STOP"}
     assert (base / "run" / "events.jsonl").read_text() == before
