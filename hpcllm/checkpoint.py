@@ -122,11 +122,8 @@ def write(file, outline, parts):
 
 def digests(hidden, rank, size):
     """{file: {number of a block: its digest}} of the blocks of the large files that are this rank's to read."""
-    found = {}
-    for file in filter(lambda name: (hidden / name).is_file(), _LARGE):
-        blocks = -(-(hidden / file).stat().st_size // _BLOCK_BYTES)
-        found[file] = files.block_digests(hidden / file, _BLOCK_BYTES, range(rank, blocks, size))
-    return found
+    large = (name for name in _LARGE if (hidden / name).is_file())
+    return {name: files.block_digests(hidden / name, _BLOCK_BYTES, rank, size) for name in large}
 
 
 def finish(hidden, path, step, placed, tokenizer_dir, state, known):

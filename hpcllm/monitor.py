@@ -98,23 +98,19 @@ class Progress:
             self._bar.stop()
 
 
-def starts(output_dir):
-    """(how often the run in `output_dir` has been started; how often since its newest checkpoint), by events.jsonl."""
+def history(output_dir):
+    """Of the run in `output_dir`, by its events.jsonl: how often it has been started, how often since its newest
+    checkpoint, and the most seconds that a checkpoint took; zeros where nothing is told."""
     path = Path(output_dir) / "events.jsonl"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return tuple(part.count('"event": "start"') for part in (text, text.rpartition('"event": "checkpoint"')[2]))
-
-
-def longest_save_s(output_dir):
-    """The most seconds that a checkpoint of the run in `output_dir` took, by events.jsonl; 0 where none is told of."""
-    path = Path(output_dir) / "events.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    longest = 0.0
-    for line in lines:
+    text, longest = path.read_text(encoding="utf-8") if path.is_file() else "", 0.0
+    for line in text.splitlines():
         if line.startswith('{"event": "checkpoint"'):
             with contextlib.suppress(ValueError):  # cut by a kill
                 longest = max(longest, json.loads(line).get("seconds", 0.0))
-    return longest
+    started, fruitless = (
+        part.count('"event": "start"') for part in (text, text.rpartition('"event": "checkpoint"')[2])
+    )
+    return started, fruitless, longest
 
 
 class Journal:

@@ -38,8 +38,9 @@ def find_start(config, resume, overwrite):
                 f"{found[-1].name if found else 'none'}); "
                 "continue it with --resume, replace it with --overwrite, or choose another folder"
             )
-    started, fruitless = monitor.starts(output) if resume else (0, 0)
+    started, fruitless, longest_save_s = monitor.history(output) if resume else (0, 0, 0.0)
     state = {"step": 0, "samples": 0, "restart": started, "useful_s": 0.0, "nonfinite": 0}
+    state["longest_save_s"] = longest_save_s
     if file := resume and stopping.stop_file(output):
         print(f"{output}: nothing is done while there is a file {file}; delete it to go on", flush=True)
         return None, state, {"stopped": f"the file {stopping.STOP}"}

@@ -119,8 +119,8 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     journal = monitor.Journal(config.run.output_dir, state["restart"], world.is_root)
     start = {"ranks": world.size, "hosts": world.hosts, "library": world.library, "layout": layout.describe()}
     limit = config.run.time_limit and deadline.seconds(config.run.time_limit)
-    longest_s = on_root(world.comm, monitor.longest_save_s, config.run.output_dir) or size_bytes / _SLOW_DISK
-    requests = stopping.Requests(config.run.output_dir, world.is_root, limit, longest_s)
+    save_s = state.pop("longest_save_s") or size_bytes / _SLOW_DISK
+    requests = stopping.Requests(config.run.output_dir, world.is_root, limit, save_s)
     journal.event("start", step=state["step"], max_steps=plan.max_steps, job=deadline.job(), ends=requests.end, **start)
     if damaged:
         journal.event("damaged", paths=list(map(str, damaged)))
