@@ -246,7 +246,7 @@ def predict(args):
     from .predict import predict_file, predict_texts, show
 
     options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
-    options |= {"question": args.task, "precision": args.precision}
+    options |= {"question": args.task, "precision": args.precision, "tensor": args.tensor}
     if args.input:
         options["columns"] = args.text_column, args.pair_column
         world = mpi.init(args.device)

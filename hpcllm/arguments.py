@@ -173,6 +173,9 @@ def parser():
     p.add_argument("--task", choices=(*names.TASKS, "embedding"), help="what is asked (default: what the model is for)")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="arithmetic (default: that of training)")
     p.add_argument("--batch-tokens", type=int, metavar="N", help="of a batch, padding included (default: by device)")
+    p.add_argument(
+        "--tensor", type=int, default=1, metavar="N", help="ranks that hold the model between them (default: 1)"
+    )
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "xpu"), default="auto")
     p.add_argument(
         "--top-k", type=int, metavar="K", help="guesses for each mask (5), labels of a text, tokens to draw from"

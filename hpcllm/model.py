@@ -214,12 +214,16 @@ def load(folder, task, *, strict=True, head=None):
     return load_as(folder, TASKS[task].model_class(), strict=strict, head=head)
 
 
-def load_as(folder, model_class, *, strict=True, head=None, unused=()):
-    """As `load`, of a class of transformers (AutoModel, ...). unused: beginnings of names that may be missing."""
-    return _load(folder, model_class, strict=strict, head=head, unused=unused)[0]
+def load_as(folder, model_class, *, strict=True, head=None, unused=(), divide=None):
+    """As `load`, of a class of transformers (AutoModel, ...).
+
+    unused: beginnings of names that may be missing; divide: called with the model whose weights still lie in the file,
+    to leave a part of them, which is all that memory is taken for.
+    """
+    return _load(folder, model_class, strict=strict, head=head, unused=unused, divide=divide)[0]
 
 
-def _load(folder, model_class, *, strict, head=None, unused=()):
+def _load(folder, model_class, *, strict, head=None, unused=(), divide=None):
     """(the model of `load_as`, names of weights that the folder lacks and that started at random)"""
     folder, given, place = require_folder(folder), head or {}, folder
     how = {"output_loading_info": True, "use_safetensors": True, "dtype": torch.float32}
@@ -238,6 +242,8 @@ def _load(folder, model_class, *, strict, head=None, unused=()):
     wrong = sorted(report["mismatched_keys"]) + sorted(missing if strict else [])
     if wrong:
         raise DataError(f"{folder}: weights missing or of another shape: {', '.join(map(str, wrong[:5]))}")
+    if divide is not None:
+        divide(model)
     for parameter in model.parameters():
         # From slices of a mapped file into memory that torch allocates: BLAS sums in another order where the
         # alignment is another, and a continued run would no longer repeat an uninterrupted one to the bit.

@@ -4,30 +4,22 @@ A unit's rows are encoded together, and computed in batches of about as many pad
 they are put together depends on the rows alone, so that answers are the same bytes at any number of ranks.
 """
 
-import inspect
 import json
 import os
-import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from . import checkpoint, files, lora, model
-from .data import shards, tokenizer
-from .data.documents import Documents
-from .data.examples import filled
+from . import checkpoint, lora
+from .data import shards
 from .errors import DataError, MissingInput, UsageError
-from .evaluate import arithmetic
 from .metrics import written
-from .mpi import on_root, together
+from .mpi import on_root, teams, together
 from .questions import QUESTIONS
-from .quicken import quicken
-from .rows import Example, Prepared, answer_all
+from .questions.asker import Asker
+from .rows import answer_all
 from .run_folder import run_config
 
-_BATCH_TOKENS = {"cpu": 2048}  # more is no quicker there, and takes memory
-_BATCH_TOKENS_GPU = 16384
 # What a model folder is for, by the end of its class's name.
 _ENDINGS = {
     "ForMaskedLM": "masked_lm",
@@ -64,86 +56,6 @@ def what_is(path, question=None):
     return folder, question or own, precision
 
 
-class Model:
-    """A model that answers batches of rows on this rank."""
-
-    def __init__(self, folder, question, device, *, precision="fp32", batch_tokens=None, **options):
-        """question: of QUESTIONS; batch_tokens: padded tokens of a batch, about; options: of the question.
-
-        Raises a Refusal for what cannot be used.
-        """
-        words = tokenizer.load(folder)
-        asked = QUESTIONS[question]
-        net = model.load_as(folder, asked.model_class(), unused=asked.unused).to(device).eval()
-        quicken(net, device)
-        self._folder, self._name = folder, question
-        self._device, self._precision = device, precision
-        self._batch_tokens = batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_GPU)
-        self.decides = {
-            "device": device.type,
-            "batch tokens": self._batch_tokens,
-            "tokenizer": tokenizer.tokenizer_hash(words),
-            "configuration": files.digest(Path(folder) / "config.json"),
-        }
-        makers = [kind.__init__ for kind in asked.__mro__ if "__init__" in vars(kind)]
-        known = {name for maker in makers for name in inspect.signature(maker).parameters}
-        for name in options.keys() - known:
-            raise UsageError(f"--{name.replace('_', '-')} is nothing that {question} knows")
-        self._question = asked(net, words, **options)
-        self.seconds = []  # that batches took
-
-    @property
-    def columns(self):
-        return self._question.columns
-
-    def prepared(self, stream):
-        """The examples of a folder of shards (data.stream.TokenStream) as rows.
-
-        Raises DataError for those of other labels or of another tokenizer, and for longer ones than the model takes.
-        """
-        folder, labelled, question = stream.folder, stream.labelled, self._question
-        kind = labelled and labelled["kind"]
-        if kind not in question.kinds:
-            has = f"labels of the kind {kind}" if labelled else "no labels"
-            takes = f"shards with labels of the kind {' or '.join(question.kinds)}, or " if question.kinds else ""
-            raise DataError(f"input: the shards of {folder} have {has}; give {self._name} {takes}files of text")
-        tokenizer.check_same(stream, self._folder, self.decides["tokenizer"])
-        longest = labelled["became"]["longest"]
-        if longest > question.places and kind != "tags":  # sentences of words are cut anew
-            raise DataError(
-                f"input: {folder} has examples of {longest} tokens, the model has room for {question.places}; "
-                f"prepare with --max-tokens {question.places}"
-            )
-        return Prepared(Documents(stream), question.example)
-
-    def answer(self, rows, advance=lambda done: None):
-        """[dict] for each of `rows` (Row or Example of rows): its fields, and what was asked as "prediction"."""
-        question = self._question
-        # One row may take several documents.
-        documents = [row.documents if isinstance(row, Example) else question.documents(row) for row in rows]
-        asked = [(number, document) for number, some in enumerate(documents) for document in some]
-        lengths = np.array([question.size(ids) for _, (ids, *_) in asked], np.int64)
-        longest_first = np.argsort(-lengths, kind="stable")
-        found, left = [[] for _ in rows], np.bincount([number for number, _ in asked], minlength=len(rows))
-        with torch.inference_mode():
-            for group in filled(lengths[longest_first], self._batch_tokens):
-                some, began = [asked[at] for at in longest_first[group]], time.perf_counter()
-                with arithmetic(self._precision, self._device):
-                    answers = list(question.ask([document for _, document in some], self._device))
-                self.seconds.append(time.perf_counter() - began)
-                for (number, _), place, answer in zip(some, longest_first[group], answers, strict=True):
-                    found[number].append((place, answer))
-                    left[number] -= 1
-                advance(int((left == 0).sum()))
-        return [
-            {
-                **row.fields,
-                "prediction": question.join(row, [answer for _, answer in sorted(answers, key=lambda one: one[0])]),
-            }
-            for row, answers in zip(rows, found, strict=True)
-        ]
-
-
 def fingerprint(folder, question, precision, options):
     """What decides answers, in words, for a run that goes on where another was killed. Root only."""
     said = folder / checkpoint.COMPLETE
@@ -165,6 +77,7 @@ def predict_file(
     *,
     question=None,
     precision=None,
+    tensor=1,
     overwrite=False,
     format=None,
     reference=None,
@@ -173,23 +86,25 @@ def predict_file(
     """Answers to all rows of `inputs` in the file `output`; returns a summary. Collective.
 
     path, question: as `what_is`; inputs: paths and globs, or a folder of shards; precision: "fp32" or "bf16", None:
-    that of training; format: of rows.FORMATS; reference: of texts that are written, the column of what was wanted, for
-    "scores" of the summary; options: of Model.
+    that of training; tensor: so many ranks in a row hold the model between them; format: of rows.FORMATS; reference: of
+    texts that are written, the column of what was wanted, for "scores" of the summary; options: of Asker.
     """
     folder, question, usual = on_root(world.comm, what_is, path, question)
     precision = precision or usual
     if reference is not None:
         on_root(world.comm, _check_reference, question)
     asked = on_root(world.comm, fingerprint, folder, question, precision, options)
+    team, leaders = teams(world, tensor)
     with together(world.comm):
-        asker = Model(folder, question, world.device, precision=precision, **options)
+        asker = Asker(folder, question, team, precision=precision, **options)
     prepared = on_root(world.comm, _shards, inputs, format, options)
     if prepared is not None:
         stream = shards.open_folder(prepared, comm=world.comm)
         with together(world.comm):
             inputs = asker.prepared(stream)
     how = {"format": format, "overwrite": overwrite, "columns": asker.columns, "fingerprint": asked | asker.decides}
-    summary = answer_all(world, inputs=inputs, output=output, answer=asker.answer, **how)
+    summary = asker.lead(lambda: answer_all(leaders, inputs=inputs, output=output, answer=asker.answer, **how))
+    summary = world.comm.bcast(summary)
     summary["batch_seconds"] = _percentiles(world.comm.allgather(asker.seconds))
     if reference is not None:
         summary["scores"] = on_root(world.comm, _scores, output, QUESTIONS[question].told, reference)
@@ -253,20 +168,22 @@ class _Said:
         return DataError(f"text {self.number + 1}: {why}")
 
 
-def predict_texts(world, path, texts, *, question=None, precision=None, **options):
+def predict_texts(world, path, texts, *, question=None, precision=None, tensor=1, **options):
     """Answers to `texts` (list of str) in their order, on root; None on the other ranks. Collective.
 
     As predict_file; each text is a batch of its own, so its answer does not depend on the others'.
     """
     folder, question, usual = on_root(world.comm, what_is, path, question)
+    team, leaders = teams(world, tensor)
+    rows = [_Said(number, text) for number, text in enumerate(texts)][leaders.rank :: leaders.size]
     with together(world.comm):
-        asker = Model(folder, question, world.device, precision=precision or usual, **options)
-        rows = [_Said(number, text) for number, text in enumerate(texts)]
-        mine = [asker.answer([row])[0] for row in rows[world.rank :: world.size]]
-    gathered = world.comm.gather(mine, root=0)
-    if gathered is None:
+        asker = Asker(folder, question, team, precision=precision or usual, **options)
+    with together(world.comm):
+        mine = asker.lead(lambda: [asker.answer([row])[0] for row in rows])
+    gathered = leaders.comm.gather(mine, root=0)
+    if not world.is_root:
         return None
-    return [gathered[i % world.size][i // world.size] for i in range(len(texts))]
+    return [gathered[i % leaders.size][i // leaders.size] for i in range(len(texts))]
 
 
 def show(answer):

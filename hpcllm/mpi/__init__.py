@@ -6,6 +6,6 @@ model = DistributedDataParallel(model.to(world.device))
 """
 
 from .abort import end_all, leave_together
-from .world import World, agree, alone, init, join, on_root, together
+from .world import World, agree, alone, init, join, on_root, teams, together
 
-__all__ = ["World", "agree", "alone", "end_all", "init", "join", "leave_together", "on_root", "together"]
+__all__ = ["World", "agree", "alone", "end_all", "init", "join", "leave_together", "on_root", "teams", "together"]

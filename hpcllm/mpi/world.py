@@ -191,6 +191,26 @@ def alone(world):
     )
 
 
+def teams(world, size):
+    """(the `World` of this rank's team of `size` ranks in a row, that of the ranks with the same place in theirs).
+
+    After `init`. Raises UsageError, the same on every rank, where `size` does not divide the job. Collective.
+    """
+    import torch.distributed as dist
+
+    if size == 1:
+        return alone(world), world
+    if size < 1 or world.size % size:
+        raise UsageError(f"tensor: {size} does not divide the {world.size} ranks of this job").known_to_all()
+    number, place = divmod(world.rank, size)
+    ranks = range(number * size, (number + 1) * size)
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    hosts = world.hosts[ranks.start : ranks.stop]
+    team = replace(world, comm=world.comm.Split(number, place), rank=place, size=size, hosts=hosts, group=group)
+    across, hosts = world.comm.Split(place, number), world.hosts[place::size]
+    return team, replace(world, comm=across, rank=number, size=world.size // size, hosts=hosts, group=None)
+
+
 def _load():
     """mpi4py's MPI module, its library loaded but not started."""
     import mpi4py

@@ -132,6 +132,14 @@ def split(model, group, sequence=False, checkpointing=False):
     return cutter.pieces
 
 
+def split_to_ask(model, group):
+    """As `split`, of a model that gives logits of the whole vocabulary on every rank and is never trained."""
+    split(model, group)
+    head = model.get_output_embeddings()
+    if head is not None:
+        vocabulary.gather(head)
+
+
 def _refuse_what_would_be_wrong(model, modules, regions):
     """Raise UsageError, the same on every rank, for a model that does more than its plan says."""
     kind, known = model.config.model_type, {name for name, _, _ in modules}

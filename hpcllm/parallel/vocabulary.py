@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from .regions import enter, leave
+from ..mpi.reduce import shares
+from .regions import all_gather, enter, leave
 
 LOGITS_AT_ONCE = 1 << 24  # that exist: enough rows for a matrix product to run at full speed on a CPU
 ROUNDED_AT_ONCE = 1 << 18  # that are fp32 on a CPU
@@ -50,6 +51,22 @@ def classify(module, words):
     """Make a linear layer whose rows have been cut to those of `words` give the logits of these words."""
     module.register_forward_pre_hook(lambda _, arguments: (enter(arguments[0], words.group), *arguments[1:]))
     module.words = words
+
+
+def gather(module):
+    """Make a linear layer that `classify` has changed give the logits of all words, on every rank. No gradients."""
+    words, module.words = module.words, None
+    size = dist.get_world_size(words.group)
+    lengths = shares(words.count, size)
+
+    def all_words(_, __, part):
+        # As many on every rank, of which some have a word more.
+        part = functional.pad(part, (0, max(lengths) - part.shape[-1]))
+        parts = part.new_empty((size, *part.shape))
+        all_gather(parts.flatten(0, 1), part, group=words.group)
+        return torch.cat([each[..., :length] for each, length in zip(parts, lengths, strict=True)], -1)
+
+    module.register_forward_hook(all_words)
 
 
 def words_of(head):

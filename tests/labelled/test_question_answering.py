@@ -18,6 +18,7 @@ from hpcllm import config, evaluate, export, model, plan, predict, train
 from hpcllm.errors import DataError, UsageError
 from hpcllm.metrics import answers as squad
 from hpcllm.parallel.apply import whole
+from hpcllm.questions.asker import Asker
 from hpcllm.tasks import question_answering as task
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -375,7 +376,7 @@ def test_long_texts_are_read_in_windows(world, folder, tmp_path):
     [answer] = predicted(world, folder, tmp_path, [long])
     said = answer["prediction"]
     assert long["context"][said["start"] : said["end"]] == said["answer"] != "" and 0 < said["score"] < 1
-    asker = predict.Model(folder, "question_answering", world.device)
+    asker = Asker(folder, "question_answering", hpcllm.mpi.alone(world))
     documents = asker._question.documents(type("Row", (), {"fields": long, "offset": 0}))
     assert len(documents) > 2 and all(len(document.ids) <= 64 for document in documents)
 
