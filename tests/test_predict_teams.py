@@ -89,7 +89,7 @@ def test_answers_are_those_of_one_rank_that_has_the_whole_model(world, folders, 
 @pytest.mark.parametrize("asked", ["masked_lm", "drawn"])
 def test_answers_are_the_same_bytes_at_any_number_of_teams(world, folders, tmp_path, asked):
     base, (name, how) = shared(world, tmp_path), ASKED[asked]
-    inputs = written(world, base, [{"text": text + " [MASK]" * (name == "masked_lm")} for text in texts(300)])
+    inputs = written(world, base, [{"text": text + " [MASK]" * (name == "masked_lm")} for text in texts(1500)])
     how = {"batch_tokens": 200, "tensor": 2, **how}
     summary = predict.predict_file(world, folders / name, inputs, str(base / "all"), **how)
     team, across = hpcllm.mpi.teams(world, 2)

@@ -203,9 +203,9 @@ def teams(world, size):
     if size < 1 or world.size % size:
         raise UsageError(f"tensor: {size} does not divide the {world.size} ranks of this job").known_to_all()
     number, place = divmod(world.rank, size)
-    ranks = range(number * size, (number + 1) * size)
-    group = dist.new_group(list(ranks), use_local_synchronization=True)
-    hosts = world.hosts[ranks.start : ranks.stop]
+    mine = slice(number * size, (number + 1) * size)
+    group = dist.new_group(dist.get_process_group_ranks(world.group)[mine], use_local_synchronization=True)
+    hosts = world.hosts[mine]
     team = replace(world, comm=world.comm.Split(number, place), rank=place, size=size, hosts=hosts, group=group)
     across, hosts = world.comm.Split(place, number), world.hosts[place::size]
     return team, replace(world, comm=across, rank=number, size=world.size // size, hosts=hosts, group=None)
