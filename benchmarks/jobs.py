@@ -1,5 +1,6 @@
 """Start jobs of several ranks on this machine, the way the job scripts do, and read what they left. Not a command."""
 
+import contextlib
 import json
 import os
 import statistics
@@ -94,6 +95,17 @@ def record(what, ratios):
     if path := os.environ.get("HPCLLM_BENCHMARK_RECORDS"):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"what": what, "ratios": [float(ratio) for ratio in ratios]}) + "\n")
+
+
+def ranks_with(argument):
+    """Process numbers of the ranks, on this machine, of the job that has `argument` in its command."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if b"python" in words[0] and str(argument).encode() in words and b"-np" not in words:
+                found.append(int(process.name))
+    return sorted(found)
 
 
 def held():

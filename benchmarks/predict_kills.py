@@ -23,15 +23,6 @@ from . import jobs
 from .predict_speed import texts
 
 
-def ranks_of(output):
-    """Process numbers of the ranks that write `output`."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            arguments = (process / "cmdline").read_bytes().split(b"\0")
-            if b"python" in arguments[0] and b"hpcllm" in arguments and str(output).encode() in arguments:
-                yield int(process.name)
-
-
 def answers_in(folder):
     """Bytes of answers that killed runs have put aside."""
     return sum(path.stat().st_size for path in folder.glob("spool-*"))
@@ -65,7 +56,7 @@ def main():
         for number in range(args.kills):
             job = jobs.start(args.ranks, *asked, folder / "killed.jsonl")
             time.sleep(draw.uniform(0.1, 0.9) * summary["seconds"] / args.kills + 5)  # it takes that long to start
-            killed = list(ranks_of(folder / "killed.jsonl"))
+            killed = jobs.ranks_with(folder / "killed.jsonl")
             for rank in killed:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rank, signal.SIGKILL)

@@ -54,14 +54,14 @@ def failing_job(run_file, at_step, note):
 
 
 def differing_bytes(a, b):
-    """Bytes that differ between two safetensors files, tensor by tensor; all of them where the names differ."""
+    """(bytes that differ between two safetensors files, all bytes), by tensors; all of them where the names differ."""
     import numpy as np
     import torch
     from safetensors.torch import load_file
 
     a, b = load_file(a), load_file(b)
     if a.keys() != b.keys():
-        return sum(t.nbytes for t in a.values())
+        return (size := sum(t.nbytes for t in a.values())), size
     raw = [(a[name].reshape(-1).view(torch.uint8).numpy(), b[name].reshape(-1).view(torch.uint8).numpy()) for name in a]
     return int(sum(np.count_nonzero(x != y) for x, y in raw)), sum(x.size for x, _ in raw)
 

@@ -15,6 +15,7 @@ from launching import clean_environment, find_mpirun
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hpcllm.mpi
+from benchmarks import jobs
 from hpcllm import predict
 from hpcllm.data import order, tokenizer
 from hpcllm.data.labelled import Reading
@@ -281,7 +282,7 @@ def test_a_job_that_is_killed_goes_on_to_the_same_bytes(models, tmp_path, mpirun
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(delay)
-        ranks = ranks_of(tmp_path / "killed.jsonl")
+        ranks = jobs.ranks_with(tmp_path / "killed.jsonl")
         assert len(ranks) == 2
         for rank in ranks:
             os.kill(rank, signal.SIGKILL)
@@ -295,16 +296,3 @@ def test_a_job_that_is_killed_goes_on_to_the_same_bytes(models, tmp_path, mpirun
 def spooled(folder):
     """Bytes of answers that runs have put aside."""
     return sum(path.stat().st_size for path in folder.glob("spool-*"))
-
-
-def ranks_of(output):
-    """Process numbers of the ranks that write `output`."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"python" in arguments[0] and str(output).encode() in arguments and b"-np" not in arguments:
-            found.append(int(process.name))
-    return found

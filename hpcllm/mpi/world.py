@@ -185,7 +185,7 @@ def alone(world):
     import torch.distributed as dist
     from mpi4py import MPI
 
-    group = dist.new_group([world.rank], use_local_synchronization=True)
+    group = dist.new_group([dist.get_rank()], use_local_synchronization=True)  # `world` may be a part of the job
     return replace(
         world, comm=MPI.COMM_SELF, rank=0, size=1, hosts=(world.host,), local_rank=0, local_size=1, group=group
     )

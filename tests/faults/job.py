@@ -15,8 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from hpcllm import __main__, checkpoint, evaluate, mpi, train
 from hpcllm.data import batches
 
@@ -27,25 +25,13 @@ def kill(placed, given):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def slow(placed, given):
-    """It takes `seconds` longer."""
-    time.sleep(float(given["seconds"]))
-
-
-def flip(placed, given):
-    """A bit of a weight is another one."""
-    note(given)
-    parameters = dict(placed.named_parameters())
-    parameters[min(parameters)].data.view(-1).view(torch.int32)[0] ^= 1 << 20
-
-
 def vanish(placed, given):
     """Somebody removes the folder of the run."""
     note(given)
     shutil.rmtree(given["folder"])
 
 
-IN_STEPS = {"kill": kill, "slow": slow, "flip": flip, "vanish": vanish, "nan": None}
+IN_STEPS = {"kill": kill, "vanish": vanish, "nan": None}
 
 
 def note(given):

@@ -3,7 +3,7 @@
     python -m tests.faults.matrix [F1 F4 ...] [--kills 200] [--minutes 0] [--ranks 4]
 
 Prints a table and ends with 1 where something does not hold. Jobs train a BERT of 60,000 parameters. F8 and F9 mount
-file systems, so they need root. F13 to F15 and F21 are tests on a Slurm cluster (`make test-slurm`), which are named;
+file systems, so they need root. F13, F15 and F21 are tests on a Slurm cluster (`make test-slurm`), which are named;
 F22 takes `--minutes` (0 leaves it out).
 """
 
@@ -22,10 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks import faults as collectives
 from benchmarks import jobs
+from benchmarks.restart import differing_bytes
 from hpcllm import checkpoint
 from hpcllm.errors import DataError
 
@@ -114,14 +113,8 @@ class Folder:
 
 def differing(ours, theirs, step):
     """Bytes of weights and optimizer state in which two runs' checkpoints of a step differ."""
-    found = 0
-    for name in LARGE:
-        a, b = ((folder / f"checkpoint-{step}" / name).read_bytes() for folder in (ours, theirs))
-        found += abs(len(a) - len(b))
-        found += (
-            int(np.count_nonzero(np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8))) if len(a) == len(b) else 0
-        )
-    return found
+    where = f"checkpoint-{step}"
+    return sum(differing_bytes(ours / where / name, theirs / where / name)[0] for name in LARGE)
 
 
 def events(run, name):
@@ -137,23 +130,12 @@ def newest_is_right(run):
     return bool(found)
 
 
-def processes(run_file):
-    """Process numbers of the ranks that have `run_file` among their arguments."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            if b"python" in words[0] and str(run_file).encode() in words and b"-np" not in words:
-                found.append(int(process.name))
-    return sorted(found)
-
-
 @fault("F1", "SIGKILL of a rank: the job ends, and goes on")
 def killed(folder):
     run_file, run = folder.run_file("killed"), folder.base / "killed"
     note = folder.base / "killed.note"
     done = folder.train(run_file, fault=("kill", "rank=2", "step=7", f"note={note}"))
-    over, left = folder.since("killed.note"), processes(run_file)
+    over, left = folder.since("killed.note"), jobs.ranks_with(run_file)
     lost = 7 - 1 - max(int(path.name.split("-")[1]) for path in checkpoint.find(run))
     again = folder.train(run_file, "--resume")
     holds = done.returncode not in (0, None) and not left and over < 10 and lost <= 4 and again.returncode == 0
@@ -202,7 +184,7 @@ def killed_in_saves(folder):
             if line.startswith("step "):
                 break
         time.sleep(draw.uniform(0.0, 0.3))
-        victims = processes(run_file)
+        victims = jobs.ranks_with(run_file)
         for victim in draw.sample(victims, len(victims)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
@@ -334,7 +316,7 @@ def terminated(folder):
             return False, "the job did not come to step 5"
     began = time.time()
     for _ in range(2):
-        for rank in processes(run_file):
+        for rank in jobs.ranks_with(run_file):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGTERM)
             time.sleep(0.02)
@@ -399,7 +381,7 @@ def soak(folder):
             job.communicate(timeout=min(60.0, left))
         except subprocess.TimeoutExpired:
             last = left <= 60.0
-            victims = processes(run_file)
+            victims = jobs.ranks_with(run_file)
             if last:
                 for victim in victims:
                     os.kill(victim, signal.SIGTERM)
