@@ -7,13 +7,14 @@ other that they are done with the sums at the edge of a step (`monitor.Clock.col
 of what was written, for its digests, and root gives the folder its name. The threads here never call MPI.
 """
 
+import itertools
 import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import checkpoint, files
+from . import blocks, checkpoint, files
 from .mpi import agree, on_root
 
 # What a rank tells the others of what it has in hand.
@@ -33,7 +34,7 @@ class Saver:
         self._tokenizer_dir, self._keep, self.newest, self._completed = tokenizer_dir, keep, newest, completed
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hpcllm-save")
         self._path = self._at_work = None
-        self._copied = threading.Event()
+        self._copied, self._memory = threading.Event(), blocks.Memory()
 
     def begin(self, step, state, best=None, copy=True):
         """Start to write `checkpoint-<step>`; returns while that goes on.
@@ -92,7 +93,10 @@ class Saver:
                     shutil.rmtree(self._hidden, ignore_errors=True)
         if self._then == "digest":
             self._then = "commit"
-            self._at_work = self._pool.submit(self._timed, self._digest)
+            known = self._at_work.result()
+            numbers = self._comm.allgather({file: list(found) for file, found in known.items()})
+            left = checkpoint.unread(self._hidden, numbers, self._comm.rank, self._comm.size)
+            self._at_work = self._pool.submit(self._timed, self._digest, known, left)
             return
         if self._then == "commit":
             self._then = None
@@ -124,19 +128,22 @@ class Saver:
     def _write(self, contents, outlines, copy):
         try:
             with files.failing_as_io(self._path):
-                parts = {file: list(checkpoint.parts(self._placed, held)) for file, held in contents.items()}
+                wanted = {
+                    file: blocks.segments(checkpoint.stretches(self._placed, held, outlines[file]))
+                    for file, held in contents.items()
+                }
+                copies = {}
                 if copy:
-                    for part in parts.values():
-                        part[:] = [(entry, box, values.to("cpu", copy=True)) for entry, box, values in part]
+                    copied = iter(self._memory.take([one for segments in wanted.values() for one in segments]))
+                    copies = {file: list(itertools.islice(copied, len(wanted[file]))) for file in wanted}
                     self._copied.set()
-                for file, part in parts.items():
-                    checkpoint.write(self._hidden / file, outlines[file], part)
+                return {file: blocks.write(self._hidden / file, wanted[file], copies.get(file)) for file in wanted}
         finally:
             self._copied.set()
 
-    def _digest(self):
+    def _digest(self, known, left):
         with files.failing_as_io(self._path):
-            return checkpoint.digests(self._hidden, self._comm.rank, self._comm.size)
+            return {file: known[file] | blocks.digests(self._hidden / file, left[file]) for file in known}
 
     def _commit(self, known):
         """What is not made of pieces, the name, and the end of older ones. Root's."""

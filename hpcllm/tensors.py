@@ -21,7 +21,8 @@ class Outline:
 
     def __init__(self, tensors):
         # The widest first: then all are aligned, the header being padded to a multiple of 8 bytes.
-        order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+        # Then single numbers, which are not to part what lies between them.
+        order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, not tensors[name][1], name))
         entries, at = {"__metadata__": {"format": "pt"}}, 0
         for name in order:
             dtype, shape = tensors[name]
@@ -46,13 +47,16 @@ class Outline:
 
     def write(self, handle, name, box, values):
         """Write `values` (tensor on any device) as the `box` (slices, one a dim) of the tensor `name`."""
+        for offset, part in self.stretches(name, box, values.detach().cpu()):
+            _write(handle, part.numpy(), offset)
+
+    def stretches(self, name, box, values):
+        """(offset in the file, uint8 tensor) of the bytes of `values`, which are the `box` of the tensor `name`."""
         dtype, shape = self.tensors[name]
-        values = values.detach().cpu().contiguous()
-        memory = memoryview(values.reshape(-1).view(torch.uint8).numpy())
-        at = 0
+        memory, at = values.contiguous().reshape(-1).view(torch.uint8), 0
         for start, length in runs(shape, box):
             count = length * dtype.itemsize
-            _write(handle, memory[at : at + count], self._starts[name] + start * dtype.itemsize)
+            yield self._starts[name] + start * dtype.itemsize, memory[at : at + count]
             at += count
 
 
