@@ -1,8 +1,8 @@
 """When a checkpoint is due: every so many steps, or so often that the least time is lost (checkpoint.every_steps).
 
 Time goes to checkpoints and to steps that are done again after a failure. Daly 2006 ("A higher order estimate of the
-optimum checkpoint interval for restart dumps", equation 37) gives the interval that makes the sum of both smallest, from
-what a checkpoint costs and how long a job runs between failures; Young 1974 has its first term.
+optimum checkpoint interval for restart dumps", equation 37) gives the interval that makes the sum of both smallest,
+from what a checkpoint costs and how long a job runs between failures; Young 1974 has its first term.
 """
 
 import math
@@ -58,8 +58,8 @@ class Interval:
         if not self._auto or not (self._steps or during):
             return None
         step_s = statistics.median(self._steps or during)
-        slowed_s = sum(during) - step_s * len(during) if self._steps else 0.0
-        self._costs, self._writes = [*self._costs, waited_s + max(0.0, slowed_s)], [*self._writes, seconds]
+        slowed_s = sum(during) - step_s * len(during)  # which has most of `waited_s` in it
+        self._costs, self._writes = [*self._costs, max(waited_s, slowed_s)], [*self._writes, seconds]
         del self._costs[:-_NEWEST_SAVES], self._writes[:-_NEWEST_SAVES]
         cost_s, write_s = statistics.median(self._costs), statistics.median(self._writes)
         wanted_s = max(optimum_s(cost_s, self._mtbf_s), _LEAST * cost_s, write_s)
@@ -67,8 +67,8 @@ class Interval:
         if abs(self._every - before) < 0.1 * self._every:
             return None
         return (
-            f"a checkpoint every {self._every} steps ({self._every * step_s:.0f} s): one costs {cost_s:.3g} s, and a failure "
-            f"is expected every {self._mtbf_s / 3600:.3g} h"
+            f"a checkpoint every {self._every} steps ({self._every * step_s:.0f} s): one costs {cost_s:.3g} s of "
+            f"training, and a failure is expected every {self._mtbf_s / 3600:.3g} h"
         )
 
     @property

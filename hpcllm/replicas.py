@@ -24,8 +24,8 @@ _ALL = 1 << 64
 def check(comm, placed, optimizer, step, hosts):
     """Compare what ranks hold in common of `placed` (parallel.apply.Placed) and of its optimizer's state.
 
-    Raises Corrupted, the same on every rank, where any two differ. step: that was just done; hosts: name of each rank's.
-    One pass over weights and moments, and one message of a few bytes where nothing differs. Collective.
+    Raises Corrupted, the same on every rank, where any two differ. step: that was just done; hosts: of each rank. One
+    pass over weights and moments, and one message of a few bytes where nothing differs. Collective.
     """
     placed.ready()
     mine, sums = digests(placed, optimizer), {}
@@ -110,7 +110,7 @@ def suspects(everybody):
     odd = {key: _fewer(by_number) for key, by_number in found.items()}
     told_apart = any(odd.values())
     if not told_apart:
-        odd = {key: sum(by_number.values(), []) for key, by_number in found.items()}
+        odd = {key: list(itertools.chain(*by_number.values())) for key, by_number in found.items()}
     first = {}
     for rank, known in enumerate(everybody):
         names = [name for group, name in known if rank in odd.get((group, name), ())]
@@ -130,7 +130,9 @@ def describe(found, told_apart, step, hosts):
     where = [f"rank {rank} ({hosts[rank]}) first in {name}" for rank, name in found.items()]
     listed = "; ".join(where[:8]) + (f"; and {len(where) - 8} more" if len(where) > 8 else "")
     if told_apart:
-        return f"step {step}: corrupted, by a faulty processor or memory: not the bits that most ranks have has {listed}"
+        return (
+            f"step {step}: corrupted, by a faulty processor or memory: not the bits that most ranks have has {listed}"
+        )
     return (
         f"step {step}: corrupted, by a faulty processor or memory: ranks that hold the same have different bits, and "
         f"which of them are right nothing tells: {listed}"

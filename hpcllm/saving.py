@@ -5,6 +5,9 @@ backward run, and the optimizer waits for what is left of it (as in CheckFreq, M
 Maurya et al. 2024). Then each rank writes its pieces into files that are there at their full length. Ranks tell each
 other that they are done with the sums at the edge of a step (`monitor.Clock.collect`); then they share out the reading
 of what was written, for its digests, and root gives the folder its name. The threads here never call MPI.
+
+What is not finite is never written: where a rank finds such a number in what it has to write, there is no checkpoint of
+that step.
 """
 
 import shutil
@@ -13,24 +16,30 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from . import checkpoint, files
 from .mpi import agree, on_root
 
 # What a rank tells the others of what it has in hand.
-_READY, _BUSY, _FAILED = 0, 1, 2
+_READY, _UNFIT, _BUSY, _FAILED = 0, 1, 2, 3
 
 
 class Saver:
     """Writes checkpoints of `placed` (parallel.apply.Placed) and its optimizer below `output_dir`, one at a time.
 
     comm: of all ranks; tokenizer_dir, keep: as in the run file; newest: path of the newest checkpoint that is complete;
-    completed: called for each with (step, path, seconds that this rank worked at it, how many its training waited).
+    completed: called for each with (step, path, seconds that this rank worked at it, how many its training waited);
+    unfit: called with the step of one that is not written, since not all numbers are finite.
     Every method but `hold` and `report` is collective.
     """
 
-    def __init__(self, comm, placed, optimizer, output_dir, tokenizer_dir, keep, newest=None, completed=None):
+    def __init__(
+        self, comm, placed, optimizer, output_dir, tokenizer_dir, keep, newest=None, completed=None, unfit=None
+    ):
         self._comm, self._output, self._placed, self._optimizer = comm, Path(output_dir), placed, optimizer
-        self._tokenizer_dir, self._keep, self.newest, self._completed = tokenizer_dir, keep, newest, completed
+        self._tokenizer_dir, self._keep, self.newest = tokenizer_dir, keep, newest
+        self._completed, self._unfit = completed, unfit
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hpcllm-save")
         self._path = self._at_work = None
         self._copied = threading.Event()
@@ -77,7 +86,9 @@ class Saver:
             return _READY
         if not self._at_work.done():
             return _BUSY
-        return _FAILED if self._at_work.exception() else _READY
+        if self._at_work.exception():
+            return _FAILED
+        return _UNFIT if self._at_work.result() is False else _READY
 
     def advance(self, largest):
         """Go on where all ranks are ready. Raises what failed on any, on all; the checkpoints that were there stay."""
@@ -90,6 +101,13 @@ class Saver:
             finally:
                 if self._comm.rank == 0:
                     shutil.rmtree(self._hidden, ignore_errors=True)
+        if largest == _UNFIT:
+            self._path = self._at_work = None
+            if self._comm.rank == 0:
+                shutil.rmtree(self._hidden, ignore_errors=True)
+            if self._unfit:
+                self._unfit(self._step)
+            return
         if self._then == "digest":
             self._then = "commit"
             self._at_work = self._pool.submit(self._timed, self._digest)
@@ -122,6 +140,7 @@ class Saver:
             self._worked_s += time.monotonic() - began
 
     def _write(self, contents, outlines, copy):
+        """False, and nothing written, where a number is not finite."""
         try:
             with files.failing_as_io(self._path):
                 parts = {file: list(checkpoint.parts(self._placed, held)) for file, held in contents.items()}
@@ -129,8 +148,11 @@ class Saver:
                     for part in parts.values():
                         part[:] = [(entry, box, values.to("cpu", copy=True)) for entry, box, values in part]
                     self._copied.set()
+                if not all(finite(values) for part in parts.values() for _, _, values in part):
+                    return False
                 for file, part in parts.items():
                     checkpoint.write(self._hidden / file, outlines[file], part)
+                return True
         finally:
             self._copied.set()
 
@@ -143,6 +165,11 @@ class Saver:
         where = self._hidden, self._path, self._step, self._placed
         checkpoint.finish(*where, self._tokenizer_dir, self._state, known)
         checkpoint.delete_older(self._output, self._keep, self._best)
+
+
+def finite(values):
+    """True where every number of a tensor is finite. A sum, which is as fast as memory, tells, but where it overflows."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):

@@ -12,8 +12,8 @@ _WINDOW = 50  # steps; the median of them does not see a pause of the machine
 class Watch:
     """comm: of all ranks; hosts: name of each rank's; ratio: train.slow_rank_ratio, 0 for none of it.
 
-    alike: for each rank, a word for what it computes; times are compared between ranks of one word (stages of a pipeline
-    compute different layers).
+    alike: for each rank, a word for what it computes; times are compared between ranks of one word, since stages of a
+    pipeline compute different layers.
     """
 
     def __init__(self, comm, hosts, ratio, alike=None):
@@ -53,5 +53,7 @@ def compare(medians, alike):
 
     The lower of two in the middle: of two ranks the faster one says how long it takes.
     """
-    middle = {word: statistics.median_low(t for t, w in zip(medians, alike, strict=True) if w == word) for word in set(alike)}
+    middle = {
+        word: statistics.median_low(t for t, w in zip(medians, alike, strict=True) if w == word) for word in set(alike)
+    }
     return [time / max(middle[word], 1e-9) for time, word in zip(medians, alike, strict=True)]

@@ -68,7 +68,7 @@ class Spikes:
         return None
 
     def went_back(self, known, start, end):
-        """The run is where the checkpoint whose state was `known` is; the samples from `start` to `end` are left out."""
+        """The run is where a checkpoint is whose state was `known`; the samples from `start` to `end` are left out."""
         fresh = Spikes(self._plan, known)
         self._losses, self._first, self._row = fresh._losses, None, 0
         self.rollbacks += 1
