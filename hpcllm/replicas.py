@@ -28,6 +28,7 @@ def check(comm, placed, optimizer, step, hosts):
     pass over weights and moments, and one message of a few bytes where nothing differs. Collective.
     """
     placed.ready()
+    placed.reshard()
     mine, sums = digests(placed, optimizer), {}
     for (group, _), number in mine.items():
         sums[group] = (sums.get(group, 0) * _MULTIPLIER + number) % _ALL
@@ -53,8 +54,9 @@ def digests(placed, optimizer):
             if isinstance(value, torch.Tensor):
                 found[tuple(group), f"{name}.{key}"] = digest(local(value))
     if placed.one_copy:
-        for name, weights in placed.one_copy.my_part_of_all():
-            found["the copy of a host", name] = digest(weights)
+        number, common = placed.one_copy.my_part_of_all()
+        for name, weights in common.items():
+            found[("of a host", number), name] = digest(weights)
     return found
 
 
@@ -69,16 +71,21 @@ def digest(tensor):
     if len(flat) % 8 or flat.storage_offset() % 8:  # a view as words wants neither
         flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)])
     total = 0
-    for number in _rows(flat.view(torch.int64), _factors(tensor.device)):
+    rows = _one_by_one if tensor.device.type == "cpu" else _many_at_once
+    for number in rows(flat.view(torch.int64), _factors(tensor.device)):
         total = (total * _MULTIPLIER + number) % _ALL
     return total
 
 
-def _rows(words, factors):
+def _one_by_one(words, factors):
     """The sum of each row of `words` (int64 [n]) times its `factors`."""
-    if words.device.type == "cpu":
-        return [int(torch.dot(row, factors[: len(row)])) for row in words.split(_WORDS)]
-    words = torch.cat([words, words.new_zeros(-len(words) % _WORDS)]) if len(words) % _WORDS else words
+    return (int(torch.dot(row, factors[: len(row)])) for row in words.split(_WORDS))
+
+
+def _many_at_once(words, factors):
+    """The same where calls are dear."""
+    if len(words) % _WORDS:
+        words = torch.cat([words, words.new_zeros(-len(words) % _WORDS)])
     blocks = words.view(-1, _WORDS).split(_ROWS)
     return itertools.chain.from_iterable((rows * factors).sum(1).tolist() for rows in blocks)
 

@@ -168,7 +168,7 @@ class Saver:
 
 
 def finite(values):
-    """True where every number of a tensor is finite. A sum, which is as fast as memory, tells, but where it overflows."""
+    """True where every number of a tensor is finite. A sum, as fast as memory, tells it, unless it overflows."""
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 

@@ -283,12 +283,12 @@ class OneCopy:
             self._changed = None
 
     def my_part_of_all(self):
-        """(name, weights) of all weights in the copy of this rank's host, every n-th of them for the n ranks of it.
+        """(number of this rank in its host, {name: weights}): every n-th of all weights that the host's n ranks share.
 
-        Ranks of one number within their hosts have the same ones. Everybody's updates are there after `ready`.
+        Ranks of one number have the same ones. Everybody's updates are there after `ready`.
         """
-        for name, used in list(self._whole.items())[self._near.me :: self._near.local_size]:
-            yield name, used.detach()
+        mine = list(self._whole.items())[self._near.me :: self._near.local_size]
+        return self._near.me, {name: used.detach() for name, used in mine}
 
     @work.timed
     def _publish(self):
