@@ -168,6 +168,17 @@ def find(output_dir):
     return [path for _, path in sorted(found)]
 
 
+def step_of(path):
+    """The step of the checkpoint folder `path`, by its name."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def forget(path):
+    """Delete a checkpoint that no run is to go on from, not even where a kill leaves half of it. Root only."""
+    (path / COMPLETE).unlink()
+    files.remove_folder(path)
+
+
 def rescue(output_dir):
     """Give complete checkpoints their names that a kill between two renamings has left without. Root only."""
     for folder in sorted(Path(output_dir).glob(".checkpoint-*"), reverse=True):  # *.tmp, the newer ones, first

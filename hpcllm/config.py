@@ -221,6 +221,20 @@ class Train(Section):
     max_nonfinite_steps: int = Field(3, ge=0)
     """Steps in a row whose loss or gradient is no number before the run ends with exit code 93. Such gradients change
     nothing: the step is left out, on all ranks."""
+    max_loss_spike: float = Field(0.0, ge=0)
+    """A loss so many standard deviations (robust ones, of the last 100 steps' losses) above their median is a spike: a
+    run goes back to a checkpoint and leaves out the samples that led there; 0: never. Start with 10."""
+    max_spike_steps: int = Field(3, ge=1)
+    """Spikes in a row for which the run goes back to the newest checkpoint before the first of them."""
+    max_rollbacks: int = Field(3, ge=1)
+    """How often a run goes back, for spikes or steps that are no number, before it ends with exit code 93."""
+    check_replicas_every_steps: int = Field(0, ge=0)
+    """Steps between comparisons of the bits that several ranks hold alike (weights and optimizer state of replicas),
+    which find a broken processor or memory, and before every checkpoint; 0: never. One costs a pass over 12 bytes a
+    parameter with adamw, 5 GB/s a core."""
+    slow_rank_ratio: float = Field(1.5, ge=0)
+    """A rank that computes so many times as long as the median of all, over 50 steps, is named with its host; 0: never.
+    """
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward; weights, gradients' sum and optimizer state stay fp32."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
@@ -269,13 +283,30 @@ class Train(Section):
 
 
 class Checkpoint(Section):
-    every_steps: int = Field(0, ge=0)
-    """Steps between checkpoints; 0 saves after the last step only."""
+    every_steps: Literal["auto"] | int = 0
+    """Steps between checkpoints; 0 saves after the last step only; auto: as many as lose the least time, by what a
+    checkpoint is measured to cost and by mtbf."""
+    mtbf: str = "24:00:00"
+    """Time between failures of the whole job, on average, for every_steps = "auto": 24:00:00, 3-00:00:00."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints to keep; older ones are deleted once a newer one is complete."""
     asynchronous: bool = True
     """Write checkpoints while training goes on. Needs memory, on the host, for a copy of what a rank writes: its part
     of 12 bytes a parameter with adamw."""
+
+    @field_validator("every_steps")
+    @classmethod
+    def no_negative_steps(cls, steps):
+        if steps != "auto" and steps < 0:
+            raise ValueError("take 0 or more steps")
+        return steps
+
+    @field_validator("mtbf")
+    @classmethod
+    def a_duration(cls, text):
+        if not deadline.seconds(text):
+            raise ValueError("a job that fails at once saves nothing")
+        return text
 
 
 class Config(Section):
@@ -301,6 +332,15 @@ class Config(Section):
                     f"[lora] goes with parallel.{axis} = 1, not {size}: a model that one rank cannot hold is divided "
                     'by parallel.sharding = "full"'
                 )
+        return self
+
+    @model_validator(mode="after")
+    def a_checkpoint_to_go_back_to(self):
+        if self.train.max_loss_spike and not self.checkpoint.every_steps:
+            raise ValueError(
+                "train.max_loss_spike has the run go back to a checkpoint: give checkpoint.every_steps, a number or "
+                '"auto"'
+            )
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from .mpi.device import gpus_in_use
 class Clock:
     """Where the time of a step goes on this rank: waiting for data, computing, communicating.
 
-    group: process group of all ranks; losses: that over which losses add up.
+    group: process group of all ranks; losses: that over which losses add up. compute_s: of this rank in the last step.
     """
 
     def __init__(self, group, losses):
@@ -49,9 +49,9 @@ class Clock:
         """
         step_s = time.perf_counter() - self._began
         communication_s = work.communication_s() - self._communicated
+        self.compute_s = step_s - self.data_s - communication_s
         slowest = torch.tensor(
-            [step_s, self.data_s, step_s - self.data_s - communication_s, communication_s, memory_bytes(), *others],
-            dtype=torch.float64,
+            [step_s, self.data_s, self.compute_s, communication_s, memory_bytes(), *others], dtype=torch.float64
         )
         total = torch.tensor([float(loss_sum)], dtype=torch.float64)
         computed = slowest[2:3].clone()

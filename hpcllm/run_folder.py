@@ -97,15 +97,44 @@ def open_output(config, resume, overwrite, damaged=()):
             for name in (*_OURS, *_REPORTS):
                 (output / name).unlink(missing_ok=True)
         checkpoint.remove_unfinished(output)
-        for folder in damaged:
-            name = folder.with_name(f"damaged-{folder.name}")
-            if name.exists():
-                files.remove_folder(name)
-            folder.rename(name)
+        _set_aside(damaged)
         (output / "events.jsonl").touch()  # what says that this folder is a run of ours
     except OSError as error:
         raise CannotCreate(f"run.output_dir: {output} cannot be created: {error.strerror}") from None
     files.write_text(output / "config.toml", config.toml())
+
+
+def go_back(output_dir, first):
+    """(newest good checkpoint of a step before `first`, its state), where newer ones are deleted. Root only.
+
+    (None, None), and nothing deleted, where there is none. Raises IOFailure where a folder cannot be changed.
+    """
+    found = checkpoint.find(Path(output_dir))
+    older = [path for path in found if checkpoint.step_of(path) < first]
+    try:
+        damaged = _pass_over_damaged(older) if older else []
+    except DataError:
+        older = []
+    if not older:
+        return None, None
+    with files.failing_as_io(output_dir):
+        # A run that is killed meanwhile goes on from the newest that is left, and comes to the same place again.
+        for newer in reversed(found):
+            if checkpoint.step_of(newer) >= first:
+                checkpoint.forget(newer)
+        _set_aside(damaged)
+    state = checkpoint.read_state(older[-1])
+    if f"checkpoint-{best.step(state)}" not in [path.name for path in older]:
+        state["best"] = None
+    return older[-1], state
+
+
+def _set_aside(damaged):
+    for folder in damaged:
+        name = folder.with_name(f"damaged-{folder.name}")
+        if name.exists():
+            files.remove_folder(name)
+        folder.rename(name)
 
 
 def run_config(path):

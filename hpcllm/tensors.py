@@ -36,6 +36,10 @@ class Outline:
         self._starts = {name: len(self.header) + entries[name]["data_offsets"][0] for name in order}
         self.size_bytes = len(self.header) + at
 
+    @property
+    def dtypes(self):
+        return {dtype for dtype, _ in self.tensors.values()}
+
     def create(self, path):
         """Make the file at its full length, so that what the disk cannot hold fails here. Raises OSError."""
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
