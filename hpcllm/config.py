@@ -88,6 +88,9 @@ class Data(Section):
     """Tokenizer folder in Hugging Face's layout; by default `tokenizer` beside the training folder."""
     reader: Literal["mapped", "mpio"] = "mapped"
     """mapped: each rank maps the shards itself; mpio: collective reads through an h5py built with MPI."""
+    quarantine: bool = False
+    """Text: training shards that are not what was written are left out, by name, instead of refused. For that all are
+    read once at the start. A run goes on with the same shards left out; with others it is one on other data."""
     attention: Literal["row", "document"] = "row"
     """What a token of a row attends to: the row, which runs across documents, or its own document alone, in which its
     position counts from 0, too. Rows and their order are the same."""
@@ -416,6 +419,8 @@ class Config(Section):
             raise UsageError(f"{wrong[0]}: {self.model.task} goes with the data and tensor axes, and any sharding")
         if self.data.reader == "mpio" or self.data.attention == "document":
             raise UsageError('labelled data are read with data.reader = "mapped" and data.attention = "row"')
+        if self.data.quarantine:
+            raise UsageError("data.quarantine leaves out shards of text; labelled data are prepared again in no time")
         if self.train.metric_for_best_model and not self.data.validation:
             raise UsageError("train.metric_for_best_model compares evaluations; name data.validation")
 

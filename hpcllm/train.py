@@ -124,6 +124,8 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     journal.event("start", step=state["step"], max_steps=plan.max_steps, job=deadline.job(), ends=requests.end, **start)
     if damaged:
         journal.event("damaged", paths=list(map(str, damaged)))
+    if source.stream.left_out:
+        journal.event("quarantine", shards=source.stream.left_out)
     progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)
     progress.say(describe(config, world, placed, source, validation, state, trained))
     progress.say(f"activation checkpointing: {'on' if again else 'off'} ({why})")
@@ -265,7 +267,8 @@ def open_source(config, world, folder, words, names=None):
     """
     from .data import shards, tokenizer
 
-    stream = shards.open_folder(folder, reader=config.data.reader, comm=world.comm)
+    leave_out = config.data.quarantine and folder == config.data.train
+    stream = shards.open_folder(folder, reader=config.data.reader, comm=world.comm, quarantine=leave_out)
     task = TASKS[config.model.task]
     vocabulary, tokenizer_hash, tokenizer_dir = words
     with together(world.comm):
