@@ -302,6 +302,8 @@ def _check_content(path, file, shard, manifest):
             refuse(f"has {label} of shape {data.shape}, the manifest says {shape}")
     if meaning and file["labelled"][:].tobytes() != meaning:
         refuse("says other things of its labels than the manifest")
+    if shard["tokens_bytes"] != tokens * dtype.itemsize:
+        refuse(f"has {tokens * dtype.itemsize} bytes of tokens, the manifest says {shard['tokens_bytes']}")
     offsets = file["document_offsets"][:]
     if offsets[0] != 0 or offsets[-1] != tokens or (offsets[1:] < offsets[:-1]).any():
         refuse(f"has document_offsets that do not go from 0 up to its {tokens} tokens")

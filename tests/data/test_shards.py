@@ -316,7 +316,7 @@ def test_counts_that_differ_from_the_manifest_are_refused(three_shards):
         (lambda m: m["shards"][1].update(name=m["shards"][0]["name"]), "a shard is called 'shard-00000.h5'"),
         (lambda m: m["shards"][2].update(token_count=-1), "token_count of shard-00002.h5 is -1"),
         (lambda m: m["shards"][2].update(token_count=0), "shard-00002.h5 has no tokens"),
-        (lambda m: m["shards"][2].update(token_count=1501), "1501 tokens of shard-00002.h5 have 3000 bytes"),
+        (lambda m: m["shards"][2].update(token_count=1501), "token_count is 701505, of its shards 701506"),
         (lambda m: m["shards"][2].update(tokens_offset=1 << 40), "reach beyond its"),
         (lambda m: m["shards"][2].pop("sha256"), "KeyError: 'sha256'"),
         (lambda m: m.update(token_count=1), "token_count is 1, of its shards 701505"),
