@@ -204,7 +204,7 @@ def require_folder(folder):
 def require_safetensors(folder):
     """Raise DataError for a folder whose weights are pickles, which may hold any program."""
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if others and not any(folder.glob("*.safetensors")):
+    if others and not any(folder.glob("*model*.safetensors")):
         raise DataError(f"{folder} has weights in {others[0]} only; hpcllm reads safetensors, which carry no program")
 
 
