@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from audit import judge
 from launching import ROOT
 
 from hpcllm import files
@@ -129,3 +130,22 @@ def test_a_run_follows_the_umask_and_tells_no_secret(prepared, tmp_path, mpirun)
     run = tmp_path / "run"
     assert {mode(path) for path in run.rglob("*") if path.is_file()} == {0o640}
     assert {mode(path) for path in run.rglob("*") if path.is_dir()} == {0o750}
+
+
+KNOWN = {"name": "a", "version": "1", "vulns": []}
+BAD = {"name": "b", "version": "2", "vulns": [{"id": "CVE-2025-1"}]}
+UNKNOWN = {"name": "c", "skip_reason": "not found"}
+
+
+@pytest.mark.parametrize(
+    ("dependencies", "code", "says"),
+    [
+        ([KNOWN], 0, "no vulnerabilities known of 1 packages"),
+        ([KNOWN, BAD, UNKNOWN], 1, "b 2: CVE-2025-1"),
+        ([KNOWN, UNKNOWN], 1, "1 were not looked up: c"),
+        ([UNKNOWN], 0, "skipped: the service of vulnerabilities answered for none of 1"),
+    ],
+)
+def test_an_audit_counts_what_was_looked_up(dependencies, code, says):
+    found, sentence = judge(dependencies)
+    assert found == code and says in sentence
