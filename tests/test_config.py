@@ -46,6 +46,12 @@ def test_the_tokenizer_lies_beside_the_training_shards():
     assert load().data.tokenizer_dir == "corpus/tokenizer"
 
 
+def test_shards_of_text_alone_are_left_out():
+    assert load("data.quarantine=true").data.quarantine and not load().data.quarantine
+    with pytest.raises(UsageError, match=r"data\.quarantine leaves out shards of text"):
+        load("data.quarantine=true", "model.task=token_classification")
+
+
 def test_rows_that_ranks_share_out_hold_no_documents_kept_apart():
     assert load("parallel.context=2").data.attention == "row"
     with pytest.raises(

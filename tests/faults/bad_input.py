@@ -10,7 +10,7 @@ import argparse
 import sys
 import tempfile
 
-from . import bad_data, bad_models, bad_runs  # noqa: F401 (they fill the table)
+from . import bad_data, bad_models, bad_runs, bad_samples  # noqa: F401 (they fill the table)
 from .rows import ROWS, Place
 
 SAID = {True: "yes", False: "NO", None: "does not apply"}
