@@ -120,8 +120,12 @@ def test_a_run_follows_the_umask_and_tells_no_secret(prepared, tmp_path, mpirun)
     again = mpirun(2, ["-c", code, "train", tmp_path / "run.toml", "data.train=nowhere"], env=secrets)
     broken = "import hpcllm.mpi; w = hpcllm.mpi.init(device='cpu'); 1 / (w.rank - 1)"
     crashed = mpirun(2, ["-c", broken], env=secrets)
-    assert again.returncode == 66 and crashed.returncode == 1
-    told = "".join(job.stdout + job.stderr for job in (done, again, crashed)).encode()
+    hangs = (
+        "import time, hpcllm.mpi, torch.distributed as d; w = hpcllm.mpi.init(device='cpu'); time.sleep(30 * w.rank)"
+    )
+    hung = mpirun(2, ["-c", f"{hangs}; d.barrier()"], env={**secrets, "HPCLLM_TIMEOUT_S": "2"})
+    assert (again.returncode, crashed.returncode, hung.returncode) == (66, 1, 124)
+    told = "".join(job.stdout + job.stderr for job in (done, again, crashed, hung)).encode()
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"config.toml", "metrics.jsonl", "events.jsonl", "trainer_state.json"} <= {path.name for path in written}
     for secret in secrets.values():
