@@ -105,9 +105,12 @@ def _event(line):
     """An event; None for what a node that died while it wrote has left of one."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and {"event", "restart", "time"} <= event.keys() else None
+    if not isinstance(event, dict) or not isinstance(event.get("hosts", []), list) or "event" not in event:
+        return None
+    numbers = [event.get("restart"), event.get("time"), event.get("step", 0)]
+    return event if all(type(number) in (int, float) and abs(number) < 1e15 for number in numbers) else None
 
 
 def node_hours(file, step):
@@ -117,7 +120,7 @@ def node_hours(file, step):
     """
     if not file.is_file():
         return None
-    events = [event for event in map(_event, file.read_text(encoding="utf-8").splitlines()) if event]
+    events = [event for event in map(_event, file.read_text(encoding="utf-8", errors="replace").split("\n")) if event]
     total = 0.0
     for _, some in itertools.groupby(events, key=lambda event: event["restart"]):
         some = list(some)

@@ -26,7 +26,7 @@ from .model import class_name
 from .parallel.pieces import Piece
 from .parallel.sharding import local
 
-COMPLETE, OPTIMIZER = ".complete", "optimizer.safetensors"
+COMPLETE, OPTIMIZER, STATE = ".complete", "optimizer.safetensors", "trainer_state.json"
 _OLD_BLOCK_BYTES = 1 << 26  # what a digest of a large file was for before markers said so
 
 
@@ -140,7 +140,7 @@ def finish(hidden, path, step, placed, tokenizer_dir, state, known):
         for name in tokenizer.FILES:  # the folder may also hold a model
             if (Path(tokenizer_dir) / name).is_file():
                 shutil.copyfile(Path(tokenizer_dir) / name, hidden / name)
-        files.write_json(hidden / "trainer_state.json", {"step": step, "hpcllm": __version__, **state})
+        files.write_json(hidden / STATE, {"step": step, "hpcllm": __version__, **state})
         listed = {}
         for file in sorted(hidden.iterdir()):
             made = {number: digest for each in known for number, digest in each.get(file.name, {}).items()}
@@ -202,8 +202,11 @@ def verify(path):
         expected = {str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in marker["files"].items()}
         if (block_bytes := int(marker.get("block_bytes", _OLD_BLOCK_BYTES))) <= 0:
             raise ValueError(f"blocks of {block_bytes} bytes")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is not a complete checkpoint: {COMPLETE} cannot be read ({error})") from None
+    lacking = sorted({"config.json", STATE, OPTIMIZER} - expected.keys())
+    if lacking or not {lora.PLAIN, lora.WEIGHTS} & expected.keys():
+        raise DataError(f"{path} is not a complete checkpoint: {COMPLETE} names no {(lacking or [lora.PLAIN])[0]}")
     for name, (size, sha256) in expected.items():
         file = path / name
         if "/" in name or not file.is_file():
@@ -221,9 +224,14 @@ def verify(path):
 def read_state(path):
     """The dict that `save` was given, with `step`."""
     try:
-        return json.loads((Path(path) / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: trainer_state.json cannot be read: {error}") from None
+        state = json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {STATE} cannot be read: {error}") from None
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
+        raise DataError(f"{path}: {STATE} names no step")
+    if not isinstance(state.get("best"), dict | None):
+        raise DataError(f"{path}: {STATE} says of the best checkpoint {state['best']!r}")
+    return state
 
 
 def load_optimizer(path, placed, optimizer):

@@ -19,6 +19,8 @@ from . import files, terminal
 from .mpi import work
 from .mpi.device import gpus_in_use
 
+_LONGEST_S = 1e6  # a save that took longer is none that is to be believed
+
 
 class Clock:
     """Where the time of a step goes on this rank: waiting for data, computing, communicating.
@@ -102,11 +104,12 @@ def history(output_dir):
     """Of the run in `output_dir`, by its events.jsonl: how often it has been started, how often since its newest
     checkpoint, and the most seconds that a checkpoint took; zeros where nothing is told."""
     path = Path(output_dir) / "events.jsonl"
-    text, longest = path.read_text(encoding="utf-8") if path.is_file() else "", 0.0
-    for line in text.splitlines():
+    text, longest = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "", 0.0
+    for line in text.split("\n"):
         if line.startswith('{"event": "checkpoint"'):
-            with contextlib.suppress(ValueError):  # cut by a kill
-                longest = max(longest, json.loads(line).get("seconds", 0.0))
+            with contextlib.suppress(ValueError, TypeError, RecursionError):  # cut by a kill, or no record of ours
+                seconds = float(json.loads(line).get("seconds", 0.0))
+                longest = max(longest, seconds if 0.0 <= seconds < _LONGEST_S else 0.0)
     started, fruitless = (
         part.count('"event": "start"') for part in (text, text.rpartition('"event": "checkpoint"')[2])
     )

@@ -58,12 +58,21 @@ def find_start(config, resume, overwrite):
     if state["step"] > config.train.max_steps:
         raise UsageError(f"--resume: {found[-1]} is beyond train.max_steps ({config.train.max_steps})")
     file = output / "results.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"step": None}
+    results = _results(file)
     over = state["step"] == config.train.max_steps or results.get("stopped_early")
-    if not over or results["step"] != state["step"]:  # or those of a shorter run
+    if not over or results.get("step") != state["step"]:  # or those of a shorter run
         return found[-1], state, None
     print(f"{output}: the run is over, all {state['step']} steps of it; for more give train.max_steps", flush=True)
     return found[-1], state, results
+
+
+def _results(file):
+    """What results.json says; nothing where it is not there or cannot be read: it can be made again."""
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return results if isinstance(results, dict) else {}
 
 
 def _pass_over_damaged(found):
@@ -147,4 +156,7 @@ def run_config(path):
         step = best.step(checkpoint.read_state(found[-1]))
         folder = next((path for path in found if path.name == f"checkpoint-{step}"), found[-1])
     checkpoint.verify(folder)
-    return load(checkpoint.read_state(folder)["config"]), folder
+    settings = checkpoint.read_state(folder).get("config")
+    if not isinstance(settings, dict):
+        raise DataError(f"{folder}: trainer_state.json does not say of which run it is")
+    return load(settings), folder

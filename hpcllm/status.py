@@ -13,6 +13,15 @@ from .errors import DataError, MissingInput
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl, which grows: more than enough for the newest steps
 _FURTHER_BYTES = 1 << 22  # to look for an evaluation
 _NEWEST = 20
+# What records must have to be told of; one that has it otherwise is as good as cut. None is what is not known.
+_RECORD = {"restart": int, "time": float}
+_EVENT = {"event": str, **_RECORD}
+_EVENTS = {"start": {"step": int, "ranks": int, "hosts": list}, "stop": {"why": str}}
+_EVENTS |= {"checkpoint": {"step": int, "path": str}}
+_STEP = {"step": int, **_RECORD, "step_s": float}
+_EVALUATION = {"step": int, **_RECORD}
+_MAYBE = dict.fromkeys(("learning_rate", "tokens_per_s", "mfu", "memory_bytes", "useful_s", "loss"), float)
+_MAYBE |= {"seconds": float, "ends": float, "max_steps": int}
 # A run that has told nothing for so long, and for so many steps, or before its first step, may be dead.
 _SILENT_S, _SILENT_STEPS, _START_S = 600.0, 10, 1800.0
 
@@ -25,10 +34,11 @@ def status(folder, now=None):
     folder, now = Path(folder), now or time.time()
     if not (folder / "events.jsonl").is_file():
         raise MissingInput(f"{folder} is no folder of a run: it has no events.jsonl")
-    events, records = _records(folder / "events.jsonl"), _records(folder / "metrics.jsonl", _TAIL_BYTES)
+    events = _records(folder / "events.jsonl", _is_event)
+    records = _records(folder / "metrics.jsonl", _is_metrics, _TAIL_BYTES)
     evaluations = [record for record in records if "eval_loss" in record]
     if not evaluations and records:
-        evaluations = [r for r in _records(folder / "metrics.jsonl", _FURTHER_BYTES) if "eval_loss" in r]
+        evaluations = [r for r in _records(folder / "metrics.jsonl", _is_metrics, _FURTHER_BYTES) if "eval_loss" in r]
     starts = [event for event in events if event["event"] == "start"]
     steps = [record for record in records if "loss" in record]
     if not starts:
@@ -40,7 +50,7 @@ def status(folder, now=None):
     step_s = statistics.median(record["step_s"] for record in lately) if lately else None
     found = {
         "run": str(folder),
-        "task": _settings(folder).get("model", {}).get("task"),
+        "task": _task(folder),
         "state": _state(events, now - heard, step_s),
         "silent_s": now - heard,
         "job": start.get("job"),
@@ -130,15 +140,38 @@ def _long(seconds):
     return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def _settings(folder):
+def _task(folder):
+    """The task that the run's config.toml names, None where that cannot be read."""
     try:
-        return tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError):
-        return {}
+        return str(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["model"]["task"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
-def _records(path, tail=None):
-    """The records of a file of JSON lines, or of its last `tail` bytes; a line that is being written is left out."""
+def _is_event(record):
+    return _has(record, _EVENT) and _has(record, _EVENTS.get(record["event"], {}))
+
+
+def _is_metrics(record):
+    return _has(record, _STEP if "loss" in record else _EVALUATION)
+
+
+def _has(record, wanted):
+    """Whether a record has these values, and of those that it may have none of another kind."""
+    may = {name: kind for name, kind in _MAYBE.items() if record.get(name) is not None}
+    return all(_is(record.get(name), kind) for name, kind in (wanted | may).items())
+
+
+def _is(value, kind):
+    if kind in (int, float):
+        numbers = (int,) if kind is int else (int, float)
+        return type(value) in numbers and -1e15 < value < 1e15
+    return isinstance(value, kind)
+
+
+def _records(path, sound, tail=None):
+    """The records of a file of JSON lines, or of its last `tail` bytes; a line that is being written is left out, and
+    one that is not `sound`."""
     if not path.is_file():
         return []
     with open(path, "rb") as file:
@@ -148,8 +181,10 @@ def _records(path, tail=None):
         lines = file.read().split(b"\n")[:-1]
     found = []
     for line in lines[1 if start else 0 :]:
-        with contextlib.suppress(ValueError):  # cut by a full disk, or a kill
-            found.append(json.loads(line))
+        with contextlib.suppress(ValueError, RecursionError):  # cut by a full disk, or a kill
+            record = json.loads(line)
+            if isinstance(record, dict) and sound(record):
+                found.append(record)
     if lines and not found:
         raise DataError(f"{path} holds no records")
     return found

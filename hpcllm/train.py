@@ -150,6 +150,8 @@ class Run:
         self.journal.event("start", step=state["step"], max_steps=plan.max_steps, **start)
         if damaged:
             self.journal.event("damaged", paths=list(map(str, damaged)))
+        if self.sources.training.stream.left_out:
+            self.journal.event("quarantine", shards=self.sources.training.stream.left_out)
         self.progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)
         self.progress.say(log.head(self, self.trained))
         self.progress.say(f"activation checkpointing: {'on' if self.again else 'off'} ({self.why})")

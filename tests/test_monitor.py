@@ -78,3 +78,11 @@ def test_the_history_of_a_run_is_read_from_its_events(tmp_path):
     lines = [json.dumps(event) for event in [*events[:1], {"event": "checkpoint", "seconds": 7.0}, *events]]
     (tmp_path / "events.jsonl").write_text("\n".join([*lines, '{"event": "end", "st']))
     assert monitor.history(tmp_path) == (4, 2, 7.0)
+
+
+def test_a_history_is_read_past_bytes_that_are_no_text_and_lines_that_are_cut(tmp_path):
+    lines = [b'{"event": "start", "step": 0}', b'{"event": "checkpoint", "seconds": 2.5}', b"\xff\xfe\x85 garbled"]
+    lines += [b'{"event": "checkpoint", "seconds": "soon"}', b'{"event": "checkpoint", "seconds": 1e99}']
+    lines += [b'{"event": "checkpoint", "x": ' + b"[" * 100_000, b'{"event": "start", "st']
+    (tmp_path / "events.jsonl").write_bytes(b"\n".join(lines))
+    assert monitor.history(tmp_path) == (2, 1, 2.5)

@@ -106,4 +106,4 @@ def test_the_command_needs_neither_mpi_nor_torch_and_reads_no_more_of_a_long_run
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 2000
-    assert len(status._records(tmp_path / "run" / "metrics.jsonl", status._TAIL_BYTES)) < 500
+    assert len(status._records(tmp_path / "run" / "metrics.jsonl", status._is_metrics, status._TAIL_BYTES)) < 500
