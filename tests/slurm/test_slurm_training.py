@@ -194,10 +194,52 @@ def test_missing_data_fails_the_job_with_66_and_names_the_folder(cluster, module
     assert job["log"].count("corpus/prepared") == 1
 
 
+def test_a_spare_node_takes_the_place_of_one_that_dies_and_without_one_the_job_goes_on_with_fewer(
+    cluster, module_load, project
+):
+    run = project / "runs/spares"
+    settings = (*SMALL, "train.max_steps=100", f"run.output_dir={run}", "checkpoint.every_steps=5")
+    number = cluster.submit(
+        *("--nodes=3", "--ntasks-per-node=2", ROOT / "slurm/train_bert.sbatch", *settings),
+        cwd=project,
+        before=f"{module_load}; export HPCLLM_SPARE_NODES=1",
+    )
+
+    def wait_for_a_save(life):
+        """Until this start of the run has made enough steps for a checkpoint, and there is one."""
+        deadline = time.monotonic() + 100
+        while len(records_of_life(run, life)) < 8 or not list(run.glob("checkpoint-*/.complete")):
+            job = cluster.job(number)
+            assert time.monotonic() < deadline and job["JobState"] in {"PENDING", "RUNNING"}, job["log"]
+            time.sleep(0.1)
+
+    try:
+        for life, node in enumerate(("n2", "n3")):
+            wait_for_a_save(life)
+            cluster.control("kill", node, cluster.folder)
+        job = cluster.wait(number, timeout_s=200)
+    finally:
+        for node in ("n2", "n3"):
+            cluster.control("heal", node, cluster.folder)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), job["log"]
+    hosts = [f"4 ranks on 2 hosts (n1, {node})" in job["log"] for node in ("n2", "n3")]
+    assert hosts == [True, True] and "2 ranks on 1 host (n1)" in job["log"], job["log"]
+    assert job["log"].count(" nodes answer; launched again (1 of 3 without a new checkpoint)") == 2, job["log"]
+    lives = {life: [r["step"] for r in records(run) if r["restart"] == life] for life in (0, 1, 2)}
+    for before, after in ((0, 1), (1, 2)):
+        assert lives[before][0] < lives[after][0] <= lives[before][-1] + 1
+    assert lives[2][-1] == 100
+    deadline = time.monotonic() + 60
+    while cluster.login("sinfo -h -t idle -o %D").stdout.strip() != "3":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
 def test_a_job_goes_on_from_its_last_checkpoint_on_other_nodes_after_a_node_has_died(cluster, module_load, project):
     run = project / "runs/death"
     settings = (*SMALL, "train.max_steps=60", f"run.output_dir={run}", "checkpoint.every_steps=5")
-    number = cluster.submit(*TWO_BY_TWO, ROOT / "slurm/train_bert.sbatch", *settings, cwd=project, before=module_load)
+    options, script = (*TWO_BY_TWO, "--no-kill=off"), ROOT / "slurm/train_bert.sbatch"
+    number = cluster.submit(*options, script, *settings, cwd=project, before=module_load)
     deadline = time.monotonic() + 60
     while not list(run.glob("checkpoint-*/.complete")):
         assert time.monotonic() < deadline, cluster.job(number)["log"]
