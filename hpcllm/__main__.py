@@ -201,7 +201,7 @@ def evaluate(args):
     from .metrics import picture
     from .parallel.apply import whole
     from .run_folder import run_config
-    from .train import open_source, read_tokenizer
+    from .sources import open_source, read_tokenizer
 
     for path, option in ((args.output, "--output"), (args.plot, "--plot")):
         mpi.on_root(world.comm, check_output, path, args.overwrite, option)

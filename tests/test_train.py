@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import hpcllm.mpi
-from hpcllm import config, evaluate, model, train
+from hpcllm import config, evaluate, model, sources, train
 from hpcllm.data import batches
 from hpcllm.errors import CannotCreate, DataError, Diverged, Refusal, UsageError
 from hpcllm.parallel.apply import whole
@@ -69,7 +69,7 @@ def weights(output, step):
 
 
 def opened(run, world, folder):
-    return train.open_source(run, world, folder, train.read_tokenizer(run.data.tokenizer_dir))
+    return sources.open_source(run, world, folder, sources.read_tokenizer(run.data.tokenizer_dir))
 
 
 def shared(world, path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import hpcllm.mpi
-from hpcllm import config, train
+from hpcllm import config, sources, train
 
 PLAIN = {"train.optimizer": "sgd", "train.sgd_momentum": 0.9, "train.learning_rate": 0.05}
 LAYOUTS = pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def shared(world, path):
 
 
 def opened(run, world, part):
-    words = train.read_tokenizer(run.data.tokenizer_dir)
-    return train.open_source(run, world, getattr(run.data, part), words)
+    words = sources.read_tokenizer(run.data.tokenizer_dir)
+    return sources.open_source(run, world, getattr(run.data, part), words)
 
 
 def alone_and_together(world, settings, tmp_path, layout):

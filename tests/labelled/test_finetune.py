@@ -12,7 +12,7 @@ from small_runs import LAYOUTS, alone_and_together, load, opened, records, share
 from transformers import AutoConfig, AutoModel, pipeline
 
 import hpcllm.mpi
-from hpcllm import config, evaluate, model, run_folder, train
+from hpcllm import config, evaluate, model, run_folder, sources, train
 from hpcllm.errors import DataError, UsageError
 from hpcllm.parallel.apply import whole
 from hpcllm.tasks import TASKS
@@ -101,7 +101,7 @@ def test_other_families_learn_too(world, labelled, tmp_path, family, kind):
 
 
 def test_a_family_that_counts_positions_from_its_padding_token_keeps_that_of_its_configuration(labelled):
-    words, *_ = train.read_tokenizer(f"{labelled}/tokenizer")
+    words, *_ = sources.read_tokenizer(f"{labelled}/tokenizer")
     sizes = {**SIZES["bert"], "vocab_size": 200, "max_position_embeddings": 20, "pad_token_id": 1}
     built = {}
     for family in ("roberta", "bert"):
