@@ -75,6 +75,7 @@ def test_records_are_appended_by_root_alone(tmp_path):
 def test_the_history_of_a_run_is_read_from_its_events(tmp_path):
     assert monitor.history(tmp_path) == (0, 0, 0.0)
     events = [{"event": "start"}, {"event": "checkpoint", "seconds": 2.5}, {"event": "start"}, {"event": "start"}]
-    lines = [json.dumps(event) for event in [*events[:1], {"event": "checkpoint", "seconds": 7.0}, *events]]
+    events = [*events[:1], {"event": "checkpoint", "seconds": 7.0}, *events]
+    lines = [json.dumps({**event, "restart": 0, "time": 1.0}) for event in events]
     (tmp_path / "events.jsonl").write_text("\n".join([*lines, '{"event": "end", "st']))
     assert monitor.history(tmp_path) == (4, 2, 7.0)
