@@ -175,15 +175,16 @@ def test_an_array_of_which_one_runs_at_a_time_is_a_chain(cluster, module_load, j
 def test_a_heterogeneous_job_is_one_mpi_job_over_all_of_its_parts(cluster, module_load, job_folder):
     (job_folder / "own.sbatch").write_text(SCRIPT)
     (job_folder / "own.py").write_text(
-        "import hpcllm.mpi\n"
+        "import time, hpcllm.mpi\n"
         "from hpcllm import deadline\n"
         "world = hpcllm.mpi.join()\n"
-        "print('rank', world.rank, 'of', world.size, 'on', world.host, 'knows its end:', bool(deadline.end_of_job()))\n"
+        "minutes = round((deadline.end_of_job() - time.time()) / 60 + 0.3)\n"
+        "print('rank', world.rank, 'of', world.size, 'on', world.host, 'has', minutes, 'minutes', flush=True)\n"
     )
-    parts = ("--nodes=1", "--ntasks-per-node=1", ":", "--nodes=1", "--ntasks-per-node=2")
+    parts = ("--nodes=1", "--ntasks-per-node=1", "--time=9", ":", "--nodes=1", "--ntasks-per-node=2", "--time=3")
     number = cluster.submit(*parts, "own.sbatch", cwd=job_folder, before=module_load)
     job = cluster.wait(number, timeout_s=60)
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), job["log"]
     lines = sorted(line for line in job["log"].splitlines() if line.startswith("rank "))
-    assert lines == [f"rank {rank} of 3 on n{host} knows its end: True" for rank, host in enumerate((1, 2, 2))]
+    assert lines == [f"rank {rank} of 3 on n{host} has 3 minutes" for rank, host in enumerate((1, 2, 2))]
     assert " --het-group=0-1 " in job["log"]
