@@ -37,6 +37,7 @@ if __name__ == "__main__":
     try:
         answer = {"left": left, "folder": folder, "newest": newest}[sys.argv[1]](*sys.argv[2:])
     except Refusal as refusal:
-        sys.exit(str(refusal))
+        print(refusal, file=sys.stderr)
+        sys.exit(refusal.code)
     if answer is not None:
         print(answer)

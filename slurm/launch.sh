@@ -13,7 +13,7 @@ relaunch_at_least_s=120
 # nodes were left idle, else fewer. At most HPCLLM_RELAUNCHES (3) times in a row without a new checkpoint.
 launch() {
     local command=("$@") allocated alive use rc fruitless=0 starts=0 newest=none before left what
-    array_member
+    array_member || return
     mapfile -t allocated < <(allocated_nodes)
     alive=("${allocated[@]}")
     local wanted=${#allocated[@]}
@@ -31,13 +31,13 @@ launch() {
         if ! can_go_on || ! is_a_death $rc; then break; fi
         mapfile -t alive < <(answering "${alive[@]}")
         # Other codes than those of signals are also those of errors, which would only come again.
-        if [ $rc -le 128 ] && [ $((${#use[@]} - $(common "${use[*]}" "${alive[*]}"))) = 0 ]; then break; fi
+        if ! by_signal $rc && [ $((${#use[@]} - $(common "${use[*]}" "${alive[*]}"))) = 0 ]; then break; fi
         [ ${#alive[@]} -ge "$wanted" ] || missing_nodes=yes
         before=$newest newest=$(newest_checkpoint)
         [ "$newest" = "$before" ] || fruitless=0
         fruitless=$((fruitless + 1)) starts=$((starts + 1))
         what="exit code $rc, ${#alive[@]} of ${#allocated[@]} nodes answer"
-        left=$(python -m hpcllm.batch left)
+        left=$(ask left 2>/dev/null)
         if [ $fruitless -gt "${HPCLLM_RELAUNCHES:-3}" ]; then
             say "$what; not launched again: HPCLLM_RELAUNCHES=${HPCLLM_RELAUNCHES:-3} without a new checkpoint"
             break
@@ -66,16 +66,22 @@ again() {
     scontrol requeue "$(job)" || echo "launch: not here: to go on, submit the same command again" >&2
 }
 
+# ask WHAT ARGUMENTS...: of hpcllm/batch.py, by the Python that hpcllm was installed for.
+ask() { "$(dirname "$(readlink -f "$(command -v hpcllm)")")/python" -m hpcllm.batch "$@"; }
+
 say() { echo "$(date +%FT%T) launch: $*"; }
 
 # What Slurm calls this job: of an array the member, not the whole.
 job() { echo "${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"; }
 
-# Whether the exit code may be that of a rank or node that died, and not one with which hpcllm itself ended (130: ^C).
-is_a_death() { case $1 in 0 | 2 | 65 | 66 | 73 | 74 | 75 | 93 | 124 | 130) return 1 ;; esac; }
+# Whether a rank was killed: 128 + the signal, but for ^C, or as MPICH has it the signal.
+by_signal() { case $1 in 130) return 1 ;; 4 | 6 | 7 | 8 | 9 | 11 | 15) ;; *) [ "$1" -gt 128 ] ;; esac; }
+
+# Whether it may be that a rank or node died, and hpcllm did not end as it should. 124: what waits for a dead node.
+is_a_death() { case $1 in 0 | 2 | 65 | 66 | 73 | 74 | 75 | 93 | 130) return 1 ;; esac; }
 
 # Whether `command`, the caller's, goes on where it was when it is started again.
-can_go_on() { [[ " ${command[*]} " = *" --resume "* || "${command[*]}" = "hpcllm predict "* ]]; }
+can_go_on() { [[ "${command[*]} " = "hpcllm train "*" --resume "* || "${command[*]}" = "hpcllm predict "* ]]; }
 
 # How many of the words $1 are among the words $2.
 common() {
@@ -85,7 +91,7 @@ common() {
 }
 
 # Nothing where `command`, the caller's, is no training.
-newest_checkpoint() { [ "${command[1]:-}" != train ] || python -m hpcllm.batch newest "${command[@]:2}" 2>/dev/null; }
+newest_checkpoint() { [ "${command[1]:-}" != train ] || ask newest "${command[@]:2}" 2>/dev/null; }
 
 # Not what Slurm is ending: after scancel, too, ranks end with a signal's code. Yes where nobody can say.
 job_runs() {
@@ -207,8 +213,7 @@ array_member() {
         case " $(scontrol show job "$(job)" 2>/dev/null) " in *" ArrayTaskThrottle=1 "*) kind=chain ;; esac
     fi
     [ "$kind" = members ] || return 0
-    # What cannot be read is told by the command itself.
-    folder=$(python -m hpcllm.batch folder "${command[@]:2}" 2>/dev/null) || return 0
+    folder=$(ask folder "${command[@]:2}") || return
     for argument in "${command[@]}"; do
         case $argument in --*) [ -z "$folder" ] || given+=("run.output_dir=$folder/task-$SLURM_ARRAY_TASK_ID"); folder= ;; esac
         given+=("$argument")

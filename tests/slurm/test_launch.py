@@ -130,6 +130,13 @@ def test_what_hpcllm_ends_with_and_errors_on_living_nodes_are_not_tried_again(jo
     assert (ended, len(asked), said) == (code, 1, []) and ("scontrol requeue 17" in log) == (code == 75)
 
 
+@pytest.mark.parametrize("code", [129, 137, 139, 143, 9, 11])
+def test_a_signal_and_a_hang_for_a_dead_node_are_tried_again(job, code):
+    assert job(f"{code} - -", "0 - -")[1][0] == 0
+    asked, (ended, log), _ = job("124 n3 -", "0 - -")
+    assert (ended, on(asked[1])[2]) == (0, "--nodelist=n1,n2,n4"), log
+
+
 def test_a_rank_that_is_killed_again_and_again_ends_the_job_but_not_one_that_gets_on(job):
     asked, (code, log), said = job(*["137 - -"] * 9)
     assert (code, len(asked)) == (137, 4) and said[2].endswith("launched again (3 of 3 without a new checkpoint)")
@@ -204,9 +211,9 @@ def test_members_of_an_array_train_in_folders_of_their_own_and_a_chain_goes_on_i
     assert settings(files=one, HPCLLM_ARRAY="members") == "run.output_dir=runs/gpt/task-4 --resume"
     assert settings("run.output_dir=my/%a", "run.seed=%a") == "run.output_dir=my/4 run.seed=4 --resume"
     assert settings("run.seed=%a") == "run.seed=4 run.output_dir=runs/gpt/task-4 --resume"
-    # What cannot be read is for the command to say, with its own words and exit code.
-    asked, (code, _), _ = job("2 - -", env=ARRAY, arguments=("train.max_step=3",))
-    assert code == 2 and asked[0].endswith("train.max_step=3 --resume")
+    # Never in the folder of others because its own is not known.
+    asked, (code, log), _ = job("0 - -", env=ARRAY, arguments=("train.max_step=3",))
+    assert (code, asked) == (2, []) and log.count('unknown key "max_step"') == 1
     # A member alone is queued again.
     _, (_, log), _ = job("75 - -", env=ARRAY)
     assert "scontrol requeue 17_4\n" in log
