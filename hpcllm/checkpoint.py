@@ -200,8 +200,9 @@ def verify(path):
     try:
         marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
         expected = {str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in marker["files"].items()}
-        if (block_bytes := int(marker.get("block_bytes", _OLD_BLOCK_BYTES))) <= 0:
-            raise ValueError(f"blocks of {block_bytes} bytes")
+        block_bytes = int(marker.pop("block_bytes", _OLD_BLOCK_BYTES))
+        if block_bytes.bit_count() != 1 or marker.keys() != {"files"}:  # not what was written, and who knows the rest
+            raise ValueError(f"blocks of {block_bytes} bytes, and {', '.join(marker)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is not a complete checkpoint: {COMPLETE} cannot be read ({error})") from None
     lacking = sorted({"config.json", STATE, OPTIMIZER} - expected.keys())

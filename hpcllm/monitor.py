@@ -3,7 +3,6 @@
 Root writes; the numbers of all ranks meet in one small reduction a step (`Clock.collect`).
 """
 
-import contextlib
 import json
 import math
 import os
@@ -15,11 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import files, terminal
+from . import files, records, terminal
+from .heartbeat import Heartbeat
 from .mpi import work
 from .mpi.device import gpus_in_use
-
-_LONGEST_S = 1e6  # a save that took longer is none that is to be believed
 
 
 class Clock:
@@ -103,21 +101,13 @@ class Progress:
 def history(output_dir):
     """Of the run in `output_dir`, by its events.jsonl: how often it has been started, how often since its newest
     checkpoint, and the most seconds that a checkpoint took; zeros where nothing is told."""
-    path = Path(output_dir) / "events.jsonl"
-    text, longest = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "", 0.0
-    for line in text.split("\n"):
-        if line.startswith('{"event": "checkpoint"'):
-            with contextlib.suppress(ValueError, TypeError, RecursionError):  # cut by a kill, or no record of ours
-                seconds = float(json.loads(line).get("seconds", 0.0))
-                longest = max(longest, seconds if 0.0 <= seconds < _LONGEST_S else 0.0)
-    started, fruitless = (
-        part.count('"event": "start"') for part in (text, text.rpartition('"event": "checkpoint"')[2])
-    )
-    return started, fruitless, longest
+    events = records.Events(Path(output_dir) / records.EVENTS)
+    longest = max((event.get("seconds") or 0.0 for event in events.named("checkpoint")), default=0.0)
+    return events.counts().get("start", 0), events.count_since("start", "checkpoint"), longest
 
 
 class Journal:
-    """metrics.jsonl and events.jsonl of a run, appended to on root and silent elsewhere.
+    """metrics.jsonl and events.jsonl of a run, appended to on root, and its heartbeat; silent elsewhere.
 
     A record is one line, written at once. After a restart the steps since the checkpoint come again; of several
     records of a step the last counts (`restart` tells them apart).
@@ -125,13 +115,18 @@ class Journal:
 
     def __init__(self, output_dir, restart, is_root):
         self._folder = Path(output_dir) if is_root else None
+        self._heartbeat = Heartbeat(output_dir) if is_root else None
         self._restart = restart
 
     def metrics(self, record):
-        self._append("metrics.jsonl", {**record, "restart": self._restart})
+        self._append(records.METRICS, {**record, "restart": self._restart})
+        if self._heartbeat and "loss" in record:
+            self._heartbeat.step(record)
 
     def event(self, name, **details):
-        self._append("events.jsonl", {"event": name, **details, "restart": self._restart})
+        self._append(records.EVENTS, {"event": name, **details, "restart": self._restart})
+        if self._heartbeat:
+            self._heartbeat.event(name, details)
 
     def _append(self, name, record):
         if self._folder is None:

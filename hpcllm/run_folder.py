@@ -6,11 +6,11 @@ All of it is root's: the others are told.
 import json
 from pathlib import Path
 
-from . import best, checkpoint, files, monitor, stopping
+from . import best, checkpoint, files, heartbeat, monitor, records, stopping
 from .config import load
 from .errors import CannotCreate, DataError, Fruitless, MissingInput, UsageError
 
-_OURS = ("config.toml", "metrics.jsonl", "events.jsonl", "results.json", stopping.SAVE, stopping.STOP)
+_OURS = ("config.toml", records.METRICS, records.EVENTS, "results.json", heartbeat.NAME, stopping.SAVE, stopping.STOP)
 _REPORTS = [f"{part}_{name}" for part in ("eval", "test") for name in ("results.json", "report.txt", "confusion.png")]
 
 
@@ -28,7 +28,7 @@ def find_start(config, resume, overwrite):
         checkpoint.rescue(output)
     found = checkpoint.find(output)
     if output.is_dir() and any(output.iterdir()):
-        if not (output / "events.jsonl").is_file():
+        if not (output / records.EVENTS).is_file():
             raise CannotCreate(
                 f"run.output_dir: {output} is not empty and holds no run of hpcllm; choose another folder"
             )
@@ -107,7 +107,7 @@ def open_output(config, resume, overwrite, damaged=()):
                 (output / name).unlink(missing_ok=True)
         checkpoint.remove_unfinished(output)
         _set_aside(damaged)
-        (output / "events.jsonl").touch()  # what says that this folder is a run of ours
+        (output / records.EVENTS).touch()  # what says that this folder is a run of ours
     except OSError as error:
         raise CannotCreate(f"run.output_dir: {output} cannot be created: {error.strerror}") from None
     files.write_text(output / "config.toml", config.toml())

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpcllm import config, files
+from hpcllm import blocks, config, files
 from hpcllm.data import shards
 from hpcllm.errors import Refusal
 from tests.faults import fuzz
@@ -172,10 +172,10 @@ def left(base):
         (saved / name).write_bytes(bytes(range(256)) * 20)
     listed = {}
     for path in sorted(saved.iterdir()):
-        blocks = list(files.block_digests(path, 1 << 26).values())
-        told = blocks if path.suffix == ".safetensors" else files.digest(path)
+        made = list(blocks.digests(path).values())
+        told = made if path.suffix == ".safetensors" else files.digest(path)
         listed[path.name] = {"bytes": path.stat().st_size, "sha256": told}
-    files.write_json(saved / ".complete", {"files": listed})
+    files.write_json(saved / ".complete", {"block_bytes": blocks.BLOCK_BYTES, "files": listed})
     now = time.time()
     events = [
         {"event": "start", "step": 0, "ranks": 2, "hosts": ["n1"], "job": "1", "max_steps": 4, "restart": 0},
