@@ -28,10 +28,12 @@ def parse(line, *names):
         return None
     if not isinstance(record, dict) or not all(name in record for name in names):
         return None
-    known = _KINDS.keys() & record.keys()
-    # What is no number is None in a record, and can only be missing where nobody needs it.
-    sound = all(_is(record[name], _KINDS[name]) or (record[name] is None and name not in names) for name in known)
-    return record if sound else None
+    for name in _KINDS.keys() & record.keys():
+        # What is no number, a loss perhaps, is None in a record.
+        missing = record[name] is None and _KINDS[name] is float and name not in names
+        if not missing and not _is(record[name], _KINDS[name]):
+            return None
+    return record
 
 
 def _is(value, kind):
