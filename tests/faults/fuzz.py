@@ -26,7 +26,24 @@ ROOT = Path(__file__).parent.parent.parent
 OUTCOMES = ("refused", "as written", "error", "silent", "crash")
 GOOD = ("refused", "as written")
 _PLACES = 1 << 20  # in how many an edit's place is told
-SNIPPETS = ["\0", "\xff", "\n", '"', "[", "{", "[" * 3000, "-1", "1e999", "NaN", "true", "null", "9" * 30, "'''", "="]
+SNIPPETS = [
+    "\0",
+    "\xff",
+    "\n",
+    '"',
+    "[",
+    "{",
+    "[" * 3000,
+    "-1",
+    "1e999",
+    "NaN",
+    "true",
+    "null",
+    "9" * 30,
+    "9" * 5000,
+    "'''",
+    "=",
+]
 SNIPPETS += [
     "\xef\xbb\xbf",
     "[run]\n",

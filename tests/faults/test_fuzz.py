@@ -64,12 +64,14 @@ KEYS = [(name, key) for name, section in SECTIONS.items() for key in (*section.m
 
 
 @cases(400)
-@given(changes=st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=3), path=st.just("a/b"))
-def test_values_of_a_run_file(changes, path):
+@given(changes=st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=3), some=VALUES)
+def test_values_of_a_run_file(changes, some):
     values = copy.deepcopy(RUN)
-    values["run"]["output_dir"], values["data"] = path, {"train": path}
+    values["run"]["output_dir"], values["data"] = "a/b", {"train": "a/b"}
     for (part, key), value in changes:
         values.setdefault(part, {})[key] = value
+    if isinstance(values["model"].get("config"), dict):
+        values["model"]["config"] |= {"model_type": "bert", "some": some}
     try:
         taken = config.load(values)
     except Refusal as refused:
