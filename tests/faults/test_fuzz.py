@@ -215,6 +215,16 @@ def test_bytes_of_records(left, name, edits):
     assert fuzz.records(left, name, edits) in fuzz.GOOD
 
 
+def test_a_checkpoint_that_names_no_step_is_passed_over(left):
+    path = left / "events.jsonl"
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content + b'{"event": "checkpoint", "restart": 0, "time": 1.0}\n')
+        assert fuzz.outcome(lambda: fuzz.told_of(left)) == "as written"
+    finally:
+        path.write_bytes(content)
+
+
 RECORD_KEYS = [
     "event",
     "step",
