@@ -114,6 +114,6 @@ def node_hours(file, step):
         first, hosts = some[0], len(some[0].get("hosts", [None]))
         last = [event for event in some if event.get("step", 0) <= step][-1:]
         total += hosts * (last[0]["time"] - first["time"] if last else 0.0)
-        if any(event["event"] == "checkpoint" and event["step"] >= step for event in some):
+        if any(event["event"] == "checkpoint" and event.get("step", 0) >= step for event in some):
             break
     return total / 3600

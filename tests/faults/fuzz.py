@@ -26,7 +26,24 @@ ROOT = Path(__file__).parent.parent.parent
 OUTCOMES = ("refused", "as written", "error", "silent", "crash")
 GOOD = ("refused", "as written")
 _PLACES = 1 << 20  # in how many an edit's place is told
-SNIPPETS = ["\0", "\xff", "\n", '"', "[", "{", "[" * 3000, "-1", "1e999", "NaN", "true", "null", "9" * 30, "'''", "="]
+SNIPPETS = [
+    "\0",
+    "\xff",
+    "\n",
+    '"',
+    "[",
+    "{",
+    "[" * 3000,
+    "-1",
+    "1e999",
+    "NaN",
+    "true",
+    "null",
+    "9" * 30,
+    "9" * 5000,
+    "'''",
+    "=",
+]
 SNIPPETS += [
     "\xef\xbb\xbf",
     "[run]\n",
@@ -176,8 +193,9 @@ def shard(folder, name, edits, fits):
             made = made[:4096] + content[4096:end] + made[4096:]
             entry["crc32_without_tokens"] = zlib.crc32(made[end:], zlib.crc32(made[:begin]))
             listed.write_text(json.dumps(known | {"digest": digest(known)}))
-        else:
-            made = spoilt(content, edits)
+        else:  # all but the gap before the tokens, which is most of a small shard
+            made = spoilt(content[:4096] + content[begin:], edits)
+            made = made[:4096] + content[4096:begin] * (len(made) > 4096) + made[4096:]
         path.write_bytes(made)
         return outcome(lambda: np.array_equal(all_tokens(folder), tokens_of(folder)))
     finally:

@@ -7,7 +7,7 @@ import json
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from hpcllm import blocks, config, files
@@ -27,11 +27,10 @@ EDIT = st.one_of(
 EDITS = st.lists(EDIT, min_size=1, max_size=4)
 
 
-def cases(count):
+def cases(count, **more):
     """The same cases every time, however long they take."""
-    return settings(
-        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
+    how = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    return settings(max_examples=count, **how, **more)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +63,14 @@ KEYS = [(name, key) for name, section in SECTIONS.items() for key in (*section.m
 
 
 @cases(400)
-@given(changes=st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=3), path=st.just("a/b"))
-def test_values_of_a_run_file(changes, path):
+@given(changes=st.lists(st.tuples(st.sampled_from(KEYS), VALUES), max_size=2), some=VALUES)
+def test_values_of_a_run_file(changes, some):
     values = copy.deepcopy(RUN)
-    values["run"]["output_dir"], values["data"] = path, {"train": path}
+    values["run"]["output_dir"], values["data"] = "a/b", {"train": "a/b"}
     for (part, key), value in changes:
         values.setdefault(part, {})[key] = value
+    if isinstance(values["model"].get("config"), dict):
+        values["model"]["config"] |= {"model_type": "bert", "some": some}
     try:
         taken = config.load(values)
     except Refusal as refused:
@@ -147,12 +148,14 @@ def apart(folder, base):
 
 
 @pytest.mark.parametrize("fits", [False, True])
-@cases(4)
+@cases(4, phases=[Phase.generate])  # each takes a process: too long to look for the smallest that fails
 @given(data=st.data())
 def test_bytes_of_a_shard(apart, fits, data):
     names = st.sampled_from([shards.name(number) for number in range(3)])
     flips = st.lists(st.tuples(st.just("flip"), PLACE, st.integers(0, 7)), min_size=1, max_size=3)
-    tried = data.draw(st.lists(st.tuples(names, flips if fits else EDITS, st.just(fits)), min_size=40, max_size=40))
+    tried = data.draw(
+        st.lists(st.tuples(names, flips if fits else flips | EDITS, st.just(fits)), min_size=40, max_size=40)
+    )
     found = fuzz.in_a_process(apart, tried)
     assert len(found) == len(tried) and not [one for one in found if one not in fuzz.GOOD]
 
@@ -211,6 +214,16 @@ def test_bytes_of_a_checkpoint(left, name, edits):
 @given(edits=EDITS)
 def test_bytes_of_records(left, name, edits):
     assert fuzz.records(left, name, edits) in fuzz.GOOD
+
+
+def test_a_checkpoint_that_names_no_step_is_passed_over(left):
+    path = left / "events.jsonl"
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content + b'{"event": "checkpoint", "restart": 0, "time": 1.0}\n')
+        assert fuzz.outcome(lambda: fuzz.told_of(left)) == "as written"
+    finally:
+        path.write_bytes(content)
 
 
 RECORD_KEYS = [

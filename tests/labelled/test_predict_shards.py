@@ -190,7 +190,7 @@ def test_shards_that_do_not_suit_are_refused_in_a_sentence(world, made, prepared
         manifest |= {"shards": [], "token_count": 0, "document_count": 0}
         (base / "empty" / "manifest.json").write_text(json.dumps(manifest | {"digest": digest(manifest)}))
     world.comm.Barrier()
-    refused(DataError, "empty.* there are no shards", "single", base / "empty")
+    refused(DataError, "empty.*there are no shards", "single", base / "empty")
 
 
 def test_generation_from_a_text_alone_and_replies_take_files(world, made, tmp_path):
