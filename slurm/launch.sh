@@ -30,8 +30,8 @@ launch() {
         [ $rc = 2 ] && [ $starts -gt 0 ] && [ ${#use[@]} -lt "$wanted" ] && missing_nodes=yes
         if ! can_go_on || ! is_a_death $rc; then break; fi
         mapfile -t alive < <(answering "${alive[@]}")
-        # Other codes than those of signals are also those of errors, which would only come again.
-        if ! by_signal $rc && [ $((${#use[@]} - $(common "${use[*]}" "${alive[*]}"))) = 0 ]; then break; fi
+        # What is no rank that was killed is an error, which would only come again, or what a dead node has led to.
+        if ! was_killed $rc && [ $((${#use[@]} - $(common "${use[*]}" "${alive[*]}"))) = 0 ]; then break; fi
         [ ${#alive[@]} -ge "$wanted" ] || missing_nodes=yes
         before=$newest newest=$(newest_checkpoint)
         [ "$newest" = "$before" ] || fruitless=0
@@ -74,11 +74,12 @@ say() { echo "$(date +%FT%T) launch: $*"; }
 # What Slurm calls this job: of an array the member, not the whole.
 job() { echo "${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"; }
 
-# Whether a rank was killed: 128 + the signal, but for ^C, or as MPICH has it the signal.
-by_signal() { case $1 in 130) return 1 ;; 4 | 6 | 7 | 8 | 9 | 11 | 15) ;; *) [ "$1" -gt 128 ] ;; esac; }
+# Whether a rank was killed. None of the codes with which hpcllm ends (1: an error, 130: ^C) or a shell says that there
+# is no such command. Launchers have different ones: 128 + the signal, the signal (MPICH), 14 (srun, of MPI in the others).
+was_killed() { case $1 in 0 | 1 | 2 | 65 | 66 | 69 | 73 | 74 | 75 | 93 | 124 | 126 | 127 | 130) return 1 ;; esac; }
 
-# Whether it may be that a rank or node died, and hpcllm did not end as it should. 124: what waits for a dead node.
-is_a_death() { case $1 in 0 | 2 | 65 | 66 | 73 | 74 | 75 | 93 | 130) return 1 ;; esac; }
+# Whether it may be that a rank or node died, of which 1 and 124 may be what the others ended with.
+is_a_death() { [ "$1" = 1 ] || [ "$1" = 124 ] || was_killed "$1"; }
 
 # Whether `command`, the caller's, goes on where it was when it is started again.
 can_go_on() { [[ "${command[*]} " = "hpcllm train "*" --resume "* || "${command[*]}" = "hpcllm predict "* ]]; }

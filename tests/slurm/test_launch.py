@@ -130,7 +130,7 @@ def test_what_hpcllm_ends_with_and_errors_on_living_nodes_are_not_tried_again(jo
     assert (ended, len(asked), said) == (code, 1, []) and ("scontrol requeue 17" in log) == (code == 75)
 
 
-@pytest.mark.parametrize("code", [129, 137, 139, 143, 9, 11])
+@pytest.mark.parametrize("code", [129, 137, 139, 143, 9, 11, 14])
 def test_a_signal_and_a_hang_for_a_dead_node_are_tried_again(job, code):
     assert job(f"{code} - -", "0 - -")[1][0] == 0
     asked, (ended, log), _ = job("124 n3 -", "0 - -")
