@@ -58,6 +58,12 @@ class Fruitless(Refusal):
     code = 93
 
 
+class TooFewRanks(Refusal):
+    """Ranks have died, and those that are left cannot hold the model as it is laid out: start again on more."""
+
+    code = PAUSED
+
+
 class Diverged(Refusal):
     """The loss is no longer a number; starting again would only repeat it, so the job must not be requeued."""
 

@@ -114,6 +114,20 @@ class Saver:
             began = time.monotonic()
             self.advance(largest)
 
+    def abandon(self):
+        """Give up what is under way, ranks having died: returns its path, None where nothing is. Not collective.
+
+        A checkpoint of which root has all the pieces is completed. Who owns the folder next removes the rest.
+        """
+        if self._path is None:
+            return None
+        self._copied.wait()  # what a copy is made of may change from now on
+        if self._then is None and self._at_work is not None:
+            self._at_work.exception()  # waits
+        path, self._path = self._path, None
+        self._pool.shutdown(wait=False)
+        return path
+
     def _timed(self, work, *arguments):
         began = time.monotonic()
         try:
