@@ -46,6 +46,7 @@ class Survival:
     def __init__(self, run):
         self._run, self._comm, self._parallel = run, run.world.comm, run.placed.parallel
         self._hosts, self._armed = self._comm.allgather(run.world.host), False
+        self._numbers = list(range(run.world.size))  # of the ranks as the job began, which is how users know them
         self.committed, self.deaths = run.state["step"], 0
         run.progress.say("a rank that dies does not end this job: the others go on")
 
@@ -97,8 +98,9 @@ class Survival:
             except Exception as error:
                 agreed = self._agreed(error)
         self.deaths += 1
-        dead, seconds = survive.missing(before.comm, self._comm), round(time.monotonic() - began, 3)
-        where = [hosts[rank] for rank in dead]
+        gone, seconds = survive.missing(before.comm, self._comm), round(time.monotonic() - began, 3)
+        dead, where = ([some[rank] for rank in gone] for some in (self._numbers, hosts))
+        self._numbers = [number for number in self._numbers if number not in dead]
         told = {"step": step, "ranks": dead, "hosts": where, "left": run.world.size, "seconds": seconds}
         run.journal.event("died", **told, goes_on_from=self.committed)
         run.progress.say(sentence(dead, where, step, run.world.size, seconds, self.committed))
@@ -177,7 +179,10 @@ def _tidy(folder):
 
 
 def sentence(dead, hosts, step, left, seconds, committed):
-    """Who has died, and how it goes on. dead: ranks; hosts: of each of them; committed: step that all go on from."""
+    """Who has died, and how it goes on.
+
+    dead: ranks, as the job began; hosts: of each of them; committed: the step that the others go on from.
+    """
     groups = []
     for name, ranks in itertools.groupby(zip(dead, hosts, strict=True), lambda pair: pair[1]):
         ranks = [str(rank) for rank, _ in ranks]
