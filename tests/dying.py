@@ -1,10 +1,10 @@
-"""A rank of a training job in which ranks die, at a place of a step; what test_recovery and faults/ulfm start. Not a test.
+"""A rank of a job whose ranks die, at a place of a step; what test_recovery and faults/ulfm start. Not a test.
 
     python dying.py PLACE:STEP:RANK[,RANK] ... -- arguments of hpcllm
 
 RANK: as the job began; STEP: the one under way, from 1; PLACE: one of `PLACES`. When it happens, the time is written
-into the file that DYING_NOTE names, and each rank notes in a file of that name and its rank when it has committed
-which step.
+into the file that DYING_NOTE names, and each rank notes in a file of that name and its rank the number of its process
+and then when it has committed which step.
 """
 
 import functools
@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from hpcllm import __main__, checkpoint, evaluate, mpi, monitor, optimizer
+from hpcllm import __main__, checkpoint, evaluate, monitor, mpi, optimizer
 from hpcllm.mpi import shared, survive
 from hpcllm.parallel.apply import Placed
 
@@ -87,11 +87,15 @@ def main():
     if NOTE:
         committed = survive.commit
 
+        def note(*what):
+            with open(f"{NOTE}-{world.rank}", "a", encoding="utf-8") as file:
+                file.write(json.dumps(what) + "\n")
+
         def noting(comm):
             committed(comm)
-            with open(f"{NOTE}-{world.rank}", "a", encoding="utf-8") as file:
-                file.write(json.dumps([deaths.step, time.time()]) + "\n")
+            note(deaths.step, time.time())
 
+        note("process", os.getpid())
         survive.commit = noting
     __main__.main(sys.argv[at + 1 :])
 

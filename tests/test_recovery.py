@@ -16,7 +16,10 @@ LARGE = ("model.safetensors", "optimizer.safetensors")
 
 @pytest.fixture
 def job(mpirun, prepared, tmp_path):
-    """job(name, ranks, [who dies when]) trains in tmp_path/name and returns its CompletedProcess; changes: overrides."""
+    """job(name, ranks, [who dies when]) trains in tmp_path/name and returns its CompletedProcess.
+
+    changes: overrides of the run file.
+    """
     run_file = tmp_path / "run.toml"
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     sections = {
