@@ -1,4 +1,4 @@
-"""Ranks of a training job are killed at random moments, and the others go on: does that hold, and how long does it take?
+"""Ranks of a training job are killed at random moments and the others go on: does that hold, how long does it take?
 
     python -m tests.faults.ulfm [--times 20] [--exact 1] [--two-hosts] [CASE ...]
 
@@ -56,6 +56,7 @@ exec nsenter --net=/run/netns/hpcllm-$host unshare --uts --mount --propagation p
 class OneHost:
     """Jobs on this machine."""
 
+    environment = {}
     options, cases = (), ("a rank", "rank 0", "two ranks", "three ranks")
 
     def command(self, words):
@@ -69,13 +70,14 @@ class OneHost:
 class TwoHosts:
     """Jobs on f1 and f2, two hosts that are network namespaces; mpirun runs on f1."""
 
-    options, cases = ("--host", "f1:2,f2:2", "--map-by", "slot"), tuple(CASES)
+    options, cases = ("--host", "f1:2,f2:2"), tuple(CASES)
 
     def __init__(self, folder):
         self._agent, hosts = Path(folder) / "agent", Path(folder) / "hosts"
         hosts.write_text("127.0.0.1 localhost\n10.78.0.1 f1\n10.78.0.2 f2\n")
         self._agent.write_text(AGENT.format(hosts=hosts, folder=folder))
         self._agent.chmod(0o755)
+        self.environment = {"PRTE_MCA_plm_ssh_agent": str(self._agent)}
         self.down()
         for number in (1, 2):
             _ip("netns", "add", f"hpcllm-f{number}")
@@ -87,7 +89,6 @@ class TwoHosts:
 
     def command(self, words):
         _ip("-n", "hpcllm-f2", "link", "set", "eth0", "up")
-        os.environ["PRTE_MCA_plm_ssh_agent"] = str(self._agent)
         return [str(self._agent), "f1", *words]
 
     def kill(self, case, pids):
@@ -128,7 +129,7 @@ def once(hosts, folder, case, number, draw):
     run_file, note = folder.run_file(name, STEPS, 10), folder.base / f"{name}.note"
     words = [*find_mpirun(), *SURVIVING, *hosts.options, "-np", str(RANKS), sys.executable, str(DYING), "--", "train"]
     command = hosts.command([*words, str(run_file)])
-    environment = clean_environment(DYING_NOTE=str(note), PYTHONPATH=str(jobs.ROOT))
+    environment = clean_environment(DYING_NOTE=str(note), **hosts.environment)
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, cwd=jobs.ROOT, **pipes) as job:
         said = ""
