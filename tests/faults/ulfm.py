@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 from benchmarks import jobs
@@ -56,8 +57,7 @@ exec nsenter --net=/run/netns/hpcllm-$host unshare --uts --mount --propagation p
 class OneHost:
     """Jobs on this machine."""
 
-    environment = {}
-    options, cases = (), ("a rank", "rank 0", "two ranks", "three ranks")
+    options, environment, cases = (), types.MappingProxyType({}), ("a rank", "rank 0", "two ranks", "three ranks")
 
     def command(self, words):
         return words
