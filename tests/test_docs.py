@@ -48,9 +48,7 @@ def test_commands_have_the_options_that_are_told_of_them(document):
 
 @pytest.mark.parametrize("document", FINE_TUNING, ids=lambda document: document.name)
 def test_run_files_have_the_keys_that_are_told_of_them(document):
-    for section, key in re.findall(
-        r"\b(run|data|model|parallel|train|checkpoint|resilience)\.([a-z_]+)\b", document.read_text()
-    ):
+    for section, key in re.findall(r"\b(run|data|model|parallel|train|checkpoint)\.([a-z_]+)\b", document.read_text()):
         # Names of files are no keys.
         if key not in ("conll", "tsv", "csv", "json", "jsonl", "dat", "safetensors"):
             assert key in config.Config.model_fields[section].annotation.model_fields, f"{section}.{key}"
