@@ -2,8 +2,9 @@
 
 Each optimizer step is committed: it changes anything only after all ranks have agreed that their part of it has
 succeeded (`mpi.survive`). So the ranks that are left hold the weights and moments of the same step. Where each holds
-the whole model, they go on from memory, one step lost at most; where ranks divide weights or moments between them, what
-the dead had is gone, and all go back to the newest checkpoint. The order of samples knows no ranks.
+the whole model, they go on from memory; where ranks divide weights or moments between them, by way of a checkpoint: one
+of that step, if those that are left hold all of it between them (copies of shards, or of what the tensor axis cuts),
+else the newest there is. The order of samples knows no ranks.
 """
 
 import copy
@@ -11,8 +12,9 @@ import itertools
 import time
 import traceback
 
-from . import checkpoint, monitor, stopping
+from . import best, checkpoint, monitor, saving, stopping
 from .errors import TooFewRanks, UsageError
+from .log import due
 from .mpi import launcher, on_root, regroup, survive
 from .parallel import host
 from .parallel import mesh as meshes
@@ -111,14 +113,17 @@ class Survival:
         run.world = world = regroup(comm)
         self._hosts = comm.allgather(world.host)
         newest = on_root(comm, _tidy, folder)
-        layout = self._layout(newest)
-        made = run.placed and run.placed.mesh.layout
         # Nobody has taken a step that others have not, or `commit` is broken.
-        if made and made.size == made.replicate and len(set(comm.allgather(self.committed))) == 1:
-            self._go_on(layout)
+        alike = len(set(comm.allgather(self.committed))) == 1 and run.placed is not None
+        if alike:
+            self._agree_where()
+        if alike and not run.placed.divided:
+            self._go_on(self._layout(newest))
             run.peak *= world.size / ranks_before
         else:
-            self._go_back(layout, newest)
+            if alike and run.placed.mesh.layout.pipeline == 1 and not run.placed.one_copy:
+                newest = self._salvage() or newest
+            self._go_back(self._layout(newest), newest)
         run.clock = monitor.Clock(world.group, run.placed.mesh.losses)
         run.journal = monitor.Journal(folder, run.state["restart"], world.is_root)
         run.requests.look(world.is_root)
@@ -144,16 +149,27 @@ class Survival:
             ).known_to_all() from None
         return layout
 
-    def _go_on(self, layout):
-        """From memory: each rank has the weights and the optimizer of the step committed last."""
-        run, comm = self._run, self._comm
-        run.placed = run.placed.moved(meshes.build(layout, run.world))
-        state = run.state
+    def _agree_where(self):
+        """Make of `state` that of the step committed last, on all ranks."""
+        run, comm, state = self._run, self._comm, self._run.state
         state["samples"] += (self.committed - state["step"]) * run.plan.global_batch_size
         # What was due after that step is done again, unless all of it was done.
         state |= {"step": self.committed, "best": copy.deepcopy(run.best)}
         state |= comm.bcast(state)
         run.settled, run.best, run.scores = comm.bcast((run.settled, run.best, run.scores))
+
+    def _go_on(self, layout):
+        """From memory: each rank has the weights and the optimizer of the step committed last."""
+        self._run.placed = self._run.placed.moved(meshes.build(layout, self._run.world))
+
+    def _salvage(self):
+        """The path of a checkpoint of the step committed last, where these ranks hold all of it between them."""
+        run, state = self._run, self._run.state
+        unmeasured = run.settled < state["step"] and due(state["step"], run.plan.eval_every_steps)
+        kept = run.kept() | {"unmeasured": unmeasured}
+        folder, tokenizer_dir = run.config.run.output_dir, run.config.data.tokenizer_dir
+        how = tokenizer_dir, kept, run.config.checkpoint.keep, best.step(state)
+        return saving.salvage(self._comm, folder, self.committed, run.placed, run.adjust, *how)
 
     def _go_back(self, layout, newest):
         """From the newest checkpoint, or the start: what the dead had is nowhere else."""

@@ -7,14 +7,16 @@ other that they are done with the sums at the edge of a step (`monitor.Clock.col
 of what was written, for its digests, and root gives the folder its name. The threads here never call MPI.
 """
 
+import math
 import shutil
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import checkpoint, files
-from .mpi import agree, on_root
+from .mpi import agree, on_root, together
 
 # What a rank tells the others of what it has in hand.
 _READY, _BUSY, _FAILED = 0, 1, 2
@@ -168,3 +170,42 @@ def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, 
     saver.begin(step, state, best, copy=False)
     saver.finish()
     return saver.newest
+
+
+def salvage(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):
+    """As `save`, by those that are left of the ranks that `placed` is for; None where they do not hold all of it.
+
+    comm: of these ranks, whose weights and moments are of the same step. Not for pipelines, whose stages would have to
+    tell each other what they have. Collective over `comm`.
+    """
+    placed.reshard()
+    contents = checkpoint.contents(placed, optimizer)
+    outlines = {file: checkpoint.outline(placed, held) for file, held in contents.items()}
+    mine = {
+        (file, entry, tuple((part.start, part.stop) for part in box)): (box, values)
+        for file, held in contents.items()
+        for entry, (_, piece, tensor) in held.items()
+        for box, values in placed.boxes(piece, tensor.detach())
+    }
+    everybody = comm.allgather({key: values.numel() for key, (_, values) in mine.items()})
+    sizes = {key: size for each in everybody for key, size in each.items()}
+    there = Counter()
+    for (file, entry, _), size in sizes.items():
+        there[file, entry] += size
+    if any(there[file, entry] < math.prod(shape) for file, one in outlines.items()
+           for entry, (_, shape) in one.tensors.items()):  # fmt: skip
+        return None
+    before = {key for each in everybody[: comm.rank] for key in each}  # others write what they have too
+    path = Path(output_dir) / f"checkpoint-{step}"
+    hidden = on_root(comm, checkpoint.begin, path, outlines)
+    with together(comm), files.failing_as_io(path):
+        for file, outline in outlines.items():
+            parts = [(key[1], *held) for key, held in mine.items() if key[0] == file and key not in before]
+            checkpoint.write(hidden / file, outline, parts)
+    known = None
+    with together(comm), files.failing_as_io(path):
+        known = checkpoint.digests(hidden, comm.rank, comm.size)
+    known = comm.gather(known, root=0)
+    on_root(comm, checkpoint.finish, hidden, path, step, placed, tokenizer_dir, state, known)
+    on_root(comm, checkpoint.delete_older, output_dir, keep, best)
+    return path

@@ -296,18 +296,21 @@ class Run:
 
     def save(self, waits):
         """Begin a checkpoint, which is complete on return if this `waits`."""
+        self.saver.begin(self.state["step"], self.kept(), best.step(self.state), copy=not waits)
+        if waits:
+            self.saver.finish()
+
+    def kept(self):
+        """What a checkpoint keeps of `state`, and by what it knows the run."""
         state = self.state
         kept = {name: state[name] for name in ("samples", "useful_s", "nonfinite")}
-        kept |= {
+        return kept | {
             "unmeasured": state.get("unmeasured", False),
             "ranks": self.world.size,
             "data_digest": self.sources.training.stream.digest,
             "config": self.config.model_dump(exclude_none=True),
             "best": state.get("best"),
         }
-        self.saver.begin(state["step"], kept, best.step(state), copy=not waits)
-        if waits:
-            self.saver.finish()
 
     def saved(self, step, path, seconds, waited_s):
         """A checkpoint is complete."""

@@ -106,6 +106,18 @@ def test_where_weights_are_divided_all_go_back_to_the_newest_checkpoint(job, tmp
         assert differing_bytes(*where)[0] == 0, name
 
 
+def test_copies_of_what_the_tensor_axis_cuts_are_enough_to_go_on_from_the_step_agreed_on(job, tmp_path):
+    done = job("dying", 4, ["clip:6:1,2"], **{"parallel.tensor": 2})
+    ended_well(done, tmp_path / "dying")
+    assert "ranks 1, 2 on" in done.stdout and "died in step 6; 2 ranks go on (" in done.stdout
+    for ranks, step in ((4, 5), (2, 12)):
+        part = {"train.max_steps": step, "parallel.tensor": 2}
+        assert job("steady", ranks, (), "--resume", ft=False, **part).returncode == 0
+    for name in LARGE:
+        where = [tmp_path / run / "checkpoint-12" / name for run in ("dying", "steady")]
+        assert differing_bytes(*where)[0] == 0, name
+
+
 def test_too_few_ranks_are_saved_or_told_which_checkpoint_there_is(job, tmp_path):
     done = job("few", 3, ["clip:5:1"], **{"resilience.min_ranks": 3})
     assert done.returncode == 75, done.stdout + done.stderr
@@ -114,6 +126,7 @@ def test_too_few_ranks_are_saved_or_told_which_checkpoint_there_is(job, tmp_path
     done = job("uneven", 4, ["clip:5:1"], **{"parallel.tensor": 2})
     assert done.returncode == 75, done.stdout + done.stderr
     assert done.stderr.count("ranks have died, and the other 3 cannot go on (parallel: tensor (2)") == 1
+    checkpoint.verify(tmp_path / "uneven" / "checkpoint-4")  # of which the others had all
 
 
 def test_what_ends_the_job_as_ever(job, tmp_path):
