@@ -77,7 +77,13 @@ def test_ranks_that_are_left_end_where_a_run_that_was_continued_on_as_many_does(
 
 def test_a_death_in_a_save_in_an_evaluation_or_at_the_very_end_changes_nothing_of_what_is_due(job, prepared, tmp_path):
     due = {"data.validation": f"{prepared}/validation", "train.eval_every_steps": 6, "checkpoint.every_steps": 3}
-    done = job("dying", 4, ["write:3:0", "evaluate:6:1", "evaluate:12:2"], **due)
+    deaths = [
+        "write:3:0",
+        "write:4:0",
+        "evaluate:6:1",
+        "evaluate:12:2",
+    ]  # a thread writes while the next step is under way
+    done = job("dying", 4, deaths, **due)
     ended_well(done, tmp_path / "dying")
     assert [each["ranks"] for each in events(tmp_path / "dying", "died")] == [[0], [1], [2]]
     assert [path.name for path in checkpoint.find(tmp_path / "dying")][-1] == "checkpoint-12"
