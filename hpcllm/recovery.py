@@ -49,7 +49,7 @@ class Survival:
         self._run, self._comm, self._parallel = run, run.world.comm, run.placed.parallel
         self._hosts, self._armed = self._comm.allgather(run.world.host), False
         self._numbers = list(range(run.world.size))  # of the ranks as the job began, which is how users know them
-        self.committed, self.deaths = run.state["step"], 0
+        self.committed, self.deaths, self._peak_of_one = run.state["step"], 0, run.peak / run.world.size
         run.progress.say("a rank that dies does not end this job: the others go on")
 
     def commit(self):
@@ -60,12 +60,16 @@ class Survival:
             survive.arm()
             self._armed = True
 
+    def agree(self):
+        """As `commit`, of something that is no step: what it has come to may decide what follows. Collective."""
+        survive.commit(self._comm)
+
     def go(self, parts):
         """As Run.go. A death before the first step has been committed ends the job."""
         while True:
             try:
                 results = self._too_few() or self._run.steps(parts)
-                survive.commit(self._comm)
+                self.agree()
                 return results
             except Exception as error:
                 agreed = self._agreed(error)
@@ -94,7 +98,7 @@ class Survival:
         while True:
             self._comm = survive.shrink(self._comm, agreed)
             try:
-                self._rebuild(before.size, unfinished)
+                self._rebuild(unfinished)
                 survive.commit(self._comm)
                 break
             except Exception as error:
@@ -107,7 +111,7 @@ class Survival:
         run.journal.event("died", **told, goes_on_from=self.committed)
         run.progress.say(sentence(dead, where, step, run.world.size, seconds, self.committed))
 
-    def _rebuild(self, ranks_before, unfinished):
+    def _rebuild(self, unfinished):
         """All that knows the ranks, made anew for those that are left. Collective over these."""
         run, comm, folder = self._run, self._comm, self._run.config.run.output_dir
         run.world = world = regroup(comm)
@@ -119,7 +123,6 @@ class Survival:
             self._agree_where()
         if alike and not run.placed.divided:
             self._go_on(self._layout(newest))
-            run.peak *= world.size / ranks_before
         else:
             if alike and run.placed.mesh.layout.pipeline == 1 and not run.placed.one_copy:
                 newest = self._salvage() or newest
@@ -160,7 +163,9 @@ class Survival:
 
     def _go_on(self, layout):
         """From memory: each rank has the weights and the optimizer of the step committed last."""
-        self._run.placed = self._run.placed.moved(meshes.build(layout, self._run.world))
+        run = self._run
+        run.placed = run.placed.moved(meshes.build(layout, run.world))
+        run.peak = self._peak_of_one * run.world.size
 
     def _salvage(self):
         """The path of a checkpoint of the step committed last, where these ranks hold all of it between them."""

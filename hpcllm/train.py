@@ -285,7 +285,10 @@ class Run:
         scores, self.told = evaluate.evaluate(
             self.placed, self.sources.validation, plan.micro_batch_size, plan.precision
         )
-        self.scores = self.world.comm.bcast(scores, root=0)  # what follows is decided by them, on every rank
+        scores = self.world.comm.bcast(scores, root=0)  # what follows is decided by them, on every rank
+        if self.survival:
+            self.survival.agree()
+        self.scores = scores
         log.scores(self, self.scores)
         self.requests.took("evaluation", time.monotonic() - began)
 

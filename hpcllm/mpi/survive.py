@@ -20,7 +20,7 @@ from . import abort, launcher, watch
 _known = weakref.WeakValueDictionary()
 # Ranks that are still making a communicator when others hear of a death get so long to end that.
 _MADE_S = 0.2
-# An error that may be the first sign of a death waits so long for Open MPI to name the dead.
+# An error, which may be the first sign of a death, waits so long for Open MPI to name the dead.
 _NAMED_S = 1.0
 _DEATHS = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
 
@@ -115,15 +115,14 @@ def died(comm, error):
     """The PeersDied that the exception `error` means, None where it means something else. comm: of all ranks."""
     if isinstance(error, PeersDied):
         return error
-    sign, chain = False, error
+    chain = error
     while chain is not None:
-        if isinstance(chain, MPI.Exception):
-            if chain.Get_error_class() in _DEATHS:
-                return PeersDied(agreed=False)
-            sign = True
+        if isinstance(chain, MPI.Exception) and chain.Get_error_class() in _DEATHS:
+            return PeersDied(agreed=False)
         chain = chain.__cause__ or chain.__context__
-    # torch tells of some errors in words of its own, and a broken connection may come before the death is known.
-    deadline = time.monotonic() + _NAMED_S * sign
+    # torch tells of some errors in words of its own; sums that a death has spoilt, and broken connections, may come
+    # to light before the death itself.
+    deadline = time.monotonic() + _NAMED_S
     while not (gone := comm.Is_revoked() or comm.Get_failed().Get_size() > 0) and time.monotonic() < deadline:
         time.sleep(0.01)
     return PeersDied(agreed=False) if gone else None
