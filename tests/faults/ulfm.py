@@ -6,8 +6,8 @@ For each case, 4 ranks train a BERT of 60,000 parameters `--times` times under m
 moment some are killed. The table tells: runs that came to their end (exit code 0, all steps, a complete checkpoint);
 steps that had been agreed on and were lost; steps whose loss is not that of a run that nothing happened to, to float
 order; seconds from the kill to the next step that the others have agreed on. Of the first `--exact` runs of a case the
-weights are compared, byte by byte and on one host, with those of a run that was continued, from the step in question, on as many ranks
-as were left. Ends with 1 where something does not hold.
+weights are compared, on one host and byte by byte, with those of a run that was continued, from the step in question,
+on as many ranks as were left. Ends with 1 where something does not hold.
 
 --two-hosts (root): ranks 0 and 1, and 2 and 3, on two hosts, which are network namespaces of this machine with a link
 between them. (When a host dies with mpirun's daemon on it, Open MPI 5.0's mpirun gives up, and the job with it.)
