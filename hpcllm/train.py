@@ -187,7 +187,7 @@ class Run:
         """As `go`; ranks that have lost others call it again."""
         plan, state = self.plan, self.state
         if self.owes:
-            self.save(waits=False)
+            self.save(waits=not self.config.checkpoint.asynchronous)
             self.owes = False
         if state.pop("unmeasured", False):  # there was no time for it when the run was asked to end
             self.measure()
