@@ -114,9 +114,9 @@ def train(args):
     parts.end("backend")
     results = train(settings, world, resume=args.resume, overwrite=args.overwrite, parts=parts)
     code = results.pop("exit_code", 0)
-    if world.is_root:
+    if mpi.join().is_root:  # ranks may have died
         print(f"{'stopped' if 'stopped' in results else 'done'}: {json.dumps(results)}", flush=True)
-    if code:
+    if code or mpi.has_outlived():
         leave_together(code)
 
 

@@ -358,6 +358,14 @@ class Checkpoint(Section):
         return text
 
 
+class Resilience(Section):
+    shrink: Literal["auto"] | bool = "auto"
+    """When ranks die, the others go on without them: auto, where the MPI can (Open MPI 5, mpirun --with-ft ulfm --mca
+    coll ^han); true, which refuses to start where it cannot; false, the job ends."""
+    min_ranks: int = Field(1, ge=1)
+    """With fewer ranks left the run is saved and ends with exit code 75."""
+
+
 class Config(Section):
     """A whole run file."""
 
@@ -369,6 +377,7 @@ class Config(Section):
     parallel: Parallel = Parallel()
     train: Train
     checkpoint: Checkpoint = Checkpoint()
+    resilience: Resilience = Resilience()
 
     @model_validator(mode="after")
     def a_model_that_lora_can_adapt(self):

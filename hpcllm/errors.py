@@ -58,6 +58,12 @@ class Fruitless(Refusal):
     code = 93
 
 
+class TooFewRanks(Refusal):
+    """Ranks have died, and those that are left cannot hold the model as it is laid out: start again on more."""
+
+    code = PAUSED
+
+
 class Corrupted(Refusal):
     """Ranks that hold the same numbers have different bits: a later start goes on from the last good checkpoint.
 

@@ -11,16 +11,18 @@ that step.
 """
 
 import itertools
+import math
 import shutil
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from . import blocks, checkpoint, files
-from .mpi import agree, on_root
+from .mpi import agree, on_root, together
 
 # What a rank tells the others of what it has in hand.
 _READY, _UNFIT, _BUSY, _FAILED = 0, 1, 2, 3
@@ -112,8 +114,7 @@ class Saver:
         if self._then == "digest":
             self._then = "commit"
             known = self._at_work.result()
-            numbers = self._comm.allgather({file: list(found) for file, found in known.items()})
-            left = checkpoint.unread(self._hidden, numbers, self._comm.rank, self._comm.size)
+            left = _unread(self._comm, self._hidden, known)
             self._at_work = self._pool.submit(self._timed, self._digest, known, left)
             return
         if self._then == "commit":
@@ -135,6 +136,20 @@ class Saver:
             self._waited_s += time.monotonic() - began
             began = time.monotonic()
             self.advance(largest)
+
+    def abandon(self):
+        """Give up what is under way, ranks having died: returns its path, None where nothing is. Not collective.
+
+        A checkpoint of which root has all the pieces is completed. Who owns the folder next removes the rest.
+        """
+        if self._path is None:
+            return None
+        self._copied.wait()  # what a copy is made of may change from now on
+        if self._then is None and self._at_work is not None:
+            self._at_work.exception()  # waits
+        path, self._path = self._path, None
+        self._pool.shutdown(wait=False)
+        return path
 
     def _timed(self, work, *arguments):
         began = time.monotonic()
@@ -166,7 +181,7 @@ class Saver:
 
     def _digest(self, known, left):
         with files.failing_as_io(self._path):
-            return {file: known[file] | blocks.digests(self._hidden / file, left[file]) for file in known}
+            return _with_digests(self._hidden, known, left)
 
     def _commit(self, known):
         """What is not made of pieces, the name, and the end of older ones. Root's."""
@@ -178,6 +193,17 @@ class Saver:
 def finite(values):
     """True where every number of a tensor is finite. A sum, as fast as memory, tells it, unless it overflows."""
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def _unread(comm, hidden, known):
+    """{file: numbers of blocks} that this rank is to read, `known` being those it knows. Collective."""
+    numbers = comm.allgather({file: list(found) for file, found in known.items()})
+    return checkpoint.unread(hidden, numbers, comm.rank, comm.size)
+
+
+def _with_digests(hidden, known, left):
+    """`known` with the digests of the blocks that are `left`."""
+    return {file: known[file] | blocks.digests(hidden / file, left[file]) for file in known}
 
 
 def _finite_bytes(part):
@@ -193,3 +219,45 @@ def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, 
     saver.begin(step, state, best, copy=False)
     saver.finish()
     return saver.newest
+
+
+def salvage(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):
+    """As `save`, by those that are left of the ranks that `placed` is for; None where they do not hold all of it.
+
+    comm: of these ranks, whose weights and moments are of the same step. Not for pipelines, whose stages would have to
+    tell each other what they have. Collective over `comm`.
+    """
+    placed.reshard()
+    contents = checkpoint.contents(placed, optimizer)
+    outlines = {file: checkpoint.outline(placed, held) for file, held in contents.items()}
+    mine = {
+        (file, entry, tuple((part.start, part.stop) for part in box)): (box, values)
+        for file, held in contents.items()
+        for entry, (_, piece, tensor) in held.items()
+        for box, values in placed.boxes(piece, tensor.detach())
+    }
+    everybody = comm.allgather({key: values.numel() for key, (_, values) in mine.items()})
+    sizes = {key: size for each in everybody for key, size in each.items()}
+    there = Counter()
+    for (file, entry, _), size in sizes.items():
+        there[file, entry] += size
+    whole = all(there[file, entry] >= math.prod(shape) for file, one in outlines.items()
+                for entry, (_, shape) in one.tensors.items())  # fmt: skip
+    if not whole or not all(comm.allgather(all(finite(values) for _, values in mine.values()))):
+        return None
+    before = {key for each in everybody[: comm.rank] for key in each}  # others write what they have too
+    path = Path(output_dir) / f"checkpoint-{step}"
+    hidden = on_root(comm, checkpoint.begin, path, outlines)
+    known = {}
+    with together(comm), files.failing_as_io(path):
+        for file, outline in outlines.items():
+            parts = [(key[1], *held) for key, held in mine.items() if key[0] == file and key not in before]
+            stretches = itertools.chain(*(outline.stretches(*part) for part in parts))
+            known[file] = blocks.write(hidden / file, blocks.segments(stretches))
+    left = _unread(comm, hidden, known)
+    with together(comm), files.failing_as_io(path):
+        known = _with_digests(hidden, known, left)
+    known = comm.gather(known, root=0)
+    on_root(comm, checkpoint.finish, hidden, path, step, placed, tokenizer_dir, state, known)
+    on_root(comm, checkpoint.delete_older, output_dir, keep, best)
+    return path

@@ -67,6 +67,12 @@ class Requests:
         self._told = None
         self._find_end()
 
+    def look(self, looks):
+        """Whether this rank is the one that looks, from now on."""
+        if looks and not self._looks:
+            self._looks = True
+            self._find_end()
+
     @property
     def end(self):
         """When this job, or the time that the run file gives it, will end: Unix time, None where nobody says."""

@@ -1,6 +1,7 @@
 """Training, from a run file to a trained model: what leads to the first step in `train`, what comes then in `Run`."""
 
 import contextlib
+import copy
 import itertools
 import math
 import time
@@ -20,6 +21,7 @@ from . import (
     model,
     monitor,
     optimizer,
+    recovery,
     replicas,
     rollback,
     run_folder,
@@ -55,7 +57,8 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     parts: the startup.Parts of this process, told at the first step.
     Everything that can be refused is refused before anything is written.
     """
-    parallel, layout = lay_out(config, world)
+    survives = recovery.wanted(config, world)
+    parallel, layout = lay_out(config, world, survives)
     data = sources.open_all(config, world)
     config = config.model_copy(update={"train": config.train.with_steps(len(data.training))})
     plan = config.train
@@ -73,14 +76,21 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     run = Run(config, world, data, state)
     run.place(parallel, layout, last)
     run.open(resume, overwrite, last)
+    if survives:
+        run.survival = recovery.Survival(run)
     parts.end("model")
     return run.go(parts)
 
 
-def lay_out(config, world):
-    """(the run file's [parallel] with "auto" decided, mesh.Layout) of the ranks that there are. Collective."""
-    hosts = world.comm.allgather(world.host)
-    parallel = host.resolve(config.parallel, world, config.train.compile)
+def lay_out(config, world, survives=False):
+    """(the run file's [parallel] with "auto" decided, mesh.Layout) of the ranks that there are. Collective.
+
+    survives: ranks may die, and each keeps all that the others need to go on, if nothing else is asked for.
+    """
+    hosts, parallel = world.comm.allgather(world.host), config.parallel
+    if survives and parallel.sharding == "auto":
+        parallel = parallel.model_copy(update={"sharding": "none"})
+    parallel = host.resolve(parallel, world, config.train.compile)
     with together(world.comm):
         layout = meshes.layout(parallel, hosts)
         config.train.accumulation(layout.data)
@@ -100,12 +110,21 @@ class Run:
     """A run under way: `place` gives its ranks a model, `open` its folder, and `go` takes steps until it is over.
 
     config: with the number of steps settled; sources: sources.Sources; state: what a checkpoint keeps of where a run
-    is, as run_folder.find_start returns it. Methods are collective.
+    is, as run_folder.find_start returns it; survival: recovery.Survival, None where a death ends the job. Methods are
+    collective.
     """
+
+    survival = None
 
     def __init__(self, config, world, data, state):
         self.config, self.plan, self.world, self.sources, self.state = config, config.train, world, data, state
         self.scores, self.told = {}, None  # of the newest evaluation, and its reports
+        self.owes = False  # a checkpoint, that was given up
+        self.settle()
+
+    def settle(self):
+        """All that was due after the newest step is done."""
+        self.settled, self.best = self.state["step"], copy.deepcopy(self.state.get("best"))
 
     def place(self, parallel, layout, last):
         """The model on its ranks, with weights and optimizer of the checkpoint folder `last`, or new ones (None)."""
@@ -132,6 +151,7 @@ class Run:
         with together(world.comm):
             if last:
                 checkpoint.load_optimizer(last, self.placed, self.adjust)
+        self.adjust.register_step_pre_hook(lambda *_: self.saver.hold())
         self.clock = monitor.Clock(world.group, mesh.losses)
 
     def open(self, resume, overwrite, last):
@@ -157,48 +177,79 @@ class Run:
         self.progress.say(f"activation checkpointing: {'on' if self.again else 'off'} ({self.why})")
         peak = f"{self.peak / 1e12:.3g} TFLOP/s ({self.measured})"
         self.progress.say(f"peak of matrix products, {plan.precision}, all ranks: {peak}")
-        keeping = folder, config.data.tokenizer_dir, config.checkpoint.keep
-        told = {"completed": self.saved, "unfit": self.unfit}
-        self.saver = saving.Saver(world.comm, self.placed, self.adjust, *keeping, newest=last, **told)
-        self.adjust.register_step_pre_hook(lambda *_: self.saver.hold())
+        self.saver = self.new_saver(last)
         self.interval = Interval(config.checkpoint.every_steps, deadline.seconds(config.checkpoint.mtbf))
         self.spikes, self.back, self.checked = Spikes(plan, state.get("spikes")), None, None
-        self.hosts, layout = world.comm.allgather(world.host), self.placed.mesh.layout
+        self.watch_ranks()
+
+    def new_saver(self, newest):
+        """A saving.Saver of what is placed; newest: path of the newest checkpoint, or None."""
+        config = self.config
+        keeping = config.run.output_dir, config.data.tokenizer_dir, config.checkpoint.keep
+        how = {"newest": newest, "completed": self.saved, "unfit": self.unfit}
+        return saving.Saver(self.world.comm, self.placed, self.adjust, *keeping, **how)
+
+    def watch_ranks(self):
+        """Begin to look for slow ranks."""
+        world, layout = self.world, self.placed.mesh.layout
+        self.hosts = world.comm.allgather(world.host)
         stages = [layout.place(rank)["pipeline"] for rank in range(world.size)]
-        self.watch = slow.Watch(world.comm, self.hosts, plan.slow_rank_ratio, stages)
+        self.watch = slow.Watch(world.comm, self.hosts, self.plan.slow_rank_ratio, stages)
 
     def go(self, parts):
         """Steps until the run is over, or is asked to end; returns its results. parts: startup.Parts."""
+        return self.survival.go(parts) if self.survival else self.steps(parts)
+
+    def steps(self, parts=None):
+        """As `go`; ranks that have lost others call it again."""
         plan, state = self.plan, self.state
+        if self.owes:
+            self.save(waits=not self.config.checkpoint.asynchronous)
+            self.owes = False
         if state.pop("unmeasured", False):  # there was no time for it when the run was asked to end
             self.measure()
             if self.better():
                 self.save(waits=True)
         done = state["step"] == plan.max_steps or best.hopeless(state, plan)
+        if self.settled < state["step"]:
+            done = self.after_step()
         steps = self.batches()
         while not done:
             wish = stopping.wish(self.take_step(steps, parts))
             parts = None
             if self.back:
                 steps.close()
-                rollback.go_back(self, self.back)
+                self.go_back()
                 steps = self.batches()
                 if not (wish and wish.ends):
                     continue
             if due(state["step"], plan.check_replicas_every_steps):
                 self.check_replicas()
-            done, improved = state["step"] == plan.max_steps, False
-            if wish and wish.ends and not done:
+            if wish and wish.ends and state["step"] < plan.max_steps:
                 return self.stop(wish)
-            if done or due(state["step"], plan.eval_every_steps):
-                self.measure()
-                improved = self.better()
-                done = done or best.hopeless(state, plan)
-            if done:
-                self.save_last()
-            elif improved or wish or (self.interval.due(state["step"]) and not self.spikes.under_way):
-                self.save(waits=not self.config.checkpoint.asynchronous)
+            done = self.after_step(wish)
         return self.results()
+
+    def after_step(self, wish=None):
+        """The evaluation and the checkpoint that are due, or wished for; returns whether the run is over."""
+        plan, state, improved = self.plan, self.state, False
+        done = state["step"] == plan.max_steps
+        if done or due(state["step"], plan.eval_every_steps):
+            self.measure()
+            improved = self.better()
+            done = done or best.hopeless(state, plan)
+        if done:
+            self.save_last()
+        elif improved or wish or (self.interval.due(state["step"]) and not self.spikes.under_way):
+            self.save(waits=not self.config.checkpoint.asynchronous)
+        self.settle()
+        return done
+
+    def go_back(self):
+        """To a checkpoint before the losses jumped (`rollback`)."""
+        with self.survival.changing() if self.survival else contextlib.nullcontext():
+            rollback.go_back(self, self.back)
+        self.settle()
 
     def batches(self):
         """This rank's micro-batches of each step to come, the next ones being made meanwhile."""
@@ -220,7 +271,8 @@ class Run:
         with clock.waiting_for_data():
             micro_batches = next(steps)
         rate = optimizer.learning_rate(state["step"], plan)
-        found = one_step(self.placed, self.adjust, micro_batches, rate, self.sources.training, plan)
+        commit = self.survival and self.survival.commit
+        found = one_step(self.placed, self.adjust, micro_batches, rate, self.sources.training, plan, commit)
         loss_sum, targets, tokens, pairs, grad_norm = found
         soon = [state["step"] + 1, state["step"] + 2]
         measures = plan.max_steps in soon or any(due(step, plan.eval_every_steps) for step in soon)
@@ -269,7 +321,10 @@ class Run:
         scores, self.told = evaluate.evaluate(
             self.placed, self.sources.validation, plan.micro_batch_size, plan.precision
         )
-        self.scores = self.world.comm.bcast(scores, root=0)  # what follows is decided by them, on every rank
+        scores = self.world.comm.bcast(scores, root=0)  # what follows is decided by them, on every rank
+        if self.survival:
+            self.survival.agree()
+        self.scores = scores
         log.scores(self, self.scores)
         self.requests.took("evaluation", time.monotonic() - began)
 
@@ -293,12 +348,18 @@ class Run:
 
     def save(self, waits):
         """Begin a checkpoint, which is complete on return if this `waits`."""
-        state = self.state
         if self.plan.check_replicas_every_steps:
             self.check_replicas()
         self.interval.began()
+        self.saver.begin(self.state["step"], self.kept(), best.step(self.state), copy=not waits)
+        if waits:
+            self.saver.finish()
+
+    def kept(self):
+        """What a checkpoint keeps of `state`, and by what it knows the run."""
+        state = self.state
         kept = {name: state[name] for name in ("samples", "useful_s", "nonfinite")}
-        kept |= {
+        return kept | {
             "unmeasured": state.get("unmeasured", False),
             "ranks": self.world.size,
             "data_digest": self.sources.training.stream.digest,
@@ -306,9 +367,6 @@ class Run:
             "best": state.get("best"),
             "spikes": self.spikes.state,
         }
-        self.saver.begin(state["step"], kept, best.step(state), copy=not waits)
-        if waits:
-            self.saver.finish()
 
     def save_last(self):
         """The last checkpoint of this start, complete on return. Raises Diverged where it is not fit to be one."""
@@ -353,6 +411,8 @@ class Run:
             results |= best.results(state, config)
         if training.stream.labelled:
             if results["checkpoint"] != path:
+                if self.survival:
+                    self.survival.at_step = False
                 with together(world.comm):
                     self.placed.refill(model.saved(results["checkpoint"]))
                 self.scores, self.told = {}, None  # were of other weights
@@ -388,12 +448,12 @@ def load_or_build(config, last, source):
     return net, weights
 
 
-def one_step(placed, adjust, micro_batches, rate, source, plan):
+def one_step(placed, adjust, micro_batches, rate, source, plan, commit=None):
     """Forward and backward of this rank's micro-batches of `source` and one optimizer step.
 
     Returns (loss summed over this rank's targets; targets, tokens, and pairs of tokens that attend, of all ranks;
     gradient norm before clipping). Each rank's loss is a sum, divided by the global number of targets; gradients are
-    summed over ranks.
+    summed over ranks. commit: called before anything changes that the next step depends on.
     """
     placed.train()
     counts = [[batch.targets, batch.tokens, batch.pairs] for batch in micro_batches]
@@ -407,6 +467,8 @@ def one_step(placed, adjust, micro_batches, rate, source, plan):
     losses = placed.step(micro_batches, work, targets)
     loss_sum = torch.stack(losses).double().sum() if losses else 0.0
     grad_norm = placed.clip_gradients(plan.max_grad_norm)
+    if commit:
+        commit()
     if math.isfinite(grad_norm):  # the same on all ranks
         adjust.step()
     return loss_sum, targets, tokens, pairs, grad_norm

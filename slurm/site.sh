@@ -16,6 +16,9 @@ slurm_launcher=(
     --kill-on-bad-exit=1                          # a rank that dies ends the others
 )
 
+# Ranks that are left go on when others die (docs/job_life.md): srun would end them all, Open MPI 5's mpirun does not.
+# slurm_launcher=(mpirun --with-ft ulfm --mca coll ^han -np "${SLURM_NTASKS:-1}")
+
 # --- What starts ranks elsewhere: on a workstation, or under another scheduler ---
 other_launcher=(mpirun -np "${HPCLLM_RANKS:-4}")
 other_probe=(mpirun -np 1 --host)   # NODE COMMAND follow: does a node of the job (PBS_NODEFILE) still answer?

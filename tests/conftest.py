@@ -145,13 +145,13 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def mpirun():
-    """mpirun(n, [arguments of python...]) runs a job and returns its CompletedProcess (text).
+    """mpirun(n, [arguments of python...]) runs a job and returns its CompletedProcess (text). options: of mpirun.
 
     Raises subprocess.TimeoutExpired, the job being ended first, and with check=True CalledProcessError.
     """
 
-    def run(n, arguments, timeout=120, env=None, check=False, cwd=None):
-        command = [*find_mpirun(), "-np", str(n), sys.executable, *map(str, arguments)]
+    def run(n, arguments, timeout=120, env=None, check=False, cwd=None, options=()):
+        command = [*find_mpirun(), *options, "-np", str(n), sys.executable, *map(str, arguments)]
         environment = clean_environment(**(env or {}))
         with subprocess.Popen(
             command,

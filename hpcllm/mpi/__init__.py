@@ -5,7 +5,20 @@ world = hpcllm.mpi.init()        # under mpirun or srun; torch.distributed now r
 model = DistributedDataParallel(model.to(world.device))
 """
 
-from .abort import end_all, leave_together
-from .world import World, agree, alone, init, join, on_root, teams, together
+from .abort import end_all, has_outlived, leave_together
+from .world import World, agree, alone, init, join, on_root, regroup, teams, together
 
-__all__ = ["World", "agree", "alone", "end_all", "init", "join", "leave_together", "on_root", "teams", "together"]
+__all__ = [
+    "World",
+    "agree",
+    "alone",
+    "end_all",
+    "has_outlived",
+    "init",
+    "join",
+    "leave_together",
+    "on_root",
+    "regroup",
+    "teams",
+    "together",
+]

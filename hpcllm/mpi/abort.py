@@ -71,6 +71,7 @@ class _State:
     board = None  # descriptor of the file in which the ranks of this host note that one has spoken
     farewell = None  # a communicator for nothing but leaving
     statuses = None  # (request, exit codes of all ranks): the farewell under way
+    outlived = False  # ranks have died, and this one goes on
     process = None  # process id in which `install` ran
 
 
@@ -90,14 +91,21 @@ def install():
 
 def joined(world, local):
     """From now on errors end all ranks of `world`; `local`: communicator of this host's ranks. Collective."""
-    _State.farewell = world.comm.Dup()
+    again = _State.world is not None
+    _State.farewell, _State.statuses = world.comm.Dup(), None
     _State.board = _open_board(local)
     # MPICH's processes map all of a host's when they start, and leave them behind when one of them is killed. (Open
     # MPI's are opened when first needed, and its mpirun removes them.)
     remove_segments("mpich_shm_")
     _State.world = world
-    # MPI is finalised after the functions registered here.
-    atexit.register(_goodbye)
+    if not again:
+        # MPI is finalised after the functions registered here.
+        atexit.register(_goodbye)
+
+
+def outlived():
+    """Other ranks have died: this one must not enter MPI_Finalize, which may wait for them. See `leave_together`."""
+    _State.outlived = True
 
 
 def leave(status=None, /):
@@ -114,7 +122,24 @@ def leave_together(code, sentence=None):
     if launcher.find()[1] > 1 and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _say_once(sentence)
+    if _State.outlived and _alive():
+        _leave_without_finalizing(code)
     raise SystemExit(code)
+
+
+def has_outlived():
+    """True where ranks of this job have died and the others went on: programs end by `leave_together` then."""
+    return _State.outlived
+
+
+def _leave_without_finalizing(code):
+    """The end of a rank whose job has lost others: when the rest has come to its end too, without MPI_Finalize."""
+    write("")
+    with contextlib.suppress(Exception):  # another one has gone before
+        _all_leave(code, float("inf"))
+    progress.leave_job()
+    remove_segments()
+    _exit_at_once(code)
 
 
 def _say_once(sentence):
@@ -232,6 +257,8 @@ def _last_word(code):
 
 def _goodbye():
     """A rank that has come to its end waits here (and not, as in MPI_Finalize, with a busy core) for the others."""
+    if _State.outlived and _alive():
+        _leave_without_finalizing(0)
     if _alive():
         _all_leave(0, float("inf"))
         if _State.world.size == 1:

@@ -43,6 +43,11 @@ def sum_gradients_as(dtype):
     return sum_rounded_gradients
 
 
+def forget():
+    """Drop the buckets of a backward pass that has been broken off."""
+    _waiting.clear()
+
+
 def _reduce(group, bucket, op, dtype=None):
     gradients, group = bucket.buffer(), group or dist.group.WORLD
     ours = hasattr(group, "settle")

@@ -100,3 +100,21 @@ def _sentence(launcher, started, finding, library, path):
         f"  library: {library} ({path})\n"
         f"  cure: {cure}"
     )
+
+
+# What Open MPI 5's mpirun sets for --with-ft ulfm, and for --mca coll.
+_FAULT_TOLERANT, _COLLECTIVES, _HAN_PRIORITY = "OMPI_MCA_mpi_ft_enable", "OMPI_MCA_coll", "OMPI_MCA_coll_han_priority"
+
+
+def fault_tolerant(environ=os.environ):
+    """True where this process was started with fault tolerance, whatever else that may need."""
+    return environ.get(_FAULT_TOLERANT, "").strip().lower() in ("1", "true", "yes")
+
+
+def without_han(environ=os.environ):
+    """True where Open MPI has been told not to use coll/han, whose sums are not finished when a rank dies."""
+    names = environ.get(_COLLECTIVES, "").strip()
+    if environ.get(_HAN_PRIORITY, "").strip() == "0":
+        return True
+    listed = [name.strip() for name in names.removeprefix("^").split(",")]
+    return bool(names) and ("han" in listed) == names.startswith("^")

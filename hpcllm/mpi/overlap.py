@@ -90,6 +90,12 @@ def drain():
         _courier.drain()
 
 
+def abandon():
+    """Wait until every call has been made or has failed, and forget what went wrong."""
+    if _courier is not None:
+        _courier.abandon()
+
+
 class Courier:
     """The thread, and the calls that wait for it. device: where the tensors of this rank live."""
 
@@ -121,6 +127,11 @@ class Courier:
             last.finished.wait()
             if not last.told:
                 last.fail()
+
+    def abandon(self):
+        last, self._last = self._last, None
+        if last is not None:
+            last.finished.wait()
 
     def _run(self):
         torch.set_num_threads(1)  # of this thread

@@ -17,13 +17,18 @@ from .device import GPUS
 BACKEND = "mpi4py"
 
 
+class _State:
+    comm = None  # of all ranks
+
+
 def register(comm):
     """Make `init_process_group("mpi4py")` and `new_group` build groups over sub-communicators of `comm`."""
+    _State.comm = comm
     if hasattr(dist.Backend, BACKEND.upper()):
         return
 
     def create(options, _):
-        ranks = list(options.global_ranks_in_group)
+        ranks, comm = list(options.global_ranks_in_group), _State.comm
         if options.group_size != (len(ranks) or comm.size):
             raise ValueError(f"a group of {options.group_size} was asked for in an MPI world of {comm.size}")
         # What torch hands over when nobody has asked for a timeout.

@@ -45,6 +45,7 @@ _YIELD_S = 60.0
 
 class _State:
     watchdog = None
+    survives = False
 
 
 def timeout_s(environ=os.environ):
@@ -93,6 +94,18 @@ def stop():
     """End the thread: this process is at the end of its program."""
     if _State.watchdog is not None and _State.watchdog.process == os.getpid():
         _State.watchdog.stop()
+
+
+def forget():
+    """End the thread, so that `start` begins another one, for other ranks."""
+    if _State.watchdog is not None:
+        _State.watchdog.stop()
+        _State.watchdog = None
+
+
+def survive_deaths():
+    """From now on the death of a rank is somebody else's business (`survive`) and does not end the job."""
+    _State.survives = True
 
 
 def place(name, ranks, timeout):
@@ -176,7 +189,7 @@ class Watchdog:
                     self._poll.unregister(file)
                     os.close(file)
                     self._gone.add(self._peers.pop(file))
-            self._answer()
+            self._converse(self._answer)
             if self._gone:
                 self._lost()
             number = self._late(gap)
@@ -210,7 +223,7 @@ class Watchdog:
     # ---- a rank of this host is gone
 
     def _lost(self):
-        self._gone = {slot for slot in self._gone if not self._memory.leaving(slot)}
+        self._gone = {slot for slot in self._gone if not self._memory.leaving(slot) and not _State.survives}
         if not self._gone or not self.log.open or self._memory.leaving(self._memory.mine):
             return
         dead = [slot for slot in self._memory.readable if self._memory.process(slot)[1] == "gone"]
@@ -248,7 +261,7 @@ class Watchdog:
             return
         self._claimed = True
         silent_s = max(3 * self._interval_s, 1.0)
-        here, elsewhere = self._host(), self._ask()
+        here, elsewhere = self._host(), self._converse(self._ask)
         if elsewhere is None:
             self._quiet_until = time.monotonic() + _YIELD_S
             return
@@ -291,6 +304,18 @@ class Watchdog:
         return texts
 
     # ---- other hosts
+
+    def _converse(self, say):
+        """`say()`; a death that MPI survives breaks this watchdog's talk with other hosts, but not the job."""
+        from mpi4py import MPI
+
+        try:
+            return say()
+        except MPI.Exception:
+            if not _State.survives:
+                raise
+            self._talk = None
+            return {}
 
     def _answer(self):
         """Tell the ranks of other hosts that have asked what the ranks of this one are doing."""

@@ -92,7 +92,7 @@ def join():
     sentence = launcher.foreign(started_by, started, version, path)
     if sentence is None:
         _start(MPI, path)
-        comm = MPI.COMM_WORLD.Dup()
+        comm = _comm_of_all(MPI)
         sentence = launcher.lone_world(started_by, started, comm.size, library, path)
     if sentence:
         abort.remove_segments()
@@ -139,14 +139,23 @@ def init(device="auto", backend="mpi", timeout=None):
         return world
 
     from . import device as devices
-    from . import rendezvous
 
     chosen = devices.choose(world, device)
     devices.bind_threads(world)
     devices.keep_memory()
     for name, value in _environment(world, chosen).items():
         os.environ.setdefault(name, value)
-    name, store = rendezvous.meet(world, backend, chosen)
+    _world = _begin(world, backend, chosen, timeout)
+    return _world
+
+
+def _begin(world, backend, device, timeout=None):
+    """`world` with torch's default process group, begun over its ranks. Collective."""
+    import torch.distributed as dist
+
+    from . import rendezvous
+
+    name, store = rendezvous.meet(world, backend, device)
     # torch wraps the hook for uncaught exceptions in one that collects its words and prints them when it returns,
     # which `abort` never does.
     hook = sys.excepthook
@@ -154,7 +163,33 @@ def init(device="auto", backend="mpi", timeout=None):
         timeout += timedelta(microseconds=1)  # torch's own 30 minutes would look as if nobody had asked
     dist.init_process_group(name, timeout=timeout, store=store, rank=world.rank, world_size=world.size)
     sys.excepthook = hook
-    _world = replace(world, device=chosen, group=dist.group.WORLD)
+    return replace(world, device=device, group=dist.group.WORLD)
+
+
+def regroup(comm):
+    """The `World` of the ranks of `comm` (survive.shrink), all groups of torch.distributed being gone; after `init`.
+
+    What is left of the ranks of this job goes on with the backend "mpi", on its devices. Collective over `comm`.
+    """
+    global _world
+    import torch.distributed as dist
+    from mpi4py import MPI
+
+    from . import hooks, overlap, watch
+
+    watch.forget()
+    overlap.abandon()
+    hooks.forget()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    hosts = tuple(dict.fromkeys(comm.allgather(_world.host)))
+    places = {"local_rank": local.rank, "local_size": local.size}
+    _world = replace(_world, comm=comm, rank=comm.rank, size=comm.size, hosts=hosts, group=None, **places)
+    abort.joined(_world, local)
+    local.Free()
+    os.environ.update(_environment(_world, _world.device))
+    _world = _begin(_world, "mpi", _world.device)
     return _world
 
 
@@ -209,6 +244,16 @@ def teams(world, size):
     team = replace(world, comm=world.comm.Split(number, place), rank=place, size=size, hosts=hosts, group=group)
     across, hosts = world.comm.Split(place, number), world.hosts[place::size]
     return team, replace(world, comm=across, rank=number, size=world.size // size, hosts=hosts, group=None)
+
+
+def _comm_of_all(MPI):
+    """A duplicate of COMM_WORLD, which a death of one rank wakes the others of where they are to survive it."""
+    comm = MPI.COMM_WORLD.Dup()
+    if not launcher.fault_tolerant():
+        return comm
+    from . import survive
+
+    return survive.known(comm)
 
 
 def _load():

@@ -156,6 +156,19 @@ class Placed:
     def runner(self):
         return Runner(self, self.parallel.pipeline_schedule, self.device)
 
+    def moved(self, mesh):
+        """The same model, which its ranks hold whole, as it is, on another mesh of such ranks; this one is used up.
+
+        Collective over the ranks of `mesh`.
+        """
+        (part,) = self.parts
+        # Its hooks at the parameters would go on to speak to the ranks of before; they end with what made them.
+        self.replica.reducer = self.replica.logger = None
+        reduce_dtype = _TRAVELS_AS[self.parallel.reduce_dtype]
+        for parameter in part.model.parameters():
+            parameter.grad = None
+        return dataclasses.replace(self, mesh=mesh, replica=data.replicate(part.model, mesh.gradients, reduce_dtype))
+
     @property
     def model(self):
         """The module of this rank's first stage: of the model's class, with some of its layers."""

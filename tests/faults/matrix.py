@@ -4,7 +4,7 @@
 
 Prints a table and ends with 1 where something does not hold. Jobs train a BERT of 60,000 parameters. F8 and F9 mount
 file systems, so they need root. F13, F15 and F21 are tests on a Slurm cluster (`make test-slurm`), which are named;
-F22 takes `--minutes` (0 leaves it out).
+F22 takes `--minutes` (0 leaves it out). F2 and F3 are `python -m tests.faults.ulfm`.
 """
 
 import argparse
