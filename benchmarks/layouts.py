@@ -133,9 +133,10 @@ def train(placed, steps, adjust):
 def distance(placed, weights):
     """2-norm of the difference of all weights, over that of the weights. Each element counts once."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for number, (name, parameter) in enumerate(placed.named_parameters()):
+    for name, parameter in placed.named_parameters():
         piece = placed.pieces[name]
-        if placed.writes(name, piece, number):
+        copies, mine = placed.copies(name, piece)
+        if copies and mine == 0:
             for box, values in placed.boxes(piece, parameter.detach()):
                 sums += torch.stack([(values - weights[name][box]).double().square().sum(),
                                      weights[name][box].double().square().sum()])  # fmt: skip

@@ -4,7 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
-from . import lora
+from . import lora, records
 
 NAME = "README.md"
 _PIPELINES = {
@@ -47,7 +47,7 @@ def card(folder, task, dtype, parameters, library="transformers", graph=None):
     learnt = lora.describe(folder)
     if learnt:
         rows["LoRA"] = learnt
-    hours = node_hours(run / "events.jsonl", state["step"])
+    hours = node_hours(run / records.EVENTS, state["step"])
     if hours is not None:
         rows["node-hours"] = f"{hours:.3g}"
     lines = [
@@ -101,15 +101,6 @@ def _scores(file, checkpoint):
     return ["## Scores", "", *lines, ""]
 
 
-def _event(line):
-    """An event; None for what a node that died while it wrote has left of one."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and {"event", "restart", "time"} <= event.keys() else None
-
-
 def node_hours(file, step):
     """Hosts times hours that the run whose events.jsonl is `file` took to reach `step`, all its starts added up.
 
@@ -117,13 +108,12 @@ def node_hours(file, step):
     """
     if not file.is_file():
         return None
-    events = [event for event in map(_event, file.read_text(encoding="utf-8").splitlines()) if event]
     total = 0.0
-    for _, some in itertools.groupby(events, key=lambda event: event["restart"]):
+    for _, some in itertools.groupby(records.Events(file), key=lambda event: event["restart"]):
         some = list(some)
         first, hosts = some[0], len(some[0].get("hosts", [None]))
         last = [event for event in some if event.get("step", 0) <= step][-1:]
         total += hosts * (last[0]["time"] - first["time"] if last else 0.0)
-        if any(event["event"] == "checkpoint" and event["step"] >= step for event in some):
+        if any(event["event"] == "checkpoint" and event.get("step", 0) >= step for event in some):
             break
     return total / 3600

@@ -19,16 +19,15 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from . import __version__, files, lora, tensors
+from . import __version__, blocks, files, lora, tensors
 from .data import tokenizer
 from .errors import DataError, IOFailure
 from .model import class_name
 from .parallel.pieces import Piece
 from .parallel.sharding import local
 
-COMPLETE, OPTIMIZER = ".complete", "optimizer.safetensors"
-_LARGE = (lora.PLAIN, lora.WEIGHTS, OPTIMIZER)
-_BLOCK_BYTES = 1 << 26  # the large files have a digest for each so many bytes, which ranks share out
+COMPLETE, OPTIMIZER, STATE = ".complete", "optimizer.safetensors", "trainer_state.json"
+_OLD_BLOCK_BYTES = 1 << 26  # what a digest of a large file was for before markers said so
 
 
 def contents(placed, optimizer):
@@ -40,12 +39,13 @@ def contents(placed, optimizer):
     return {weights: _weights(placed), OPTIMIZER: _moments(placed, optimizer)}
 
 
-def parts(placed, held):
-    """(name of entry, box of it, values without gradient) of what this rank writes of a file's contents."""
-    for number, (entry, (name, piece, tensor)) in enumerate(held.items()):
-        if placed.writes(name, piece, number):
-            for box, values in placed.boxes(piece, tensor.detach()):
-                yield entry, box, values
+def stretches(placed, held, outline):
+    """(offset, uint8 tensor) of the bytes that this rank writes of a file's contents; see `blocks`."""
+    for entry, (name, piece, tensor) in held.items():
+        copies, mine = placed.copies(name, piece)
+        for box, values in placed.boxes(piece, tensor.detach()) if copies else ():
+            for offset, part in outline.stretches(entry, box, values):
+                yield from blocks.share(offset, part, outline.size_bytes, copies, mine)
 
 
 def size_bytes(placed, plan):
@@ -109,27 +109,23 @@ def begin(path, outlines):
         return hidden
 
 
-def write(file, outline, parts):
-    """Write parts of a file whose `outline` is there, durably."""
-    handle = os.open(file, os.O_WRONLY)
-    try:
-        for entry, box, values in parts:
-            outline.write(handle, entry, box, values)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def unread(hidden, known, rank, size):
+    """{file: numbers of blocks} of the large files that this rank is to read for their digests.
 
-
-def digests(hidden, rank, size):
-    """{file: {number of a block: its digest}} of the blocks of the large files that are this rank's to read."""
-    large = (name for name in _LARGE if (hidden / name).is_file())
-    return {name: files.block_digests(hidden / name, _BLOCK_BYTES, rank, size) for name in large}
+    known: {file: numbers of the blocks whose digests are known}, of each rank.
+    """
+    found = {}
+    for name in known[rank]:
+        those = set().union(*(each[name] for each in known))
+        left = [n for n in range(blocks.count((hidden / name).stat().st_size)) if n not in those]
+        found[name] = left[rank::size]
+    return found
 
 
 def finish(hidden, path, step, placed, tokenizer_dir, state, known):
     """Write what is not made of pieces, the digests, and give the folder its name. Root only.
 
-    known: what `digests` has returned on each rank.
+    known: {file: {number of a block: its digest}} of each rank, all blocks of the large files between them.
     """
     with files.failing_as_io(path):
         config, model = placed.config, placed.model
@@ -144,13 +140,13 @@ def finish(hidden, path, step, placed, tokenizer_dir, state, known):
         for name in tokenizer.FILES:  # the folder may also hold a model
             if (Path(tokenizer_dir) / name).is_file():
                 shutil.copyfile(Path(tokenizer_dir) / name, hidden / name)
-        files.write_json(hidden / "trainer_state.json", {"step": step, "hpcllm": __version__, **state})
+        files.write_json(hidden / STATE, {"step": step, "hpcllm": __version__, **state})
         listed = {}
         for file in sorted(hidden.iterdir()):
-            blocks = {number: made for each in known for number, made in each.get(file.name, {}).items()}
-            told = [blocks[number] for number in range(len(blocks))] if blocks else files.digest(file)
+            made = {number: digest for each in known for number, digest in each.get(file.name, {}).items()}
+            told = [made[number] for number in range(len(made))] if made else files.digest(file)
             listed[file.name] = {"bytes": file.stat().st_size, "sha256": told}
-        files.write_json(hidden / COMPLETE, {"files": listed})
+        files.write_json(hidden / COMPLETE, {"block_bytes": blocks.BLOCK_BYTES, "files": listed})
         # There may be one of this step, which is the newest: of a run that goes on with an evaluation that was due.
         files.reveal(hidden, path, replace=True)
 
@@ -172,6 +168,17 @@ def find(output_dir):
     return [path for _, path in sorted(found)]
 
 
+def step_of(path):
+    """The step of the checkpoint folder `path`, by its name."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def forget(path):
+    """Delete a checkpoint that no run is to go on from, not even where a kill leaves half of it. Root only."""
+    (path / COMPLETE).unlink()
+    files.remove_folder(path)
+
+
 def rescue(output_dir):
     """Give complete checkpoints their names that a kill between two renamings has left without. Root only."""
     for folder in sorted(Path(output_dir).glob(".checkpoint-*"), reverse=True):  # *.tmp, the newer ones, first
@@ -191,10 +198,16 @@ def verify(path):
     """Raise DataError, naming the file, unless every file of a checkpoint has its recorded size and digests."""
     path = Path(path)
     try:
-        listed = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+        expected = {str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in marker["files"].items()}
+        block_bytes = int(marker.pop("block_bytes", _OLD_BLOCK_BYTES))
+        if block_bytes.bit_count() != 1 or marker.keys() != {"files"}:  # not what was written, and who knows the rest
+            raise ValueError(f"blocks of {block_bytes} bytes, and {', '.join(marker)}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is not a complete checkpoint: {COMPLETE} cannot be read ({error})") from None
+    lacking = sorted({"config.json", STATE, OPTIMIZER} - expected.keys())
+    if lacking or not {lora.PLAIN, lora.WEIGHTS} & expected.keys():
+        raise DataError(f"{path} is not a complete checkpoint: {COMPLETE} names no {(lacking or [lora.PLAIN])[0]}")
     for name, (size, sha256) in expected.items():
         file = path / name
         if "/" in name or not file.is_file():
@@ -202,7 +215,7 @@ def verify(path):
         if file.stat().st_size != size:
             raise DataError(f"{file}: {file.stat().st_size} bytes, but {size} were written")
         if isinstance(sha256, list):
-            found = list(files.block_digests(file, _BLOCK_BYTES).values())
+            found = list(blocks.digests(file, block_bytes=block_bytes).values())
         else:
             found = files.digest(file)
         if found != sha256:
@@ -212,9 +225,14 @@ def verify(path):
 def read_state(path):
     """The dict that `save` was given, with `step`."""
     try:
-        return json.loads((Path(path) / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: trainer_state.json cannot be read: {error}") from None
+        state = json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {STATE} cannot be read: {error}") from None
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
+        raise DataError(f"{path}: {STATE} names no step")
+    if not isinstance(state.get("best"), dict | None):
+        raise DataError(f"{path}: {STATE} says of the best checkpoint {state['best']!r}")
+    return state
 
 
 def load_optimizer(path, placed, optimizer):

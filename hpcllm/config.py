@@ -4,21 +4,39 @@
 `UsageError` that names them. Checks against the data (sequence length, samples) stand where the data is opened.
 """
 
+import datetime
 import difflib
 import math
-import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from . import deadline, names
-from .errors import MissingInput, UsageError
+from . import deadline, names, run_file
+from .errors import UsageError
 
 # What says the same in another way, of which a run file has but one.
 _INSTEAD = {"train.max_steps": "num_train_epochs", "train.num_train_epochs": "max_steps"}
 _INSTEAD |= {"train.warmup_steps": "warmup_ratio", "train.warmup_ratio": "warmup_steps"}
+
+# As file systems of Linux have it, with room for the names of what a run writes.
+_LIMIT_NAME_BYTES, _LIMIT_PATH_BYTES = 200, 3500
+
+
+def _a_path(text):
+    """Control characters in a path would break lines of logs and job scripts apart."""
+    if not text.strip() or any(character < " " or character == "\x7f" for character in text):
+        raise ValueError("a path has no line breaks and other control characters, and is not empty")
+    if (
+        max(len(part.encode()) for part in text.split("/")) > _LIMIT_NAME_BYTES
+        or len(text.encode()) > _LIMIT_PATH_BYTES
+    ):
+        raise ValueError(f"a path has at most {_LIMIT_PATH_BYTES} bytes, and each name in it {_LIMIT_NAME_BYTES}")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_a_path)]
 
 
 class Section(BaseModel):
@@ -26,9 +44,21 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
 
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def numbers_that_are_meant(cls, value, handler, info):
+        """true is no 1, and a whole number beyond 64 bits counts nothing that there is."""
+        takes = get_args(kind := cls.model_fields[info.field_name].annotation) or (kind,)
+        if isinstance(value, bool) and bool not in takes and {int, float} & set(takes):
+            raise ValueError("a number is wanted, not true or false")
+        result = handler(value)
+        if isinstance(result, int) and result.bit_length() > 63:
+            raise ValueError("a whole number of at most 63 bits is wanted")
+        return result
+
 
 class Run(Section):
-    output_dir: str
+    output_dir: PathText
     """Folder for everything that the run writes: config.toml, metrics.jsonl, checkpoint-<step>/."""
     seed: int = Field(1234, ge=0, lt=2**63)
     """Decides initial weights, sample order, masking and dropout; the same at any number of ranks."""
@@ -48,16 +78,19 @@ class Run(Section):
 
 
 class Data(Section):
-    train: str
+    train: PathText
     """Folder of training shards that `hpcllm prepare` wrote."""
-    validation: str | None = None
+    validation: PathText | None = None
     """Folder of validation shards; no evaluation without it."""
-    test: str | None = None
+    test: PathText | None = None
     """Folder of labelled shards that the model of the run's end, or the best one, is evaluated on, once."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer folder in Hugging Face's layout; by default `tokenizer` beside the training folder."""
     reader: Literal["mapped", "mpio"] = "mapped"
     """mapped: each rank maps the shards itself; mpio: collective reads through an h5py built with MPI."""
+    quarantine: bool = False
+    """Text: training shards that are not what was written are left out, by name, instead of refused. For that all are
+    read once at the start. A run goes on with the same shards left out; with others it is one on other data."""
     attention: Literal["row", "document"] = "row"
     """What a token of a row attends to: the row, which runs across documents, or its own document alone, in which its
     position counts from 0, too. Rows and their order are the same."""
@@ -69,6 +102,20 @@ class Data(Section):
         return self.tokenizer or str(Path(self.train).parent / "tokenizer")
 
 
+def _no_json(value, name):
+    """Of a value from TOML the first that config.json cannot hold, in words; None where there is none."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        return next(filter(None, (_no_json(one, f"{name}.{key}") for key, one in inner)), None)
+    if isinstance(value, datetime.date | datetime.time):
+        return f"{name} is a date or a time, which no model has"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{name} ({value}) is not a finite number"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return f"{name} is a whole number beyond 64 bits"
+    return None
+
+
 class Model(Section):
     task: Literal[names.TASKS]
     """What is learnt: masked_lm (BERT and its kin), causal_lm (GPT-2, Llama and their kin) or seq2seq_lm (T5: spans are
@@ -77,7 +124,7 @@ class Model(Section):
     another) or dialogue (what an assistant says) from labelled data."""
     config: dict[str, Any] | None = None
     """A transformers configuration: model_type and any of its arguments. Weights start at random."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Folder in Hugging Face's layout whose weights to start from, instead of config."""
     freeze: list[str] = []
     """Names of parameters that are not trained, as shell patterns: ["bert.embeddings.*"]."""
@@ -88,6 +135,8 @@ class Model(Section):
             raise ValueError("give either config (a new model) or init_from (a folder with weights)")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError('config needs a model_type, e.g. { model_type = "bert", hidden_size = 256 }')
+        if self.config is not None and (odd := _no_json(self.config, "config")):
+            raise ValueError(odd)
         return self
 
 
@@ -221,6 +270,20 @@ class Train(Section):
     max_nonfinite_steps: int = Field(3, ge=0)
     """Steps in a row whose loss or gradient is no number before the run ends with exit code 93. Such gradients change
     nothing: the step is left out, on all ranks."""
+    max_loss_spike: float = Field(0.0, ge=0)
+    """A loss so many standard deviations (robust ones, of the last 100 steps' losses) above their median is a spike: a
+    run goes back to a checkpoint and leaves out the samples that led there; 0: never. Start with 10."""
+    max_spike_steps: int = Field(3, ge=1)
+    """Spikes in a row for which the run goes back to the newest checkpoint before the first of them."""
+    max_rollbacks: int = Field(3, ge=1)
+    """How often a run goes back, for spikes or steps that are no number, before it ends with exit code 93."""
+    check_replicas_every_steps: int = Field(0, ge=0)
+    """Steps between comparisons of the bits that several ranks hold alike (weights and optimizer state of replicas),
+    which find a broken processor or memory, and before every checkpoint; 0: never. One costs a pass over 12 bytes a
+    parameter with adamw, 5 GB/s a core."""
+    slow_rank_ratio: float = Field(1.5, ge=0)
+    """A rank that computes so many times as long as the median of all, over 50 steps, is named with its host; 0: never.
+    """
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of forward and backward; weights, gradients' sum and optimizer state stay fp32."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
@@ -269,13 +332,30 @@ class Train(Section):
 
 
 class Checkpoint(Section):
-    every_steps: int = Field(0, ge=0)
-    """Steps between checkpoints; 0 saves after the last step only."""
+    every_steps: Literal["auto"] | int = 0
+    """Steps between checkpoints; 0 saves after the last step only; auto: as many as lose the least time, by what a
+    checkpoint is measured to cost and by mtbf."""
+    mtbf: str = "24:00:00"
+    """Time between failures of the whole job, on average, for every_steps = "auto": 24:00:00, 3-00:00:00."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints to keep; older ones are deleted once a newer one is complete."""
     asynchronous: bool = True
     """Write checkpoints while training goes on. Needs memory, on the host, for a copy of what a rank writes: its part
     of 12 bytes a parameter with adamw."""
+
+    @field_validator("every_steps")
+    @classmethod
+    def no_negative_steps(cls, steps):
+        if steps != "auto" and steps < 0:
+            raise ValueError("take 0 or more steps")
+        return steps
+
+    @field_validator("mtbf")
+    @classmethod
+    def a_duration(cls, text):
+        if not deadline.seconds(text):
+            raise ValueError("a job that fails at once saves nothing")
+        return text
 
 
 class Resilience(Section):
@@ -310,6 +390,15 @@ class Config(Section):
                     f"[lora] goes with parallel.{axis} = 1, not {size}: a model that one rank cannot hold is divided "
                     'by parallel.sharding = "full"'
                 )
+        return self
+
+    @model_validator(mode="after")
+    def a_checkpoint_to_go_back_to(self):
+        if self.train.max_loss_spike and not self.checkpoint.every_steps:
+            raise ValueError(
+                "train.max_loss_spike has the run go back to a checkpoint: give checkpoint.every_steps, a number or "
+                '"auto"'
+            )
         return self
 
     @model_validator(mode="after")
@@ -379,6 +468,8 @@ class Config(Section):
             raise UsageError(f"{wrong[0]}: {self.model.task} goes with the data and tensor axes, and any sharding")
         if self.data.reader == "mpio" or self.data.attention == "document":
             raise UsageError('labelled data are read with data.reader = "mapped" and data.attention = "row"')
+        if self.data.quarantine:
+            raise UsageError("data.quarantine leaves out shards of text; labelled data are prepared again in no time")
         if self.train.metric_for_best_model and not self.data.validation:
             raise UsageError("train.metric_for_best_model compares evaluations; name data.validation")
 
@@ -389,7 +480,7 @@ class Config(Section):
 
 def load(path, overrides=()):
     """Read the run file at `path` (or take a dict) and apply "section.key=value" overrides; returns a Config."""
-    values = path if isinstance(path, dict) else _read(path)
+    values = path if isinstance(path, dict) else run_file.read(path)
     for override in overrides:
         _override(values, override)
     try:
@@ -398,26 +489,16 @@ def load(path, overrides=()):
         raise UsageError("\n  ".join(_sentence(detail) for detail in error.errors())) from None
 
 
-def _read(path):
-    try:
-        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise MissingInput(f"run file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"run file {path} cannot be read: {error}") from None
-
-
 def _override(values, override):
+    if any("\ud800" <= character < "\ue000" for character in override):
+        raise UsageError(f"{override!r} is not UTF-8")
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts) or len(parts) < 2:
         raise UsageError(f'"{override}" is not of the form section.key=value')
     if parts[0] not in Config.model_fields:
         raise UsageError(_unknown(parts[0], "", Config))
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string: run.output_dir=runs/a
+    value = run_file.word(text)
     for part in parts[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
@@ -453,6 +534,14 @@ def _sentence(detail):
         return _unknown(location[-1], f"{where}: " if where else "", _section_of(location[:-1]))
     message = detail["msg"].removeprefix("Value error, ")
     given = detail.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    shown = f" (given: {_short(given)})" if isinstance(given, str | int | float | bool) else ""
     where = ".".join(location)
     return f"{where}: {message}{shown}" if where else message
+
+
+def _short(given):
+    """What was given, for a sentence; a number or text of thousands of digits is not repeated."""
+    if isinstance(given, int) and given.bit_length() > 256:
+        return f"a number of {given.bit_length()} bits"
+    text = repr(given)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -64,6 +64,19 @@ class TooFewRanks(Refusal):
     code = PAUSED
 
 
+class Corrupted(Refusal):
+    """Ranks that hold the same numbers have different bits: a later start goes on from the last good checkpoint.
+
+    tensors: {rank: name of the first tensor in which it differs}.
+    """
+
+    code = PAUSED
+
+    def __init__(self, text, tensors=None):
+        super().__init__(text)
+        self.tensors = tensors or {}
+
+
 class Diverged(Refusal):
     """The loss is no longer a number; starting again would only repeat it, so the job must not be requeued."""
 

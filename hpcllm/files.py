@@ -141,21 +141,6 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def block_digests(path, block_bytes, first=0, stride=1):
-    """{number: SHA-256 in hex} of every `stride`-th of a file's blocks of `block_bytes`, the last one shorter."""
-    memory, found = memoryview(bytearray(1 << 20)), {}
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        for number in range(first, -(-size // block_bytes), stride):
-            file.seek(number * block_bytes)
-            left, made = min(block_bytes, size - number * block_bytes), hashlib.sha256()
-            while left > 0 and (count := file.readinto(memory[: min(left, len(memory))])):
-                made.update(memory[:count])
-                left -= count
-            found[number] = made.hexdigest()
-    return found
-
-
 def umask():
     """The user's file mode creation mask. Read, since setting it to see it would be seen by other threads."""
     with open("/proc/self/status", encoding="utf-8") as status:

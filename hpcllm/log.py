@@ -59,6 +59,30 @@ def step(run, loss, rate, grad_norm, times):
     run.progress.update(state["step"], text if told else None, f"loss {loss:.3f}, {tokens_per_s:.0f} tokens/s")
 
 
+def pace(run, slow, recovered):
+    """A line and an event for each rank, of (rank, ratio), that has become slow, or is so no longer."""
+    step = run.state["step"]
+    for name, ranks in (("slow", slow), ("recovered", recovered)):
+        for rank, ratio in ranks:
+            run.journal.event(name, step=step, rank=rank, host=run.hosts[rank], ratio=round(ratio, 3))
+            run.progress.say(run.watch.describe(rank, ratio, step))
+
+
+def corrupted(run, error):
+    """An event for what errors.Corrupted tells of ranks, and the sentence that the run ends with."""
+    ranks = [[rank, run.hosts[rank], name] for rank, name in error.tensors.items()]
+    run.journal.event("corrupted", step=run.state["step"], ranks=ranks)
+    newest = run.saver.newest or "none"
+    return f"{error}; nothing is saved, newest checkpoint: {newest}; the same command with --resume goes on"
+
+
+def interval(run, told):
+    """What has been chosen as the interval of checkpoints, if that is new."""
+    if told:
+        run.journal.event("interval", step=run.state["step"], every_steps=run.interval.every_steps)
+        run.progress.say(told)
+
+
 def scores(run, found):
     """One record and one line of an evaluation."""
     step = run.state["step"]

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import fnmatch
 import itertools
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,13 +183,29 @@ def saved(folder):
 
 
 def require_folder(folder):
-    """The Path of a model folder. Raises MissingInput for any other, and DataError for an adapter of one."""
+    """The Path of a model folder. Raises MissingInput for any other, and DataError for an adapter of one
+    and for one that needs a program of its own."""
     folder = Path(folder)
     if (folder / lora.ADAPTER_CONFIG).is_file():  # which transformers would follow to its model, wherever that is
         raise DataError(f"{folder} holds an adapter of a model; `hpcllm export` without --adapter writes the whole")
     if not (folder / "config.json").is_file():
         raise MissingInput(f"{folder} is not a model folder in Hugging Face's layout: it has no config.json")
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{folder}: config.json cannot be used: {error}") from None
+    if not isinstance(said, dict):
+        raise DataError(f"{folder}: config.json cannot be used: it holds no settings")
+    if said.get("auto_map"):
+        raise DataError(f"{folder} needs a program of its own (auto_map in config.json), which hpcllm does not run")
     return folder
+
+
+def require_safetensors(folder):
+    """Raise DataError for a folder whose weights are pickles, which may hold any program."""
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if others and not any(folder.glob("*model*.safetensors")):
+        raise DataError(f"{folder} has weights in {others[0]} only; hpcllm reads safetensors, which carry no program")
 
 
 def freeze_named(model, patterns):
@@ -226,6 +243,7 @@ def load_as(folder, model_class, *, strict=True, head=None, unused=(), divide=No
 def _load(folder, model_class, *, strict, head=None, unused=(), divide=None):
     """(the model of `load_as`, names of weights that the folder lacks and that started at random)"""
     folder, given, place = require_folder(folder), head or {}, folder
+    require_safetensors(folder)
     how = {"output_loading_info": True, "use_safetensors": True, "dtype": torch.float32}
     try:
         if lora.read(folder):

@@ -3,7 +3,6 @@
 Root writes; the numbers of all ranks meet in one small reduction a step (`Clock.collect`).
 """
 
-import contextlib
 import json
 import math
 import os
@@ -15,7 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import files, terminal
+from . import files, records, terminal
+from .heartbeat import Heartbeat
 from .mpi import work
 from .mpi.device import gpus_in_use
 
@@ -23,7 +23,7 @@ from .mpi.device import gpus_in_use
 class Clock:
     """Where the time of a step goes on this rank: waiting for data, computing, communicating.
 
-    group: process group of all ranks; losses: that over which losses add up.
+    group: process group of all ranks; losses: that over which losses add up. compute_s: of this rank in the last step.
     """
 
     def __init__(self, group, losses):
@@ -49,9 +49,9 @@ class Clock:
         """
         step_s = time.perf_counter() - self._began
         communication_s = work.communication_s() - self._communicated
+        self.compute_s = step_s - self.data_s - communication_s
         slowest = torch.tensor(
-            [step_s, self.data_s, step_s - self.data_s - communication_s, communication_s, memory_bytes(), *others],
-            dtype=torch.float64,
+            [step_s, self.data_s, self.compute_s, communication_s, memory_bytes(), *others], dtype=torch.float64
         )
         total = torch.tensor([float(loss_sum)], dtype=torch.float64)
         computed = slowest[2:3].clone()
@@ -101,20 +101,13 @@ class Progress:
 def history(output_dir):
     """Of the run in `output_dir`, by its events.jsonl: how often it has been started, how often since its newest
     checkpoint, and the most seconds that a checkpoint took; zeros where nothing is told."""
-    path = Path(output_dir) / "events.jsonl"
-    text, longest = path.read_text(encoding="utf-8") if path.is_file() else "", 0.0
-    for line in text.splitlines():
-        if line.startswith('{"event": "checkpoint"'):
-            with contextlib.suppress(ValueError):  # cut by a kill
-                longest = max(longest, json.loads(line).get("seconds", 0.0))
-    started, fruitless = (
-        part.count('"event": "start"') for part in (text, text.rpartition('"event": "checkpoint"')[2])
-    )
-    return started, fruitless, longest
+    events = records.Events(Path(output_dir) / records.EVENTS)
+    longest = max((event.get("seconds") or 0.0 for event in events.named("checkpoint")), default=0.0)
+    return events.counts().get("start", 0), events.count_since("start", "checkpoint"), longest
 
 
 class Journal:
-    """metrics.jsonl and events.jsonl of a run, appended to on root and silent elsewhere.
+    """metrics.jsonl and events.jsonl of a run, appended to on root, and its heartbeat; silent elsewhere.
 
     A record is one line, written at once. After a restart the steps since the checkpoint come again; of several
     records of a step the last counts (`restart` tells them apart).
@@ -122,13 +115,18 @@ class Journal:
 
     def __init__(self, output_dir, restart, is_root):
         self._folder = Path(output_dir) if is_root else None
+        self._heartbeat = Heartbeat(output_dir) if is_root else None
         self._restart = restart
 
     def metrics(self, record):
-        self._append("metrics.jsonl", {**record, "restart": self._restart})
+        self._append(records.METRICS, {**record, "restart": self._restart})
+        if self._heartbeat and "loss" in record:
+            self._heartbeat.step(record)
 
     def event(self, name, **details):
-        self._append("events.jsonl", {"event": name, **details, "restart": self._restart})
+        self._append(records.EVENTS, {"event": name, **details, "restart": self._restart})
+        if self._heartbeat:
+            self._heartbeat.event(name, details)
 
     def _append(self, name, record):
         if self._folder is None:

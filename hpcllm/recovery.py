@@ -7,6 +7,7 @@ of that step, if those that are left hold all of it between them (copies of shar
 else the newest there is. The order of samples knows no ranks.
 """
 
+import contextlib
 import copy
 import itertools
 import time
@@ -18,6 +19,7 @@ from .log import due
 from .mpi import launcher, on_root, regroup, survive
 from .parallel import host
 from .parallel import mesh as meshes
+from .spikes import Spikes
 
 
 def wanted(config, world):
@@ -42,14 +44,16 @@ def wanted(config, world):
 class Survival:
     """What makes `run` (train.Run, its folder open) outlive ranks.
 
-    committed: the step up to which all ranks have agreed; deaths: how often ranks have died.
+    committed: the step up to which all ranks have agreed; at_step: the weights in memory are that step's; deaths: how
+    often ranks have died.
     """
 
     def __init__(self, run):
         self._run, self._comm, self._parallel = run, run.world.comm, run.placed.parallel
         self._hosts, self._armed = self._comm.allgather(run.world.host), False
         self._numbers = list(range(run.world.size))  # of the ranks as the job began, which is how users know them
-        self.committed, self.deaths, self._peak_of_one = run.state["step"], 0, run.peak / run.world.size
+        self.committed, self.at_step, self.deaths = run.state["step"], True, 0
+        self._peak_of_one = run.peak / run.world.size
         run.progress.say("a rank that dies does not end this job: the others go on")
 
     def commit(self):
@@ -63,6 +67,14 @@ class Survival:
     def agree(self):
         """As `commit`, of something that is no step: what it has come to may decide what follows. Collective."""
         survive.commit(self._comm)
+
+    @contextlib.contextmanager
+    def changing(self):
+        """Around what puts other weights in the place of those of the step committed last. Collective."""
+        self.at_step = False
+        yield
+        self.agree()
+        self.committed, self.at_step = self._run.state["step"], True
 
     def go(self, parts):
         """As Run.go. A death before the first step has been committed ends the job."""
@@ -118,7 +130,8 @@ class Survival:
         self._hosts = comm.allgather(world.host)
         newest = on_root(comm, _tidy, folder)
         # Nobody has taken a step that others have not, or `commit` is broken.
-        alike = len(set(comm.allgather(self.committed))) == 1 and run.placed is not None
+        steps = set(comm.allgather((self.committed, self.at_step)))
+        alike = len(steps) == 1 and self.at_step and run.placed is not None
         if alike:
             self._agree_where()
         if alike and not run.placed.divided:
@@ -134,6 +147,10 @@ class Survival:
             run.progress = monitor.Progress("train", run.plan.max_steps, run.state["step"])
         run.saver = run.new_saver(newest)
         run.owes = comm.bcast(unfinished is not None and unfinished != newest)
+        # What ranks decide by, each for itself, must be the same on all of them.
+        run.interval, run.spikes = comm.bcast((run.interval, run.spikes))
+        run.back = run.checked = None
+        run.watch_ranks()
 
     def _layout(self, newest):
         """The mesh.Layout of the ranks that are left. Raises TooFewRanks where they cannot hold the model."""
@@ -187,7 +204,8 @@ class Survival:
         run.state.clear()
         run.state.update(state, restart=restart)
         run.place(self._parallel, layout, newest)
-        self.committed = state["step"]
+        self.committed, self.at_step = state["step"], True
+        run.spikes = Spikes(run.plan, state.get("spikes"))
         run.settle()
 
 

@@ -6,11 +6,11 @@ All of it is root's: the others are told.
 import json
 from pathlib import Path
 
-from . import best, checkpoint, files, monitor, stopping
+from . import best, checkpoint, files, heartbeat, monitor, records, stopping
 from .config import load
 from .errors import CannotCreate, DataError, Fruitless, MissingInput, UsageError
 
-_OURS = ("config.toml", "metrics.jsonl", "events.jsonl", "results.json", stopping.SAVE, stopping.STOP)
+_OURS = ("config.toml", records.METRICS, records.EVENTS, "results.json", heartbeat.NAME, stopping.SAVE, stopping.STOP)
 _REPORTS = [f"{part}_{name}" for part in ("eval", "test") for name in ("results.json", "report.txt", "confusion.png")]
 
 
@@ -28,7 +28,7 @@ def find_start(config, resume, overwrite):
         checkpoint.rescue(output)
     found = checkpoint.find(output)
     if output.is_dir() and any(output.iterdir()):
-        if not (output / "events.jsonl").is_file():
+        if not (output / records.EVENTS).is_file():
             raise CannotCreate(
                 f"run.output_dir: {output} is not empty and holds no run of hpcllm; choose another folder"
             )
@@ -58,12 +58,21 @@ def find_start(config, resume, overwrite):
     if state["step"] > config.train.max_steps:
         raise UsageError(f"--resume: {found[-1]} is beyond train.max_steps ({config.train.max_steps})")
     file = output / "results.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"step": None}
+    results = _results(file)
     over = state["step"] == config.train.max_steps or results.get("stopped_early")
-    if not over or results["step"] != state["step"]:  # or those of a shorter run
+    if not over or results.get("step") != state["step"]:  # or those of a shorter run
         return found[-1], state, None
     print(f"{output}: the run is over, all {state['step']} steps of it; for more give train.max_steps", flush=True)
     return found[-1], state, results
+
+
+def _results(file):
+    """What results.json says; nothing where it is not there or cannot be read: it can be made again."""
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return results if isinstance(results, dict) else {}
 
 
 def _pass_over_damaged(found):
@@ -97,15 +106,44 @@ def open_output(config, resume, overwrite, damaged=()):
             for name in (*_OURS, *_REPORTS):
                 (output / name).unlink(missing_ok=True)
         checkpoint.remove_unfinished(output)
-        for folder in damaged:
-            name = folder.with_name(f"damaged-{folder.name}")
-            if name.exists():
-                files.remove_folder(name)
-            folder.rename(name)
-        (output / "events.jsonl").touch()  # what says that this folder is a run of ours
+        _set_aside(damaged)
+        (output / records.EVENTS).touch()  # what says that this folder is a run of ours
     except OSError as error:
         raise CannotCreate(f"run.output_dir: {output} cannot be created: {error.strerror}") from None
     files.write_text(output / "config.toml", config.toml())
+
+
+def go_back(output_dir, first):
+    """(newest good checkpoint of a step before `first`, its state), where newer ones are deleted. Root only.
+
+    (None, None), and nothing deleted, where there is none. Raises IOFailure where a folder cannot be changed.
+    """
+    found = checkpoint.find(Path(output_dir))
+    older = [path for path in found if checkpoint.step_of(path) < first]
+    try:
+        damaged = _pass_over_damaged(older) if older else []
+    except DataError:
+        older = []
+    if not older:
+        return None, None
+    with files.failing_as_io(output_dir):
+        # A run that is killed meanwhile goes on from the newest that is left, and comes to the same place again.
+        for newer in reversed(found):
+            if checkpoint.step_of(newer) >= first:
+                checkpoint.forget(newer)
+        _set_aside(damaged)
+    state = checkpoint.read_state(older[-1])
+    if f"checkpoint-{best.step(state)}" not in [path.name for path in older]:
+        state["best"] = None
+    return older[-1], state
+
+
+def _set_aside(damaged):
+    for folder in damaged:
+        name = folder.with_name(f"damaged-{folder.name}")
+        if name.exists():
+            files.remove_folder(name)
+        folder.rename(name)
 
 
 def run_config(path):
@@ -118,4 +156,7 @@ def run_config(path):
         step = best.step(checkpoint.read_state(found[-1]))
         folder = next((path for path in found if path.name == f"checkpoint-{step}"), found[-1])
     checkpoint.verify(folder)
-    return load(checkpoint.read_state(folder)["config"]), folder
+    settings = checkpoint.read_state(folder).get("config")
+    if not isinstance(settings, dict):
+        raise DataError(f"{folder}: trainer_state.json does not say of which run it is")
+    return load(settings), folder

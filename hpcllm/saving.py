@@ -5,8 +5,12 @@ backward run, and the optimizer waits for what is left of it (as in CheckFreq, M
 Maurya et al. 2024). Then each rank writes its pieces into files that are there at their full length. Ranks tell each
 other that they are done with the sums at the edge of a step (`monitor.Clock.collect`); then they share out the reading
 of what was written, for its digests, and root gives the folder its name. The threads here never call MPI.
+
+What is not finite is never written: where a rank finds such a number in what it has to write, there is no checkpoint of
+that step.
 """
 
+import itertools
 import math
 import shutil
 import threading
@@ -15,27 +19,33 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import checkpoint, files
+import torch
+
+from . import blocks, checkpoint, files
 from .mpi import agree, on_root, together
 
 # What a rank tells the others of what it has in hand.
-_READY, _BUSY, _FAILED = 0, 1, 2
+_READY, _UNFIT, _BUSY, _FAILED = 0, 1, 2, 3
 
 
 class Saver:
     """Writes checkpoints of `placed` (parallel.apply.Placed) and its optimizer below `output_dir`, one at a time.
 
     comm: of all ranks; tokenizer_dir, keep: as in the run file; newest: path of the newest checkpoint that is complete;
-    completed: called for each with (step, path, seconds that this rank worked at it, how many its training waited).
+    completed: called for each with (step, path, seconds that this rank worked at it, how many its training waited);
+    unfit: called with the step of one that is not written, since not all numbers are finite.
     Every method but `hold` and `report` is collective.
     """
 
-    def __init__(self, comm, placed, optimizer, output_dir, tokenizer_dir, keep, newest=None, completed=None):
+    def __init__(
+        self, comm, placed, optimizer, output_dir, tokenizer_dir, keep, newest=None, completed=None, unfit=None
+    ):
         self._comm, self._output, self._placed, self._optimizer = comm, Path(output_dir), placed, optimizer
-        self._tokenizer_dir, self._keep, self.newest, self._completed = tokenizer_dir, keep, newest, completed
+        self._tokenizer_dir, self._keep, self.newest = tokenizer_dir, keep, newest
+        self._completed, self._unfit = completed, unfit
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hpcllm-save")
         self._path = self._at_work = None
-        self._copied = threading.Event()
+        self._copied, self._memory = threading.Event(), blocks.Memory()
 
     def begin(self, step, state, best=None, copy=True):
         """Start to write `checkpoint-<step>`; returns while that goes on.
@@ -79,7 +89,9 @@ class Saver:
             return _READY
         if not self._at_work.done():
             return _BUSY
-        return _FAILED if self._at_work.exception() else _READY
+        if self._at_work.exception():
+            return _FAILED
+        return _UNFIT if self._at_work.result() is False else _READY
 
     def advance(self, largest):
         """Go on where all ranks are ready. Raises what failed on any, on all; the checkpoints that were there stay."""
@@ -92,9 +104,19 @@ class Saver:
             finally:
                 if self._comm.rank == 0:
                     shutil.rmtree(self._hidden, ignore_errors=True)
+        if largest == _UNFIT:
+            self._path = self._at_work = None
+            if self._comm.rank == 0:
+                shutil.rmtree(self._hidden, ignore_errors=True)
+            if self._unfit:
+                self._unfit(self._step)
+            return
         if self._then == "digest":
             self._then = "commit"
-            self._at_work = self._pool.submit(self._timed, self._digest)
+            known = self._at_work.result()
+            numbers = self._comm.allgather({file: list(found) for file, found in known.items()})
+            left = checkpoint.unread(self._hidden, numbers, self._comm.rank, self._comm.size)
+            self._at_work = self._pool.submit(self._timed, self._digest, known, left)
             return
         if self._then == "commit":
             self._then = None
@@ -138,27 +160,44 @@ class Saver:
             self._worked_s += time.monotonic() - began
 
     def _write(self, contents, outlines, copy):
+        """False, and nothing written, where a number is not finite."""
         try:
             with files.failing_as_io(self._path):
-                parts = {file: list(checkpoint.parts(self._placed, held)) for file, held in contents.items()}
+                wanted = {
+                    file: blocks.segments(checkpoint.stretches(self._placed, held, outlines[file]))
+                    for file, held in contents.items()
+                }
+                copies = {}
                 if copy:
-                    for part in parts.values():
-                        part[:] = [(entry, box, values.to("cpu", copy=True)) for entry, box, values in part]
+                    copied = iter(self._memory.take([one for segments in wanted.values() for one in segments]))
+                    copies = {file: list(itertools.islice(copied, len(wanted[file]))) for file in wanted}
                     self._copied.set()
-                for file, part in parts.items():
-                    checkpoint.write(self._hidden / file, outlines[file], part)
+                for file, segments in wanted.items():
+                    parts = copies.get(file) or itertools.chain(*(segment.parts for segment in segments))
+                    if outlines[file].dtypes == {torch.float32} and not all(map(_finite_bytes, parts)):
+                        return False
+                return {file: blocks.write(self._hidden / file, wanted[file], copies.get(file)) for file in wanted}
         finally:
             self._copied.set()
 
-    def _digest(self):
+    def _digest(self, known, left):
         with files.failing_as_io(self._path):
-            return checkpoint.digests(self._hidden, self._comm.rank, self._comm.size)
+            return {file: known[file] | blocks.digests(self._hidden / file, left[file]) for file in known}
 
     def _commit(self, known):
         """What is not made of pieces, the name, and the end of older ones. Root's."""
         where = self._hidden, self._path, self._step, self._placed
         checkpoint.finish(*where, self._tokenizer_dir, self._state, known)
         checkpoint.delete_older(self._output, self._keep, self._best)
+
+
+def finite(values):
+    """True where every number of a tensor is finite. A sum, as fast as memory, tells it, unless it overflows."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def _finite_bytes(part):
+    return finite(part.view(torch.float32))
 
 
 def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):
@@ -187,24 +226,28 @@ def salvage(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, kee
         for entry, (_, piece, tensor) in held.items()
         for box, values in placed.boxes(piece, tensor.detach())
     }
+    fit = all(finite(values) for _, values in mine.values())
     everybody = comm.allgather({key: values.numel() for key, (_, values) in mine.items()})
     sizes = {key: size for each in everybody for key, size in each.items()}
     there = Counter()
     for (file, entry, _), size in sizes.items():
         there[file, entry] += size
-    if any(there[file, entry] < math.prod(shape) for file, one in outlines.items()
+    if not all(comm.allgather(fit)) or any(there[file, entry] < math.prod(shape) for file, one in outlines.items()
            for entry, (_, shape) in one.tensors.items()):  # fmt: skip
         return None
     before = {key for each in everybody[: comm.rank] for key in each}  # others write what they have too
     path = Path(output_dir) / f"checkpoint-{step}"
     hidden = on_root(comm, checkpoint.begin, path, outlines)
+    known = {}
     with together(comm), files.failing_as_io(path):
         for file, outline in outlines.items():
             parts = [(key[1], *held) for key, held in mine.items() if key[0] == file and key not in before]
-            checkpoint.write(hidden / file, outline, parts)
-    known = None
+            stretches = itertools.chain(*(outline.stretches(*part) for part in parts))
+            known[file] = blocks.write(hidden / file, blocks.segments(stretches))
+    numbers = comm.allgather({file: list(found) for file, found in known.items()})
     with together(comm), files.failing_as_io(path):
-        known = checkpoint.digests(hidden, comm.rank, comm.size)
+        left = checkpoint.unread(hidden, numbers, comm.rank, comm.size)
+        known = {file: known[file] | blocks.digests(hidden / file, left[file]) for file in known}
     known = comm.gather(known, root=0)
     on_root(comm, checkpoint.finish, hidden, path, step, placed, tokenizer_dir, state, known)
     on_root(comm, checkpoint.delete_older, output_dir, keep, best)

@@ -49,7 +49,8 @@ def open_source(config, world, folder, words, names=None):
     """
     from .data import shards, tokenizer
 
-    stream = shards.open_folder(folder, reader=config.data.reader, comm=world.comm)
+    leave_out = config.data.quarantine and folder == config.data.train
+    stream = shards.open_folder(folder, reader=config.data.reader, comm=world.comm, quarantine=leave_out)
     task = TASKS[config.model.task]
     vocabulary, tokenizer_hash, tokenizer_dir = words
     with together(world.comm):

@@ -1,18 +1,19 @@
 """How far a run is, told by its folder alone: for people on a login node, where there is neither MPI nor a GPU."""
 
-import contextlib
-import json
-import os
 import statistics
 import time
 import tomllib
 from pathlib import Path
 
+from . import records
 from .errors import DataError, MissingInput
+from .heartbeat import in_words
 
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl, which grows: more than enough for the newest steps
 _FURTHER_BYTES = 1 << 22  # to look for an evaluation
 _NEWEST = 20
+# Events of any run; all others are told of, by name and number.
+_ORDINARY = {"start", "first_step", "checkpoint", "communication", "interval", "stop", "end"}
 # A run that has told nothing for so long, and for so many steps, or before its first step, may be dead.
 _SILENT_S, _SILENT_STEPS, _START_S = 600.0, 10, 1800.0
 
@@ -23,30 +24,37 @@ def status(folder, now=None):
     Raises MissingInput for a folder that holds no run, DataError for one whose records cannot be read.
     """
     folder, now = Path(folder), now or time.time()
-    if not (folder / "events.jsonl").is_file():
+    file, metrics = folder / records.EVENTS, folder / records.METRICS
+    if not file.is_file():
         raise MissingInput(f"{folder} is no folder of a run: it has no events.jsonl")
-    events, records = _records(folder / "events.jsonl"), _records(folder / "metrics.jsonl", _TAIL_BYTES)
-    evaluations = [record for record in records if "eval_loss" in record]
-    if not evaluations and records:
-        evaluations = [r for r in _records(folder / "metrics.jsonl", _FURTHER_BYTES) if "eval_loss" in r]
-    starts = [event for event in events if event["event"] == "start"]
-    steps = [record for record in records if "loss" in record]
-    if not starts:
+    events, told = records.Events(file), records.tail(metrics, _TAIL_BYTES, "step", "restart", "time")
+    counts, last, start = events.counts(), events.last(), events.last("start")
+    if last is None and file.stat().st_size:
+        raise DataError(f"{file} holds no records")
+    if not told and metrics.is_file() and metrics.stat().st_size > _TAIL_BYTES:
+        raise DataError(f"{metrics} holds no records")
+    if start is None:
         return {"run": str(folder), "state": "has not started yet", "starts": 0}
-    start, last = starts[-1], events[-1]
+    evaluations = [record for record in told if "eval_loss" in record]
+    if not evaluations and told:
+        evaluations = records.tail(metrics, _FURTHER_BYTES, "step", "eval_loss", holding=b'"eval_loss"')
+    steps = [record for record in told if "loss" in record and record.get("step_s") is not None]
     newest = steps[-1] if steps else None
     heard = max(last["time"], newest["time"] if newest else 0.0)
     lately = [record for record in steps if record["restart"] == start["restart"]][-_NEWEST:]
     step_s = statistics.median(record["step_s"] for record in lately) if lately else None
     found = {
         "run": str(folder),
-        "task": _settings(folder).get("model", {}).get("task"),
-        "state": _state(events, now - heard, step_s),
+        "task": _task(folder),
+        "state": _state(last, now - heard, step_s),
         "silent_s": now - heard,
         "job": start.get("job"),
         "ranks": start["ranks"],
         "hosts": start["hosts"],
-        "starts": len(starts),
+        "starts": counts["start"],
+        "restarts": counts["start"] - 1,
+        "fruitless_starts": events.count_since("start", "checkpoint"),
+        "happened": {name: count for name, count in counts.items() if name not in _ORDINARY},
         "step": newest["step"] if lately else start["step"],
         "max_steps": start.get("max_steps"),
     }
@@ -54,7 +62,7 @@ def status(folder, now=None):
         found |= {name: newest.get(name) for name in ("loss", "learning_rate", "tokens_per_s", "mfu", "memory_bytes")}
         found["step_s"] = step_s
         if "useful_s" in newest:
-            found["goodput"] = newest["useful_s"] / max(heard - starts[0]["time"], 1e-9)
+            found["goodput"] = newest["useful_s"] / max(heard - events.first("start")["time"], 1e-9)
     if found["state"] == "runs" and step_s and found["max_steps"]:
         found["left_s"] = (found["max_steps"] - found["step"]) * step_s
     if found["state"] == "runs" and start.get("ends"):
@@ -62,15 +70,14 @@ def status(folder, now=None):
     if evaluations:
         found["eval"] = {name: value for name, value in evaluations[-1].items() if name.startswith("eval_")}
         found["eval"]["step"] = evaluations[-1]["step"]
-    saved = [event for event in events if event["event"] == "checkpoint"]
+    saved = events.last("checkpoint")
     if saved:
-        found["checkpoint"] = {name: saved[-1].get(name) for name in ("step", "path", "time", "seconds")}
+        found["checkpoint"] = {name: saved.get(name) for name in ("step", "path", "time", "seconds")}
     return found
 
 
-def _state(events, silent_s, step_s):
-    """One of: finished, stopped (why), runs, silent."""
-    last = events[-1]
+def _state(last, silent_s, step_s):
+    """One of: finished, stopped (why), runs, silent; by the last event."""
     if last["event"] == "end":
         return "finished"
     if last["event"] == "stop":
@@ -83,7 +90,7 @@ def show(found):
     """The same in words, a fact a line."""
     if not found["starts"]:
         return f"{found['run']}: {found['state']}"
-    silent = _long(found["silent_s"])
+    silent = in_words(found["silent_s"])
     says = {
         "silent": f"no word for {silent}: it was ended, hangs, or evaluates",
         "runs": f"runs, heard of {silent} ago",
@@ -101,6 +108,10 @@ def show(found):
         lines.append(f"rate        {found['step_s']:.3f} s a step, {tokens} tokens/s, MFU {mfu}, {memory} GiB a rank")
     if "goodput" in found:
         lines.append(f"goodput     {found['goodput']:.3f}")
+    if found["restarts"]:
+        lines.append(f"restarts    {found['restarts']}, {found['fruitless_starts']} since the newest checkpoint")
+    if found["happened"]:
+        lines.append(f"happened    {', '.join(f'{name} {count}' for name, count in found['happened'].items())}")
     if "eval" in found:
         told = {name: value for name, value in found["eval"].items() if isinstance(value, float)}
         numbers = " ".join(f"{name}={value:.4f}" for name, value in told.items())
@@ -110,7 +121,7 @@ def show(found):
         took = f", written in {saved['seconds']:.1f} s" if saved["seconds"] is not None else ""
         lines.append(f"checkpoint  step {saved['step']}{took}: {saved['path']}")
     names = {"left_s": "to the last step", "job_left_s": "to the end of the job"}
-    left = [f"{_long(found[name])} {what}" for name, what in names.items() if name in found]
+    left = [f"{in_words(found[name])} {what}" for name, what in names.items() if name in found]
     if left:
         lines.append(f"left        {', '.join(left)}")
     return "\n".join(lines)
@@ -120,36 +131,9 @@ def _number(value, otherwise="-", form=".4f"):
     return otherwise if value is None else format(value, form)
 
 
-def _long(seconds):
-    """A duration in words: 12 s, 5 min, 3 h 20 min, 2 d 4 h."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 100:
-        return f"{max(seconds, 0.0):.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def _settings(folder):
+def _task(folder):
+    """The task that the run's config.toml names, None where that cannot be read."""
     try:
-        return tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError):
-        return {}
-
-
-def _records(path, tail=None):
-    """The records of a file of JSON lines, or of its last `tail` bytes; a line that is being written is left out."""
-    if not path.is_file():
-        return []
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        start = max(0, size - tail) if tail else 0
-        file.seek(start)
-        lines = file.read().split(b"\n")[:-1]
-    found = []
-    for line in lines[1 if start else 0 :]:
-        with contextlib.suppress(ValueError):  # cut by a full disk, or a kill
-            found.append(json.loads(line))
-    if lines and not found:
-        raise DataError(f"{path} holds no records")
-    return found
+        return str(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["model"]["task"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None

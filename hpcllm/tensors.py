@@ -21,7 +21,8 @@ class Outline:
 
     def __init__(self, tensors):
         # The widest first: then all are aligned, the header being padded to a multiple of 8 bytes.
-        order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+        # Then single numbers, which are not to part what lies between them.
+        order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, not tensors[name][1], name))
         entries, at = {"__metadata__": {"format": "pt"}}, 0
         for name in order:
             dtype, shape = tensors[name]
@@ -35,6 +36,10 @@ class Outline:
         self._starts = {name: len(self.header) + entries[name]["data_offsets"][0] for name in order}
         self.size_bytes = len(self.header) + at
 
+    @property
+    def dtypes(self):
+        return {dtype for dtype, _ in self.tensors.values()}
+
     def create(self, path):
         """Make the file at its full length, so that what the disk cannot hold fails here. Raises OSError."""
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -46,13 +51,16 @@ class Outline:
 
     def write(self, handle, name, box, values):
         """Write `values` (tensor on any device) as the `box` (slices, one a dim) of the tensor `name`."""
+        for offset, part in self.stretches(name, box, values.detach().cpu()):
+            _write(handle, part.numpy(), offset)
+
+    def stretches(self, name, box, values):
+        """(offset in the file, uint8 tensor) of the bytes of `values`, which are the `box` of the tensor `name`."""
         dtype, shape = self.tensors[name]
-        values = values.detach().cpu().contiguous()
-        memory = memoryview(values.reshape(-1).view(torch.uint8).numpy())
-        at = 0
+        memory, at = values.contiguous().reshape(-1).view(torch.uint8), 0
         for start, length in runs(shape, box):
             count = length * dtype.itemsize
-            _write(handle, memory[at : at + count], self._starts[name] + start * dtype.itemsize)
+            yield self._starts[name] + start * dtype.itemsize, memory[at : at + count]
             at += count
 
 

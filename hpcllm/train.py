@@ -22,15 +22,19 @@ from . import (
     monitor,
     optimizer,
     recovery,
+    replicas,
+    rollback,
     run_folder,
     saving,
+    slow,
     sources,
     startup,
     stopping,
     utilisation,
 )
 from .data import batches
-from .errors import Diverged, IOFailure, UsageError
+from .errors import Corrupted, Diverged, IOFailure, UsageError
+from .interval import Interval
 from .log import due
 from .mpi import choose, on_root, together
 from .parallel import compiled, host
@@ -38,6 +42,7 @@ from .parallel import mesh as meshes
 from .parallel.apply import apply, check
 from .plan import fit
 from .quicken import quicken
+from .spikes import Spikes
 from .tasks import TASKS
 
 _SLOW_DISK = 1e8  # bytes a second, as long as no checkpoint of the run tells better
@@ -165,19 +170,31 @@ class Run:
         self.journal.event("start", step=state["step"], max_steps=plan.max_steps, **start)
         if damaged:
             self.journal.event("damaged", paths=list(map(str, damaged)))
+        if self.sources.training.stream.left_out:
+            self.journal.event("quarantine", shards=self.sources.training.stream.left_out)
         self.progress = monitor.Progress("train", plan.max_steps, state["step"], quiet=not world.is_root)
         self.progress.say(log.head(self, self.trained))
         self.progress.say(f"activation checkpointing: {'on' if self.again else 'off'} ({self.why})")
         peak = f"{self.peak / 1e12:.3g} TFLOP/s ({self.measured})"
         self.progress.say(f"peak of matrix products, {plan.precision}, all ranks: {peak}")
         self.saver = self.new_saver(last)
+        self.interval = Interval(config.checkpoint.every_steps, deadline.seconds(config.checkpoint.mtbf))
+        self.spikes, self.back, self.checked = Spikes(plan, state.get("spikes")), None, None
+        self.watch_ranks()
 
     def new_saver(self, newest):
         """A saving.Saver of what is placed; newest: path of the newest checkpoint, or None."""
         config = self.config
         keeping = config.run.output_dir, config.data.tokenizer_dir, config.checkpoint.keep
-        how = {"newest": newest, "completed": self.saved}
+        how = {"newest": newest, "completed": self.saved, "unfit": self.unfit}
         return saving.Saver(self.world.comm, self.placed, self.adjust, *keeping, **how)
+
+    def watch_ranks(self):
+        """Begin to look for slow ranks."""
+        world, layout = self.world, self.placed.mesh.layout
+        self.hosts = world.comm.allgather(world.host)
+        stages = [layout.place(rank)["pipeline"] for rank in range(world.size)]
+        self.watch = slow.Watch(world.comm, self.hosts, self.plan.slow_rank_ratio, stages)
 
     def go(self, parts):
         """Steps until the run is over, or is asked to end; returns its results. parts: startup.Parts."""
@@ -200,6 +217,14 @@ class Run:
         while not done:
             wish = stopping.wish(self.take_step(steps, parts))
             parts = None
+            if self.back:
+                steps.close()
+                self.go_back()
+                steps = self.batches()
+                if not (wish and wish.ends):
+                    continue
+            if due(state["step"], plan.check_replicas_every_steps):
+                self.check_replicas()
             if wish and wish.ends and state["step"] < plan.max_steps:
                 return self.stop(wish)
             done = self.after_step(wish)
@@ -213,10 +238,18 @@ class Run:
             self.measure()
             improved = self.better()
             done = done or best.hopeless(state, plan)
-        if done or improved or wish or due(state["step"], self.config.checkpoint.every_steps):
-            self.save(waits=done or not self.config.checkpoint.asynchronous)
+        if done:
+            self.save_last()
+        elif improved or wish or (self.interval.due(state["step"]) and not self.spikes.under_way):
+            self.save(waits=not self.config.checkpoint.asynchronous)
         self.settle()
         return done
+
+    def go_back(self):
+        """To a checkpoint before the losses jumped (`rollback`)."""
+        with self.survival.changing() if self.survival else contextlib.nullcontext():
+            rollback.go_back(self, self.back)
+        self.settle()
 
     def batches(self):
         """This rank's micro-batches of each step to come, the next ones being made meanwhile."""
@@ -243,8 +276,10 @@ class Run:
         loss_sum, targets, tokens, pairs, grad_norm = found
         soon = [state["step"] + 1, state["step"] + 2]
         measures = plan.max_steps in soon or any(due(step, plan.eval_every_steps) for step in soon)
-        heard = self.requests.heard(measures, 1 + self.saver.under_way)
+        saving = self.saver.under_way
+        heard = self.requests.heard(measures, 1 + saving)
         loss_sum, times, heard, saved = clock.collect(loss_sum, heard, self.saver.report())
+        self.interval.stepped(times["step_s"], saving)
         self.saver.advance(saved)
         state["step"] += 1
         state["samples"] += plan.global_batch_size
@@ -252,6 +287,7 @@ class Run:
         times["mfu"] = self.operations.step(tokens, targets, pairs) / times["step_s"] / self.peak
         times["tokens_per_s"] = tokens / times["step_s"]
         log.step(self, loss_sum / targets, rate, grad_norm, times)
+        log.pace(self, *self.watch.step(clock.compute_s))
         self.judge(loss_sum / targets, rate, grad_norm)
         if parts:
             parts.end("first step")
@@ -261,14 +297,14 @@ class Run:
         return heard
 
     def judge(self, loss, rate, grad_norm):
-        """Count steps that are no number, which the optimizer has left out; raises Diverged where they are too many."""
-        plan, state = self.plan, self.state
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            state["nonfinite"] = 0
-            return
-        state["nonfinite"] += 1
-        self.journal.event("nonfinite", step=state["step"], left_out=not math.isfinite(grad_norm))
-        if state["nonfinite"] > plan.max_nonfinite_steps:
+        """Count steps that are no number, which the optimizer has left out, and spikes: the run goes back before step
+        `back`. Raises Diverged where too many are no number and it does not go back."""
+        plan, state, finite = self.plan, self.state, math.isfinite(loss) and math.isfinite(grad_norm)
+        state["nonfinite"] = 0 if finite else state["nonfinite"] + 1
+        if not finite:
+            self.journal.event("nonfinite", step=state["step"], left_out=not math.isfinite(grad_norm))
+        self.back = self.spikes.seen(state["step"], loss, state["nonfinite"])
+        if state["nonfinite"] > plan.max_nonfinite_steps and not self.back:
             with contextlib.suppress(IOFailure):  # which would have the run started again
                 self.saver.finish()
             times = f" (the {state['nonfinite']}th in a row)" if state["nonfinite"] > 1 else ""
@@ -297,8 +333,24 @@ class Run:
         validation = self.sources.validation
         return best.compare(self.state, self.plan, self.scores, validation and validation.stream.digest)
 
+    def check_replicas(self):
+        """Compare the bits that ranks hold alike, once a step; raises Corrupted where they differ."""
+        step = self.state["step"]
+        if self.checked == step:
+            return
+        try:
+            replicas.check(self.world.comm, self.placed, self.adjust, step, self.hosts)
+        except Corrupted as error:
+            with contextlib.suppress(IOFailure):  # it was good when that checkpoint began
+                self.saver.finish()
+            raise Corrupted(log.corrupted(self, error), error.tensors).known_to_all() from None
+        self.checked = step
+
     def save(self, waits):
         """Begin a checkpoint, which is complete on return if this `waits`."""
+        if self.plan.check_replicas_every_steps:
+            self.check_replicas()
+        self.interval.began()
         self.saver.begin(self.state["step"], self.kept(), best.step(self.state), copy=not waits)
         if waits:
             self.saver.finish()
@@ -313,19 +365,36 @@ class Run:
             "data_digest": self.sources.training.stream.digest,
             "config": self.config.model_dump(exclude_none=True),
             "best": state.get("best"),
+            "spikes": self.spikes.state,
         }
+
+    def save_last(self):
+        """The last checkpoint of this start, complete on return. Raises Diverged where it is not fit to be one."""
+        self.save(waits=True)
+        step, newest = self.state["step"], self.saver.newest
+        if newest is None or newest.name != f"checkpoint-{step}":
+            why = f"step {step}: weights or the optimizer's state are no longer finite, so they are not saved"
+            raise Diverged(f"{why}; newest checkpoint: {newest or 'none'}").known_to_all()
 
     def saved(self, step, path, seconds, waited_s):
         """A checkpoint is complete."""
         self.requests.took("save", seconds)
         times = {"seconds": round(seconds, 3), "waited_s": round(waited_s, 3)}
         self.journal.event("checkpoint", step=step, path=str(path), **times)
+        if self.interval.auto:
+            told = self.world.comm.allgather((waited_s, seconds))
+            log.interval(self, self.interval.saved(*map(max, zip(*told, strict=True))))
+
+    def unfit(self, step):
+        """A checkpoint is not written, since not all of its numbers are finite."""
+        self.journal.event("unfit", step=step)
+        self.progress.say(f"step {step}: not saved, for weights or the optimizer's state are no longer finite")
 
     def stop(self, wish):
         """End early, saved; an evaluation that was due is made up for when the run goes on. Returns the results."""
         state = self.state
         state["unmeasured"] = due(state["step"], self.plan.eval_every_steps)
-        self.save(waits=True)
+        self.save_last()
         log.stopped(self, wish)
         where = {"step": state["step"], "samples": state["samples"], "checkpoint": str(self.saver.newest)}
         return {**where, "stopped": wish.why, "exit_code": wish.code}
@@ -342,6 +411,8 @@ class Run:
             results |= best.results(state, config)
         if training.stream.labelled:
             if results["checkpoint"] != path:
+                if self.survival:
+                    self.survival.at_step = False
                 with together(world.comm):
                     self.placed.refill(model.saved(results["checkpoint"]))
                 self.scores, self.told = {}, None  # were of other weights

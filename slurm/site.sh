@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # All that differs from one centre to the next. The job scripts beside this file source it and start their ranks
-# with its function `launch`. Edit it here, or edit a copy and set HPCLLM_SITE=/path/to/your_site.sh.
+# with the function `launch` of launch.sh. Edit it here, or edit a copy and set HPCLLM_SITE=/path/to/your_site.sh.
 
 # --- Modules: the MPI library and whatever else hpcllm was installed with ---
 # module purge
@@ -21,6 +21,7 @@ slurm_launcher=(
 
 # --- What starts ranks elsewhere: on a workstation, or under another scheduler ---
 other_launcher=(mpirun -np "${HPCLLM_RANKS:-4}")
+other_probe=(mpirun -np 1 --host)   # NODE COMMAND follow: does a node of the job (PBS_NODEFILE) still answer?
 
 # --- Environment of the ranks ---
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"   # compute nodes have no internet: fail at once, do not wait for it
@@ -45,29 +46,6 @@ ulimit -c 0   # no core files: a thousand ranks write a thousand of them
 command -v hpcllm >/dev/null || PATH=$(cd "${here:-.}/.." && pwd)/.venv/bin:$PATH
 command -v hpcllm >/dev/null || { echo "site.sh: no hpcllm: run 'make venv' or 'module load hpcllm'" >&2 && exit 2; }
 
-# launch COMMAND...: run COMMAND on every rank, say so in the log, and return the exit code of the whole.
-launch() {
-    local command=("${slurm_launcher[@]}" "$@")
-    if [ -z "${SLURM_JOB_ID:-}" ]; then
-        command=("${other_launcher[@]}" "$@")
-        # More ranks than cores are welcome. Variables, since each MPI has other options: Open MPI 4, then 5.
-        export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
-        export PRTE_MCA_rmaps_default_mapping_policy=:OVERSUBSCRIBE PRTE_MCA_hwloc_default_binding_policy=none
-        if [ "$(id -u)" = 0 ]; then
-            export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-            export PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1
-        fi
-    fi
-    printf '%s %s, start %s:%s\n' "$(date +%FT%T)" "${SLURM_JOB_NODELIST:-$(hostname)}" \
-        "$((${SLURM_RESTART_COUNT:-0} + 1))" "$(printf ' %q' "${command[@]}")"
-    "${command[@]}"
-}
-
-# again CODE: have Slurm queue this job again if its run was saved before its end came (exit code 75).
-again() {
-    [ "$1" = 75 ] && [ -n "${SLURM_JOB_ID:-}" ] || return 0
-    local job=$SLURM_JOB_ID
-    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID   # not the whole array
-    echo "$(date +%FT%T) job $job is queued again"
-    scontrol requeue "$job" || echo "site.sh: not here: to go on, submit the same command again" >&2
-}
+# launch and again. `here` is the folder of the job script, which may use a copy of this file from elsewhere.
+# shellcheck source=slurm/launch.sh
+source "${here:-$(dirname "${BASH_SOURCE[0]}")}/launch.sh" || exit 2

@@ -46,6 +46,12 @@ def test_the_tokenizer_lies_beside_the_training_shards():
     assert load().data.tokenizer_dir == "corpus/tokenizer"
 
 
+def test_shards_of_text_alone_are_left_out():
+    assert load("data.quarantine=true").data.quarantine and not load().data.quarantine
+    with pytest.raises(UsageError, match=r"data\.quarantine leaves out shards of text"):
+        load("data.quarantine=true", "model.task=token_classification")
+
+
 def test_rows_that_ranks_share_out_hold_no_documents_kept_apart():
     assert load("parallel.context=2").data.attention == "row"
     with pytest.raises(
@@ -77,6 +83,18 @@ def test_rows_that_ranks_share_out_hold_no_documents_kept_apart():
         ("max_steps=3", ["section.key=value"]),
         ("train.max_steps", ["section.key=value"]),
         ("run.seed.deep=1", ["run.seed", "integer"]),
+        ("train.max_steps=true", ["train.max_steps", "not true or false"]),
+        ("train.max_steps=0x" + "f" * 5000, ["train.max_steps", "at most 63 bits", "a number of 20000 bits"]),
+        ('train.max_steps="' + "9" * 30 + '"', ["train.max_steps", "at most 63 bits"]),
+        ("run.seed=1\nrun.seed=2", ["run.seed", "integer"]),
+        ("model.freeze.0=x", ["model.freeze", "list"]),
+        ('run.output_dir="a\\nb"', ["run.output_dir", "no line breaks"]),
+        ("run.output_dir=", ["run.output_dir", "not empty"]),
+        ("run.output_dir=" + "a" * 300, ["run.output_dir", "each name in it 200"]),
+        ("run.output_dir=a\udcff", ["is not UTF-8"]),
+        ("model.config.day=1979-05-27", ["config.day", "a date"]),
+        ("model.config.rate=inf", ["config.rate (inf)", "finite"]),
+        ("model.config.size=0x" + "f" * 40, ["config.size", "64 bits"]),
     ],
 )
 def test_a_bad_key_or_value_is_named(override, words):
@@ -86,11 +104,34 @@ def test_a_bad_key_or_value_is_named(override, words):
         assert word in str(refused.value)
 
 
-@pytest.mark.parametrize("content", [b"[run\n", b"\xff\xfe[run]", b"[run]\nseed = 1\nseed = 2\n", b""])
-def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[run\n", "is not TOML: .*line 1"),
+        (b"\xff\xfe[\0r\0u\0n\0]\0", "is UTF-16, not text in UTF-8"),
+        (b'[run]\noutput_dir = "\xe9"\n', "is not UTF-8: byte 0xe9 in line 2"),
+        (b"[run]\nseed = 1\nseed = 2\n", "is not TOML: .*line 3"),
+        (b"[run]\n[run]\n", "is not TOML: .*line 2"),
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b"#" * (1 << 20) + b"\n", "is larger than 1 MiB"),
+        (b"x = " + b"[" * 100_000, "is nested too deeply"),
+        (b"x = " + b"[" * 40 + b"]" * 40, "is nested too deeply: more than 32 levels"),
+        (b".".join([b"a"] * 5000) + b" = 1", "is nested too deeply"),
+        (b"[run]\nseed = " + b"9" * 5000, "is not TOML"),
+    ],
+)
+def test_a_file_that_is_no_run_file_says_why(tmp_path, content, says):
     (tmp_path / "run.toml").write_bytes(content)
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=rf"^run file {tmp_path}/run.toml {says}"):
         config.load(tmp_path / "run.toml")
+
+
+def test_a_folder_and_a_device_without_end_are_no_run_files(tmp_path):
+    with pytest.raises(UsageError, match="is a folder"):
+        config.load(tmp_path)
+    with pytest.raises(UsageError, match="is larger than 1 MiB"):
+        config.load("/dev/zero")
 
 
 def test_a_missing_run_file_is_input_missing(tmp_path):

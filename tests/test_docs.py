@@ -9,7 +9,7 @@ from launching import ROOT
 from hpcllm import config
 from hpcllm.arguments import parser
 
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")])
 TASKS = sorted((ROOT / "docs" / "tasks").glob("*.md"))
 FINE_TUNING = [ROOT / "docs" / "fine_tuning.md", ROOT / "docs" / "predict.md", *TASKS]
 

@@ -75,6 +75,20 @@ def test_records_are_appended_by_root_alone(tmp_path):
 def test_the_history_of_a_run_is_read_from_its_events(tmp_path):
     assert monitor.history(tmp_path) == (0, 0, 0.0)
     events = [{"event": "start"}, {"event": "checkpoint", "seconds": 2.5}, {"event": "start"}, {"event": "start"}]
-    lines = [json.dumps(event) for event in [*events[:1], {"event": "checkpoint", "seconds": 7.0}, *events]]
+    events = [*events[:1], {"event": "checkpoint", "seconds": 7.0}, *events]
+    lines = [json.dumps({**event, "restart": 0, "time": 1.0, "step": 1, "path": "p"}) for event in events]
     (tmp_path / "events.jsonl").write_text("\n".join([*lines, '{"event": "end", "st']))
     assert monitor.history(tmp_path) == (4, 2, 7.0)
+
+
+def test_a_history_is_read_past_bytes_that_are_no_text_and_lines_that_are_cut(tmp_path):
+    saved = b'{"event": "checkpoint", "step": 1, "path": "p", "restart": 0, "time": 1.0, "seconds": %s}'
+    lines = [b'{"event": "start", "step": 0}', saved % b"2.5", b"\xff\xfe\x85 garbled"]
+    lines += [saved % b'"soon"', saved % b"1e99"]
+    lines += [
+        b'{"event": "checkpoint", "x": ' + b"[" * 100_000,
+        b'{"event": "start", "step": 0}',
+        b'{"event": "start", "st',
+    ]
+    (tmp_path / "events.jsonl").write_bytes(b"\n".join(lines))
+    assert monitor.history(tmp_path) == (2, 1, 2.5)

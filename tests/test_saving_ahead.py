@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_train import settings, shared
 
-from hpcllm import checkpoint, saving, train
+from hpcllm import blocks, checkpoint, saving, train
 from hpcllm.errors import IOFailure
 
 FILES = ("model.safetensors", "optimizer.safetensors")
@@ -17,13 +17,13 @@ def slow_disk(monkeypatch):
     """A function: from then on nothing is written before what it returns, an event, is set."""
 
     def begin():
-        goes, write = threading.Event(), checkpoint.write
+        goes, write = threading.Event(), blocks.write
 
         def waiting(*arguments):
             assert goes.wait(30)
-            write(*arguments)
+            return write(*arguments)
 
-        monkeypatch.setattr(checkpoint, "write", waiting)
+        monkeypatch.setattr(blocks, "write", waiting)
         return goes
 
     return begin
@@ -70,13 +70,13 @@ def test_the_optimizer_waits_for_the_copy(world, prepared, tmp_path, monkeypatch
     base = shared(world, tmp_path)
     how = {"checkpoint.every_steps": 2, "train.max_steps": 4, "checkpoint.keep": 9}
     train.train(settings(prepared, base / "quick", **how), world)
-    parts = checkpoint.parts
+    stretches = checkpoint.stretches
 
     def slowly(*arguments):
         threading.Event().wait(0.5)
-        yield from parts(*arguments)
+        yield from stretches(*arguments)
 
-    monkeypatch.setattr(checkpoint, "parts", slowly)
+    monkeypatch.setattr(checkpoint, "stretches", slowly)
     train.train(settings(prepared, base / "slow", **how), world)
     for file in FILES:
         ours, theirs = (base / name / "checkpoint-2" / file for name in ("slow", "quick"))
@@ -85,7 +85,7 @@ def test_the_optimizer_waits_for_the_copy(world, prepared, tmp_path, monkeypatch
 
 @pytest.mark.mpi()
 def test_what_one_rank_cannot_write_all_ranks_hear_of_at_the_edge_of_a_step(world, prepared, tmp_path, monkeypatch):
-    base, write = shared(world, tmp_path), checkpoint.write
+    base, write = shared(world, tmp_path), blocks.write
     run = settings(prepared, base / "run", **{"checkpoint.every_steps": 2, "train.max_steps": 100})
     tried = []
 
@@ -93,9 +93,9 @@ def test_what_one_rank_cannot_write_all_ranks_hear_of_at_the_edge_of_a_step(worl
         tried.append(None)
         if len(tried) > 2 and world.rank == world.size - 1:  # the second checkpoint; each has two files
             raise OSError(28, "No space left on device")
-        write(*arguments)
+        return write(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write", failing)
+    monkeypatch.setattr(blocks, "write", failing)
     with pytest.raises(IOFailure, match="checkpoint-4: No space left on device"):
         train.train(run, world)
     world.comm.Barrier()

@@ -8,7 +8,7 @@ import time
 import pytest
 from launching import clean_environment
 
-from hpcllm import status
+from hpcllm import records, status
 from hpcllm.errors import DataError, MissingInput
 
 STEP = {"learning_rate": 1e-3, "grad_norm": 1.0, "step_s": 2.0, "tokens_per_s": 500.0, "mfu": 0.25}
@@ -106,4 +106,28 @@ def test_the_command_needs_neither_mpi_nor_torch_and_reads_no_more_of_a_long_run
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 2000
-    assert len(status._records(tmp_path / "run" / "metrics.jsonl", status._TAIL_BYTES)) < 500
+    assert len(records.tail(tmp_path / "run" / "metrics.jsonl", status._TAIL_BYTES)) < 500
+
+
+def test_what_has_happened_to_a_run_is_counted(tmp_path):
+    now, base = time.time(), {"restart": 0, "time": 0.0}
+    names = [
+        "died",
+        "slow",
+        "checkpoint",
+        "slow",
+        "rollback",
+        "corrupted",
+        "quarantined",
+        "first_step",
+        "start",
+        "start",
+    ]
+    events = [{"event": name, "step": 3, "path": "p", "ranks": 4, "hosts": ["n1"], **base} for name in names]
+    write(tmp_path / "run", 9, events, now)
+    found = status.status(tmp_path / "run", now)
+    assert found["happened"] == {"died": 1, "slow": 2, "rollback": 1, "corrupted": 1, "quarantined": 1}
+    assert (found["starts"], found["restarts"], found["fruitless_starts"]) == (3, 2, 2)
+    shown = status.show(found).splitlines()
+    assert "restarts    2, 2 since the newest checkpoint" in shown
+    assert "happened    died 1, slow 2, rollback 1, corrupted 1, quarantined 1" in shown

@@ -453,3 +453,48 @@ def test_offload_is_refused_where_it_would_do_nothing(world, prepared, tmp_path)
     why = "compute on the CPU" if world.size > 1 else "two ranks or more"
     with pytest.raises(UsageError, match=why):
         train.train(run, world)
+
+
+@pytest.mark.mpi
+def test_a_run_leaves_damaged_shards_out_and_goes_on_with_those_alone(world, prepared, tmp_path):
+    base = shared(world, tmp_path)
+    if world.is_root:
+        shutil.copytree(prepared, base / "data")
+    world.comm.Barrier()
+
+    def flip(name, place):
+        world.comm.Barrier()
+        if world.is_root:
+            with open(base / "data" / "train" / name, "r+b") as file:
+                file.seek(place)
+                byte = file.read(1)[0]
+                file.seek(place)
+                file.write(bytes([byte ^ 4]))
+        world.comm.Barrier()
+
+    flip("shard-00001.h5", 1 << 20)  # the first of its tokens
+    with pytest.raises(DataError, match=r"shard-00001\.h5 is damaged in block 0 of its tokens"):
+        train.train(settings(base / "data", base / "refused"), world)
+    how = {"data.quarantine": "true", "checkpoint.every_steps": 3}
+    train.train(settings(base / "data", base / "run", **how), world)
+    world.comm.Barrier()
+    events = [json.loads(line) for line in (base / "run" / "events.jsonl").read_text().splitlines()]
+    [told] = [event for event in events if event["event"] == "quarantine"]
+    assert list(told["shards"]) == ["shard-00001.h5"]
+    if world.is_root:
+        shutil.rmtree(base / "run" / "checkpoint-6")
+        (base / "run" / "results.json").unlink()
+    world.comm.Barrier()
+    whole = losses(base / "run")
+    train.train(settings(base / "data", base / "run", **how), world, resume=True)
+    world.comm.Barrier()
+    assert losses(base / "run")[len(whole) :] == whole[3:]
+    for changed in ({"data.quarantine": "false"}, how):
+        if changed is how:
+            flip("shard-00000.h5", 1 << 20)  # and another one
+        else:
+            flip("shard-00001.h5", 1 << 20)  # whole again
+        with pytest.raises(DataError, match="are not those of the checkpoint"):
+            run = settings(base / "data", base / "run", **changed, **{"train.max_steps": 8})
+            train.train(run, world, resume=True)
+    world.comm.Barrier()

@@ -16,7 +16,6 @@ def make(output):
     try:
         os.makedirs(parent, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=f".{label}.partial-", dir=parent)
-        os.chmod(folder, 0o777 & ~umask())  # mkdtemp is private; the result follows the user's umask
     except OSError as error:
         raise CannotCreate(f"output: {output} cannot be created in {parent}: {error.strerror}") from None
     return folder
@@ -34,6 +33,7 @@ def publish(folder, output, overwrite):
     """Give the finished folder its name. What it replaces is moved aside first and deleted last."""
     output = os.path.abspath(output)
     with failing_as_io(output):
+        os.chmod(folder, 0o777 & ~umask())  # mkdtemp is private; the result follows the user's umask
         sync_folder(folder)
         aside = None
         if os.path.lexists(output):

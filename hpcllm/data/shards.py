@@ -21,28 +21,39 @@ Labelled data are documents, too: an example is one, and what else belongs to it
     texts.jsonl         where an evaluation needs text: a line for each example (`texts`); as long as the manifest says
 """
 
+import fcntl
 import hashlib
-import json
 import os
+import time
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import DataError, MissingInput, UsageError
-from ..files import sync_file, sync_folder
+from .. import files
+from ..errors import DataError, IOFailure, UsageError
+from ..files import sync_file
+from .manifest import (  # noqa: F401 (read and written through here)
+    FORMAT,
+    MANIFEST,
+    TEXTS,
+    VERSION,
+    Column,
+    as_json,
+    columns_of,
+    read_manifest,
+    token_dtype,
+    without,
+    write_manifest,
+)
 from .stream import BLOCK_BYTES, CollectiveStream, TokenStream
 
-FORMAT = "hpcllm tokens"
-VERSION = 1
-MANIFEST = "manifest.json"
-TEXTS = "texts.jsonl"
 # One value for every open: a second one in the same process is an error in HDF5, and locks fail on Lustre and GPFS.
 LOCKING = False
 # Fixed, so that any HDF5 since 1.8 reads the files and every HDF5 writes the same bytes.
 LIBVER = ("v108", "v108")
 # Allocations from this size on begin at a multiple of BLOCK_BYTES; HDF5's own header blocks are smaller.
 _ALIGNED_FROM_BYTES = 4096
+_PATIENCE_S = 5.0  # for another program to close a shard that it writes
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _ATTRIBUTES = {
     "version": np.int64,
@@ -53,37 +64,6 @@ _ATTRIBUTES = {
     "document_count": np.int64,
     "complete": np.uint8,
 }
-
-
-@dataclass(frozen=True)
-class Column:
-    """`width` numbers of type `dtype` (as numpy spells it), `of` each "document" or each "token"."""
-
-    name: str
-    of: str
-    dtype: str
-    width: int = 1
-
-    @property
-    def label(self):
-        return f"columns/{self.name}"
-
-    @property
-    def row_bytes(self):
-        return np.dtype(self.dtype).itemsize * self.width
-
-    def shape(self, token_count, document_count):
-        return (document_count if self.of == "document" else token_count), self.width
-
-
-def columns_of(labelled):
-    """The columns that a manifest's "labelled" speaks of: a list of Column; None has none."""
-    return [Column(**column) for column in labelled["columns"]] if labelled else []
-
-
-def token_dtype(vocab_size):
-    """The smallest of uint16 and uint32 that holds every id below `vocab_size`."""
-    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 def name(index):
@@ -132,7 +112,7 @@ def create(path, *, token_count, document_count, vocab_size, separator_id, token
             ("token_crc32", np.dtype("<u4"), (blocks,)),
         ]
         if labelled is not None:
-            meaning = _json(labelled).encode()
+            meaning = as_json(labelled).encode()
             data.append(("labelled", np.dtype("|u1"), (len(meaning),)))
             file.create_group("columns")
             for column in columns_of(labelled):
@@ -197,43 +177,6 @@ def entry(path):
     return {**result, "sha256": digest.hexdigest(), "crc32_without_tokens": _crc_without_tokens(path, result)}
 
 
-def write_manifest(folder, entries, *, vocab_size, separator_id, tokenizer_hash, labelled=None):
-    """Write `folder`/manifest.json, atomically and last of all; returns what it holds. `entries` in shard order."""
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "dtype": token_dtype(vocab_size).name,
-        "vocab_size": vocab_size,
-        "separator_id": separator_id,
-        "tokenizer_hash": tokenizer_hash,
-        "highest_id": max(shard["highest_id"] for shard in entries),
-        "token_count": sum(shard["token_count"] for shard in entries),
-        "document_count": sum(shard["document_count"] for shard in entries),
-        "shards": entries,
-    }
-    if labelled is not None:
-        manifest["labelled"] = labelled
-    manifest["digest"] = _digest(manifest)
-    path = os.path.join(folder, MANIFEST)
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".partial", path)
-    sync_folder(folder)
-    return manifest
-
-
-def _digest(manifest):
-    content = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(_json(content).encode()).hexdigest()
-
-
-def _json(value):
-    return json.dumps(value, sort_keys=True)
-
-
 def _crc_without_tokens(path, shard):
     crc, after = 0, shard["tokens_offset"] + shard["tokens_bytes"]
     with open(path, "rb", buffering=0) as file:
@@ -256,56 +199,47 @@ def try_locking(path):
 # --- checking ----------------------------------------------------------------------------------------------------
 
 
-def read_manifest(folder):
-    """The manifest of `folder`, checked. Raises MissingInput (66) or DataError (65)."""
-    path = os.path.join(folder, MANIFEST)
-    if not os.path.isdir(folder):
-        raise MissingInput(f"data: there is no folder {folder}")
-    if not os.path.isfile(path):
-        raise MissingInput(
-            f"data: {folder} has no {MANIFEST}, so `hpcllm prepare` did not finish it or did not write it"
-        )
-    try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-        version = (manifest["format"], manifest["version"])
-        if version != (FORMAT, VERSION):
-            raise DataError(
-                f"data: {path} is {version[0]!r} version {version[1]}, this program reads {FORMAT!r} {VERSION}"
-            )
-        if manifest["digest"] != _digest(manifest):
-            raise DataError(f"data: {path} was changed after it was written (its digest does not fit its content)")
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"data: {path} is not a manifest of shards ({type(error).__name__}: {error})") from None
-    names = [shard["name"] for shard in manifest["shards"]]
-    missing = [label for label in names if not os.path.isfile(os.path.join(folder, label))]
-    if missing:
-        listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
-        raise MissingInput(f"data: {len(missing)} of the {len(names)} shards of {folder} are missing: {listed}")
-    _check_texts(os.path.join(folder, TEXTS), manifest.get("labelled"))
-    if manifest["highest_id"] >= manifest["vocab_size"]:
-        raise DataError(
-            f"data: {folder} holds the id {manifest['highest_id']}, its vocabulary has {manifest['vocab_size']} entries"
-        )
-    return manifest
-
-
-def _check_texts(path, labelled):
-    size = (labelled or {}).get("text_bytes")
-    if size is None:
-        return
-    if not os.path.isfile(path):
-        raise MissingInput(f"data: there is no {path}, which evaluations need")
-    if os.path.getsize(path) != size:
-        raise DataError(f"data: {path} has {os.path.getsize(path)} bytes, the manifest says {size}")
-
-
-def check(folder, shard, manifest):
+def check(folder, shard, manifest, whole=False):
     """Raise DataError (65) unless the file of manifest entry `shard` is whole and a shard of this format.
 
-    Every byte but the tokens is compared with a CRC before HDF5 is let near the file; tokens are checked as read.
+    Every byte but the tokens is compared with a CRC before HDF5 is let near the file; tokens are checked as read, or
+    now, with all of the file, by its SHA-256: `whole`. Raises IOFailure (74) for a file that is being written.
     """
     path = os.path.join(folder, shard["name"])
+    with files.failing_as_io(path):
+        _wait_for_writer(path)
+        _check_bytes(path, shard, whole)
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=LOCKING) as file:
+            _check_content(path, file, shard, manifest)
+    except DataError:
+        raise
+    except Exception as error:  # of every kind, for bytes that HDF5 or NumPy cannot make sense of
+        raise DataError(f"data: {path} cannot be read as HDF5: {error}") from None
+
+
+def _wait_for_writer(path):
+    """Return once no program has the file open for writing, as HDF5's own lock tells; IOFailure if that takes long."""
+    deadline = time.monotonic() + _PATIENCE_S
+    with open(path, "rb") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back with the file
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise IOFailure(
+                        f"data: {path} is open for writing elsewhere; start again when it is done"
+                    ) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                return
+            else:
+                return
+
+
+def _check_bytes(path, shard, whole):
     size = os.path.getsize(path)
     if size != shard["size_bytes"]:
         raise DataError(f"data: {path} has {size} bytes, the manifest says {shard['size_bytes']}")
@@ -318,13 +252,8 @@ def check(folder, shard, manifest):
             f"data: {path} is damaged outside its tokens (CRC-32 {crc:08x}, "
             f"the manifest says {shard['crc32_without_tokens']:08x})"
         )
-    import h5py
-
-    try:
-        with h5py.File(path, "r", locking=LOCKING) as file:
-            _check_content(path, file, shard, manifest)
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise DataError(f"data: {path} cannot be read as HDF5: {error}") from None
+    if whole and (found := files.digest(path)) != shard["sha256"]:
+        raise DataError(f"data: {path} is damaged (SHA-256 {found[:12]}, the manifest says {shard['sha256'][:12]})")
 
 
 def _check_content(path, file, shard, manifest):
@@ -348,7 +277,7 @@ def _check_content(path, file, shard, manifest):
         "document_offsets": (np.dtype("<i8"), (shard["document_count"] + 1,)),
         "token_crc32": (np.dtype("<u4"), (-(-tokens * dtype.itemsize // BLOCK_BYTES),)),
     }
-    meaning = _json(manifest["labelled"]).encode() if "labelled" in manifest else b""
+    meaning = as_json(manifest["labelled"]).encode() if "labelled" in manifest else b""
     if meaning:
         expected["labelled"] = np.dtype("|u1"), (len(meaning),)
     for column in columns_of(manifest.get("labelled")):
@@ -373,6 +302,11 @@ def _check_content(path, file, shard, manifest):
             refuse(f"has {label} of shape {data.shape}, the manifest says {shape}")
     if meaning and file["labelled"][:].tobytes() != meaning:
         refuse("says other things of its labels than the manifest")
+    if shard["tokens_bytes"] != tokens * dtype.itemsize:
+        refuse(f"has {tokens * dtype.itemsize} bytes of tokens, the manifest says {shard['tokens_bytes']}")
+    offsets = file["document_offsets"][:]
+    if offsets[0] != 0 or offsets[-1] != tokens or (offsets[1:] < offsets[:-1]).any():
+        refuse(f"has document_offsets that do not go from 0 up to its {tokens} tokens")
     if file["tokens"].id.get_offset() != shard["tokens_offset"] or shard["tokens_offset"] % BLOCK_BYTES:
         offset = file["tokens"].id.get_offset()
         refuse(f"has its tokens at byte {offset}, not at the {shard['tokens_offset']} of the manifest")
@@ -389,27 +323,65 @@ def _check_content(path, file, shard, manifest):
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def open_folder(folder, *, reader="mapped", comm=None):
+def open_folder(folder, *, reader="mapped", comm=None, quarantine=False):
     """Open a folder that `hpcllm prepare` wrote and return a `TokenStream`.
 
     reader: "mapped" (each process by itself) or "mpio" (collective, needs a parallel h5py and `comm`).
     comm: an mpi4py communicator; with it the call is collective, the ranks share the checking of shards, and all
-    raise alike. Raises MissingInput (66), DataError (65), UsageError (2).
+    raise alike. quarantine: shards that are not what was written are left out, told, and named in the stream's
+    `left_out`; all are read for that, once, ranks sharing them out. Raises MissingInput (66), DataError (65),
+    UsageError (2), IOFailure (74).
     """
     folder = os.fspath(folder)
     if reader not in ("mapped", "mpio"):
         raise UsageError(f'reader: "{reader}" is not one of "mapped", "mpio"').known_to_all()
     if comm is None:
         manifest = read_manifest(folder)
-        for shard in manifest["shards"]:
-            check(folder, shard, manifest)
+        left_out = _damaged(folder, manifest, manifest["shards"], quarantine)
     else:
         from ..mpi import on_root, together
 
         manifest = on_root(comm, read_manifest, folder)
+        left_out = {}
         with together(comm):
-            for shard in manifest["shards"][comm.rank :: comm.size]:
-                check(folder, shard, manifest)
+            left_out = _damaged(folder, manifest, manifest["shards"][comm.rank :: comm.size], quarantine)
+        if quarantine:
+            left_out = {name: why for part in comm.allgather(left_out) for name, why in part.items()}
+    if left_out:
+        manifest = _reduced(manifest, left_out, folder)
+        if comm is None or comm.rank == 0:
+            print(
+                f"data: {len(left_out)} damaged of {len(manifest['shards']) + len(left_out)} shards left out "
+                f"(data.quarantine): {'; '.join(left_out[name] for name in sorted(left_out))}",
+                flush=True,
+            )
+    stream = _stream(folder, manifest, reader, comm)
+    stream.left_out = left_out
+    return stream
+
+
+def _damaged(folder, manifest, some, quarantine):
+    """{name: sentence} of the shards of `some` that are not whole; raises the first one's DataError unless told to."""
+    found = {}
+    for shard in some:
+        try:
+            check(folder, shard, manifest, whole=quarantine)
+        except DataError as error:
+            if not quarantine:
+                raise
+            found[shard["name"]] = str(error).removeprefix("data: ")
+    return found
+
+
+def _reduced(manifest, left_out, folder):
+    """The manifest without what is left out. Raises DataError, on every rank, where that is all."""
+    if len(left_out) == len(manifest["shards"]):
+        first = left_out[min(left_out)]
+        raise DataError(f"data: all {len(left_out)} shards of {folder} are damaged: {first}").known_to_all()
+    return without(manifest, left_out)
+
+
+def _stream(folder, manifest, reader, comm):
     if reader == "mapped":
         return TokenStream(folder, manifest, _locate)
     import h5py

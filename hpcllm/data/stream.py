@@ -39,14 +39,15 @@ class TokenStream:
 
     token_count, document_count, vocab_size, highest_id, separator_id: as in the manifest.
     tokenizer_hash, digest: 64 hex digits; which tokenizer made the tokens, and which data set this is. labelled: what
-    stands beside the tokens and means what, None for plain text (`shards`); paths: of the shards.
+    stands beside the tokens and means what, None for plain text (`shards`); paths: of the shards; left_out: {name: why}
+    of damaged ones that are in none of these numbers.
     Nothing is mapped before it is first needed, and no HDF5 file stays open. A process forked from this one maps
     the shards anew.
     """
 
     def __init__(self, folder, manifest, locate):
         """locate(path) -> (byte offset of the tokens, CRC-32 of each block), by whatever reads the format."""
-        self.folder = folder
+        self.folder, self.left_out = folder, {}
         for key in ("token_count", "document_count", "vocab_size", "highest_id", "separator_id"):
             setattr(self, key, manifest[key])
         self.tokenizer_hash, self.digest = manifest["tokenizer_hash"], manifest["digest"]

@@ -247,20 +247,20 @@ class Placed:
         mine = sharding.local(tensor)
         return [(outer, mine[inner]) for outer, inner in self.places(piece, tensor)]
 
-    def writes(self, name, piece, number):
-        """True on one of the ranks that hold the same `piece` of the parameter `name`, or of a moment of it.
+    def copies(self, name, piece):
+        """(how many ranks hold the same `piece` of the parameter `name`, or of a moment of it; the number of this one).
 
-        They take turns by `number`.
+        (0, 0) where ranks of an earlier stage hold it too.
         """
         layout, place = self.mesh.layout, self.mesh.place
         if not self._first_holder(name):
-            return False
+            return 0, 0
         copies, mine = layout.replicate * layout.context, place["replicate"] * layout.context + place["context"]
         if piece.dim is None:
             copies, mine = copies * layout.tensor, mine * layout.tensor + place["tensor"]
         if not piece.shape:  # a number, which FSDP2 does not divide
             copies, mine = copies * layout.shard, mine * layout.shard + place["shard"]
-        return number % copies == mine
+        return copies, mine
 
     def _first_holder(self, name):
         """False where a rank of an earlier stage has the parameter too."""

@@ -202,7 +202,7 @@ class OneCopy:
 
     def _take_over(self, model, names, shapes):
         """Have the modules of `model` compute with the shared weights. names: {id of a parameter: its name}."""
-        whole = {}
+        self._whole = whole = {}
         for module in model.modules():
             uses = {key: names[id(p)] for key, p in module._parameters.items() if p is not None}
             for key, name in uses.items():
@@ -281,6 +281,14 @@ class OneCopy:
         if self._changed:
             self._publish()
             self._changed = None
+
+    def my_part_of_all(self):
+        """(number of this rank in its host, {name: weights}): every n-th of all weights that the host's n ranks share.
+
+        Ranks of one number have the same ones. Everybody's updates are there after `ready`.
+        """
+        mine = list(self._whole.items())[self._near.me :: self._near.local_size]
+        return self._near.me, {name: used.detach() for name, used in mine}
 
     @work.timed
     def _publish(self):

@@ -1,7 +1,9 @@
 """The file format is what it says, gathering is right across shards, and every kind of damage is refused."""
 
+import fcntl
 import json
 import os
+import threading
 
 import h5py
 import numpy as np
@@ -11,9 +13,9 @@ from hypothesis import strategies as st
 from small_inputs import HASH, rewrite_manifest, write_shards
 
 import hpcllm.mpi
-from hpcllm.data import shards
+from hpcllm.data import manifest, shards
 from hpcllm.data.stream import merge
-from hpcllm.errors import DataError, MissingInput, UsageError
+from hpcllm.errors import DataError, IOFailure, MissingInput, UsageError
 
 
 def by_h5py(folder):
@@ -69,9 +71,9 @@ def test_tiny_and_large_shards_begin_at_a_mebibyte(tmp_path):
 
 def test_the_stream_tells_what_the_manifest_says(three_shards):
     stream = shards.open_folder(three_shards)
-    manifest = json.loads((three_shards / "manifest.json").read_text())
+    written = json.loads((three_shards / "manifest.json").read_text())
     assert (stream.token_count, stream.document_count, stream.vocab_size) == (701_505, 6, 1000)
-    assert stream.highest_id == 999 and stream.tokenizer_hash == HASH and stream.digest == manifest["digest"]
+    assert stream.highest_id == 999 and stream.tokenizer_hash == HASH and stream.digest == written["digest"]
 
 
 @pytest.fixture
@@ -233,6 +235,10 @@ def attribute(key, value):
     return lambda file: file.attrs.modify(key, value)
 
 
+def values(label, numbers):
+    return lambda file: file[label].write_direct(np.array(numbers, file[label].dtype))
+
+
 def test_a_missing_folder_manifest_or_shard_is_named(three_shards, tmp_path):
     with pytest.raises(MissingInput, match="there is no folder"):
         shards.open_folder(tmp_path / "nowhere")
@@ -273,6 +279,10 @@ def test_what_is_not_hdf5_is_refused(three_shards):
         (replace("document_offsets", chunks=(3,), fletcher32=True), "does not store 'document_offsets' contiguously"),
         (replace("token_crc32", chunks=(2,), compression="gzip"), "does not store 'token_crc32' contiguously"),
         (lambda file: file.__delitem__("token_crc32"), "has no data set 'token_crc32'"),
+        (values("document_offsets", [0, 700_001, 700_000]), "document_offsets that do not go from 0 up to its 700000"),
+        (values("document_offsets", [0, 1, 2]), "document_offsets that do not go from 0 up to its 700000 tokens"),
+        (attribute("format", 1 << 40), "not of the format"),
+        (lambda file: file.attrs.__setitem__("version", [1, 1]), "cannot be read as HDF5"),
         (external_link, "behind an external or soft link"),
         (virtual, "does not store 'document_offsets' contiguously"),
         (external_storage, "does not store 'token_crc32' contiguously"),
@@ -292,9 +302,103 @@ def test_tokens_of_another_type_are_refused(three_shards, dtype):
 
 
 def test_counts_that_differ_from_the_manifest_are_refused(three_shards):
-    rewrite_manifest(three_shards, token_count=699_999)
-    with pytest.raises(DataError, match=r"has tokens of shape \(700000,\), the manifest says \(699999,\)"):
+    rewrite_manifest(three_shards, document_count=3)
+    with pytest.raises(DataError, match=r"has document_offsets of shape \(3,\), the manifest says \(4,\)"):
         shards.open_folder(three_shards)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.update(shards=[]), "there are no shards"),
+        (lambda m: m.update(shards=7), "there are no shards"),
+        (lambda m: m["shards"][0].update(name="../other.h5"), "a shard is called '../other.h5'"),
+        (lambda m: m["shards"][1].update(name=m["shards"][0]["name"]), "a shard is called 'shard-00000.h5'"),
+        (lambda m: m["shards"][2].update(token_count=-1), "token_count of shard-00002.h5 is -1"),
+        (lambda m: m["shards"][2].update(token_count=0), "shard-00002.h5 has no tokens"),
+        (lambda m: m["shards"][2].update(token_count=1501), "token_count is 701505, of its shards 701506"),
+        (lambda m: m["shards"][2].update(tokens_offset=1 << 40), "reach beyond its"),
+        (lambda m: m["shards"][2].pop("sha256"), "KeyError: 'sha256'"),
+        (lambda m: m.update(token_count=1), "token_count is 1, of its shards 701505"),
+        (lambda m: m.update(vocab_size=True), "vocab_size is True"),
+        (lambda m: m.update(separator_id=1000), "separator_id 1000 of a vocabulary of 1000"),
+        (lambda m: m.update(dtype="float64"), "dtype 'float64'"),
+        (lambda m: m.update(labelled={"columns": [{"name": "a", "of": "document", "dtype": "O"}]}), "column a has 'O'"),
+        (lambda m: m.update(labelled={"columns": [{"name": "../a", "of": "token", "dtype": "u1"}]}), "called '../a'"),
+        (lambda m: m.update(labelled=5), "TypeError"),
+    ],
+)
+def test_a_manifest_that_fits_its_digest_and_makes_no_sense_is_refused(three_shards, change, says):
+    path = three_shards / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content | {"digest": manifest.digest(content)}))
+    with pytest.raises(DataError, match=rf"manifest\.json is not a manifest of shards \(.*{says}"):
+        shards.open_folder(three_shards)
+
+
+def test_a_manifest_nested_without_end_is_refused(three_shards):
+    (three_shards / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match="is not a manifest of shards"):
+        shards.open_folder(three_shards)
+
+
+def test_a_shard_that_is_written_elsewhere_is_waited_for_and_then_told_of(three_shards, monkeypatch):
+    monkeypatch.setattr(shards, "_PATIENCE_S", 0.3)
+    path = three_shards / "shard-00001.h5"
+    with open(path, "r+b") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)  # as HDF5 does
+        with pytest.raises(IOFailure, match=f"{path} is open for writing elsewhere"):
+            shards.open_folder(three_shards)
+        threading.Timer(0.1, fcntl.flock, (writer, fcntl.LOCK_UN)).start()
+        shards.open_folder(three_shards)
+    with open(path, "rb") as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        shards.open_folder(three_shards)
+
+
+# --- quarantine --------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_shard_is_left_out_and_the_others_are_read(three_shards, capsys):
+    tokens, whole = by_h5py(three_shards), shards.open_folder(three_shards)
+    flip(three_shards / "shard-00001.h5", shards.read_manifest(three_shards)["shards"][1]["tokens_offset"])
+    stream = shards.open_folder(three_shards, quarantine=True)
+    assert list(stream.left_out) == ["shard-00001.h5"] and "is damaged (SHA-256" in stream.left_out["shard-00001.h5"]
+    assert "data: 1 damaged of 3 shards left out (data.quarantine): " in capsys.readouterr().out
+    assert (stream.token_count, stream.document_count) == (701_500, 4)
+    assert np.array_equal(stream.gather([0], 701_500)[0], np.delete(tokens, slice(700_000, 700_005)))
+    assert stream.digest != whole.digest and stream.digest == shards.open_folder(three_shards, quarantine=True).digest
+    cut(three_shards / "shard-00002.h5")
+    assert shards.open_folder(three_shards, quarantine=True).digest not in (whole.digest, stream.digest)
+    (three_shards / "shard-00000.h5").write_bytes(b"")
+    with pytest.raises(DataError, match=r"all 3 shards of .* are damaged: .*shard-00000\.h5 has 0 bytes"):
+        shards.open_folder(three_shards, quarantine=True)
+
+
+def test_nothing_is_left_out_of_whole_shards_or_without_being_asked(three_shards):
+    whole = shards.open_folder(three_shards)
+    assert whole.left_out == {} and shards.open_folder(three_shards, quarantine=True).digest == whole.digest
+    cut(three_shards / "shard-00001.h5")
+    with pytest.raises(DataError, match="the manifest says"):
+        shards.open_folder(three_shards)
+
+
+@pytest.mark.mpi()
+def test_all_ranks_leave_the_same_shards_out(world, three_shards):
+    folder = world.comm.bcast(three_shards)
+    tokens = by_h5py(folder)
+    world.comm.Barrier()
+    if world.is_root:
+        cut(folder / "shard-00001.h5")
+    world.comm.Barrier()
+    stream = shards.open_folder(folder, comm=world.comm, quarantine=True)
+    assert list(stream.left_out) == ["shard-00001.h5"]
+    assert np.array_equal(
+        stream.gather([699_000], 2000)[0], np.delete(tokens, slice(700_000, 700_005))[699_000:701_000]
+    )
+    assert len(set(world.comm.allgather(stream.digest))) == 1
+    world.comm.Barrier()
 
 
 def test_an_edited_manifest_is_refused(three_shards):
@@ -339,8 +443,8 @@ def test_a_flipped_bit_in_the_tokens_is_refused_when_its_block_is_read(three_sha
 
 
 def test_a_shard_exchanged_for_another_is_refused(three_shards):
-    manifest = shards.read_manifest(three_shards)
-    first, last = (three_shards / manifest["shards"][index]["name"] for index in (1, 2))
+    written = shards.read_manifest(three_shards)
+    first, last = (three_shards / written["shards"][index]["name"] for index in (1, 2))
     os.replace(last, first)
     last.write_bytes(first.read_bytes())
     with pytest.raises(DataError, match=rf"{first} has \d+ bytes"):

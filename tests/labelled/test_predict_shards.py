@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 import hpcllm.mpi
 from hpcllm import predict
 from hpcllm.data import shards, tokenizer
+from hpcllm.data.manifest import digest
 from hpcllm.errors import CannotCreate, DataError, MissingInput, UsageError
 from hpcllm.tasks import TASKS
 
@@ -187,9 +188,9 @@ def test_shards_that_do_not_suit_are_refused_in_a_sentence(world, made, prepared
         (base / "empty").mkdir()
         manifest = json.loads((single / "manifest.json").read_text())
         manifest |= {"shards": [], "token_count": 0, "document_count": 0}
-        (base / "empty" / "manifest.json").write_text(json.dumps(manifest | {"digest": shards._digest(manifest)}))
+        (base / "empty" / "manifest.json").write_text(json.dumps(manifest | {"digest": digest(manifest)}))
     world.comm.Barrier()
-    refused(DataError, "there is no example in .*empty", "single", base / "empty")
+    refused(DataError, "empty.*there are no shards", "single", base / "empty")
 
 
 def test_generation_from_a_text_alone_and_replies_take_files(world, made, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints know no layout: saved under one, continued under another, the same files from all."""
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -56,15 +57,18 @@ LAYOUTS += [(*axes, tensor, sharding) for axes in ((2, 1), (1, 2), (2, 2)) for t
             and (sharding == "none" or math.prod(axes) * tensor < SIZE)]  # fmt: skip
 
 
-def check_that_one_rank_writes(world, placed):
-    """Each element of each parameter, and each number beside it, once."""
-    counts = dict.fromkeys(placed.pieces, 0)
-    for number, (name, parameter) in enumerate(placed.named_parameters()):
-        if placed.writes(name, placed.pieces[name], number):
-            counts[name] += sum(values.numel() for _, values in placed.boxes(placed.pieces[name], parameter.detach()))
-    everywhere = world.comm.allgather(counts)
-    for name, piece in placed.pieces.items():
-        assert sum(counts[name] for counts in everywhere) == piece.shape.numel(), name
+def check_that_one_rank_writes(world, placed, adjust):
+    """Each byte of weights and of the optimizer's state, once."""
+    held = checkpoint.contents(placed, adjust)
+    for file, entries in held.items():
+        outline = checkpoint.outline(placed, entries)
+        stretches = checkpoint.stretches(placed, entries, outline)
+        mine = [(offset, offset + len(part)) for offset, part in stretches]
+        at = len(outline.header)
+        for begin, end in sorted(itertools.chain(*world.comm.allgather(mine))):
+            assert begin == at, file
+            at = end
+        assert at == outline.size_bytes, file
 
 
 @pytest.mark.parametrize(
@@ -76,7 +80,6 @@ def test_all_layouts_write_the_same_files(world, folder, family, pipeline, conte
     skip_what_hosts_cannot_hold(tensor, sharding)
     how = {"pipeline": pipeline, "context": context, "tensor": tensor, "sharding": sharding}
     placed = place(world, models.build(family), **how)
-    check_that_one_rank_writes(world, placed)
     adjust = optimizer.build(placed, PLAN)
     # The optimizer's state as that of one process that has trained; every rank takes its pieces of it.
     alone = models.build(family)
@@ -90,6 +93,7 @@ def test_all_layouts_write_the_same_files(world, folder, family, pipeline, conte
                 local = state[key].to_local() if hasattr(state[key], "to_local") else state[key]
                 for outer, inner in placed.places(placed.pieces[name], state[key]):
                     local[inner] = value[outer]
+    check_that_one_rank_writes(world, placed, adjust)
     many = save(world, folder, "many", placed, adjust)
     if world.is_root:
         (folder / "one").mkdir()

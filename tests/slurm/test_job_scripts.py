@@ -3,12 +3,16 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from benchmarks import jobs
 from hpcllm import config
 from hpcllm.parallel import mesh
 
@@ -31,7 +35,7 @@ def test_each_option_is_explained_and_the_exit_code_is_that_of_the_ranks(script)
 
 
 def test_nothing_prints_secrets_or_reaches_for_another_mpi():
-    for script in [*SCRIPTS, SLURM / "site.sh"]:
+    for script in [*SCRIPTS, *SLURM.glob("*.sh")]:
         code = [line.split("# ")[0] for line in script.read_text().splitlines() if not line.startswith("#")]
         assert not [line for line in code if re.search(r"set -\w*x|\benv\b|printenv|TOKEN|LD_LIBRARY_PATH", line)]
 
@@ -104,6 +108,7 @@ def bash(script, *arguments, cwd, ranks, path=f"{sys.prefix}/bin:", **env):
             "OMP_NUM_THREADS": "1",
             "HPCLLM_PROGRESS": "lines",
             "HPCLLM_RANKS": str(ranks),
+            "PYTHONPATH": str(SLURM.parent),
             **env,
         },
         stdin=subprocess.DEVNULL,
@@ -277,3 +282,40 @@ def test_other_launchers_than_srun_and_mpirun_are_one_line_of_the_site_profile(t
     done = bash(SLURM / "train_gpt.sbatch", "a b", cwd=tmp_path, ranks=2, HPCLLM_SITE="mine.sh")
     assert done.stdout.splitlines()[-1] == f"mpiexec --ppn 4 hpcllm train {SLURM}/train_gpt.toml a b --resume"
     assert r"start 1: echo mpiexec --ppn 4 hpcllm train" in done.stdout and r"a\ b" in done.stdout
+
+
+def test_without_slurm_a_run_goes_on_by_itself_when_a_rank_is_killed(tmp_path):
+    write_tiny_model(tmp_path / "model")
+    rows = [f"{who} sees {where}\t{where}\n" for who in ("anna", "bert") for where in ("paris", "rome")]
+    (tmp_path / "texts").mkdir()
+    for part in ("train", "validation"):
+        (tmp_path / "texts" / f"{part}.tsv").write_text("text\tlabel\n" + "".join(rows * 40))
+    run, steps = tmp_path / "runs" / "classification", 200
+    settings = ("train.num_train_epochs=10", "train.global_batch_size=8", "train.micro_batch_size=4")
+    settings += ("train.eval_every_steps=0", "train.early_stopping_patience=0")
+    settings += ("checkpoint.every_steps=20", f"run.output_dir={run}")
+
+    def kill_one():
+        """A rank of the job, once there is a checkpoint."""
+        deadline = time.monotonic() + 60
+        while not list(run.glob("checkpoint-*/.complete")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(jobs.ranks_with(f"run.output_dir={run}")[-1], signal.SIGKILL)
+
+    with ThreadPoolExecutor() as threads:
+        killed = threads.submit(kill_one)
+        done = bash(
+            *(SLURM / "finetune_classification.sbatch", *settings),
+            cwd=tmp_path,
+            ranks=2,
+            MODEL="model",
+            DATA="texts",
+            HPCLLM_SPARE_NODES="1",  # of nodes, of which a workstation has but itself
+        )
+        killed.result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("; launched again (1 of 3 without a new checkpoint)") == 1, done.stdout + done.stderr
+    told = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    lives = [(record["restart"], record["step"]) for record in told if "loss" in record]
+    first, second = ([step for life, step in lives if life == number] for number in (0, 1))
+    assert first[0] == 1 and 20 < second[0] <= first[-1] + 1 and second[-1] == steps

@@ -155,3 +155,36 @@ def test_a_job_script_that_is_copied_away_says_what_it_misses(cluster, job_folde
     job = cluster.wait(cluster.submit("train_bert.sbatch", cwd=job_folder), timeout_s=30)
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), job["log"]
     assert "site.sh: No such file or directory" in job["log"]
+
+
+@pytest.mark.parametrize(("array", "folders"), [("1-3%1", {""}), ("1-3", {"/task-1", "/task-2", "/task-3"})])
+def test_an_array_of_which_one_runs_at_a_time_is_a_chain(cluster, module_load, job_folder, array, folders):
+    told = 'slurm_launcher=(echo)\nlaunch hpcllm train "$here/train_gpt.toml" --resume'
+    (job_folder / "own.sbatch").write_text(SCRIPT.replace("launch python own.py", told).replace("%j", "%a"))
+    first = cluster.submit(f"--array={array}", "own.sbatch", cwd=job_folder, before=module_load)
+    deadline = time.monotonic() + 60
+    while "RUNNING" in (left := cluster.login(f"squeue -h -j {first} -o %T", check=False).stdout) or left.strip():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+    lines = [(job_folder / f"own-{member}.out").read_text().splitlines()[-1] for member in (1, 2, 3)]
+    assert all(line.endswith("--resume") for line in lines)
+    expected = {f" run.output_dir=runs/gpt{folder} --resume" if folder else " --resume" for folder in folders}
+    assert {line.partition("train_gpt.toml")[2] for line in lines} == expected
+
+
+def test_a_heterogeneous_job_is_one_mpi_job_over_all_of_its_parts(cluster, module_load, job_folder):
+    (job_folder / "own.sbatch").write_text(SCRIPT)
+    (job_folder / "own.py").write_text(
+        "import time, hpcllm.mpi\n"
+        "from hpcllm import deadline\n"
+        "world = hpcllm.mpi.join()\n"
+        "minutes = round((deadline.end_of_job() - time.time()) / 60 + 0.3)\n"
+        "print('rank', world.rank, 'of', world.size, 'on', world.host, 'has', minutes, 'minutes', flush=True)\n"
+    )
+    parts = ("--nodes=1", "--ntasks-per-node=1", "--time=9", ":", "--nodes=1", "--ntasks-per-node=2", "--time=3")
+    number = cluster.submit(*parts, "own.sbatch", cwd=job_folder, before=module_load)
+    job = cluster.wait(number, timeout_s=60)
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), job["log"]
+    lines = sorted(line for line in job["log"].splitlines() if line.startswith("rank "))
+    assert lines == [f"rank {rank} of 3 on n{host} has 3 minutes" for rank, host in enumerate((1, 2, 2))]
+    assert " --het-group=0-1 " in job["log"]

@@ -1,11 +1,16 @@
 """Claims about the shipped job scripts, from `module load hpcllm` to a trained model, on 2 nodes x 2 ranks."""
 
 import json
+import os
+import re
 import shutil
+import signal
 import time
 from pathlib import Path
 
 import pytest
+
+from benchmarks import jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
@@ -194,10 +199,61 @@ def test_missing_data_fails_the_job_with_66_and_names_the_folder(cluster, module
     assert job["log"].count("corpus/prepared") == 1
 
 
+def test_a_killed_rank_starts_the_run_again_then_a_spare_node_takes_a_dead_one_s_place_then_fewer_go_on(
+    cluster, module_load, project
+):
+    run = project / "runs/spares"
+    settings = (*SMALL, "train.max_steps=100", f"run.output_dir={run}", "checkpoint.every_steps=5")
+    number = cluster.submit(
+        *("--nodes=3", "--ntasks-per-node=2", ROOT / "slurm/train_bert.sbatch", *settings),
+        cwd=project,
+        before=f"{module_load}; export HPCLLM_SPARE_NODES=1",
+    )
+
+    killed = []
+
+    def wait_for_a_save(life):
+        """Until this start of the run has made enough steps for a checkpoint, and there is one."""
+        deadline = time.monotonic() + 100
+        while len(records_of_life(run, life)) < 8 or not list(run.glob("checkpoint-*/.complete")):
+            job = cluster.job(number)
+            assert time.monotonic() < deadline and job["JobState"] in {"PENDING", "RUNNING"}, job["log"]
+            time.sleep(0.1)
+
+    try:
+        wait_for_a_save(0)
+        os.kill(jobs.ranks_with(f"run.output_dir={run}")[-1], signal.SIGKILL)
+        for life, node in ((1, "n2"), (2, "n3")):
+            wait_for_a_save(life)
+            cluster.control("kill", node, cluster.folder)
+            killed.append(time.time())
+        job = cluster.wait(number, timeout_s=200)
+    finally:
+        for node in ("n2", "n3"):
+            cluster.control("heal", node, cluster.folder)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), job["log"]
+    hosts = [job["log"].count(f"4 ranks on 2 hosts (n1, {node})") for node in ("n2", "n3")]
+    assert hosts == [2, 1] and "2 ranks on 1 host (n1)" in job["log"], job["log"]
+    said = re.findall(r" (\d) of 3 nodes answer; launched again \(1 of 3 without a new checkpoint\)", job["log"])
+    assert said == ["3", "2", "1"], job["log"]
+    lives = {life: [r for r in records(run) if r["restart"] == life] for life in range(4)}
+    for before, after in ((0, 1), (1, 2), (2, 3)):
+        assert lives[before][0]["step"] < lives[after][0]["step"] <= lives[before][-1]["step"] + 1
+    assert lives[3][-1]["step"] == 100
+    # Most of it is Slurm's, which misses a node after 10 s (SlurmdTimeout of the test cluster).
+    again = [lives[life][0]["time"] - moment for life, moment in zip((2, 3), killed, strict=True)]
+    print(f"from the death of a node to the next step: {', '.join(f'{seconds:.0f} s' for seconds in again)}")
+    deadline = time.monotonic() + 60
+    while cluster.login("sinfo -h -t idle -o %D").stdout.strip() != "3":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
 def test_a_job_goes_on_from_its_last_checkpoint_on_other_nodes_after_a_node_has_died(cluster, module_load, project):
     run = project / "runs/death"
     settings = (*SMALL, "train.max_steps=60", f"run.output_dir={run}", "checkpoint.every_steps=5")
-    number = cluster.submit(*TWO_BY_TWO, ROOT / "slurm/train_bert.sbatch", *settings, cwd=project, before=module_load)
+    options, script = (*TWO_BY_TWO, "--no-kill=off"), ROOT / "slurm/train_bert.sbatch"
+    number = cluster.submit(*options, script, *settings, cwd=project, before=module_load)
     deadline = time.monotonic() + 60
     while not list(run.glob("checkpoint-*/.complete")):
         assert time.monotonic() < deadline, cluster.job(number)["log"]

@@ -1,0 +1,43 @@
+"""What the job scripts ask of a run and of their job, in a process without MPI and torch.
+
+    python -m hpcllm.batch left                             seconds until the job is ended; nothing where nobody says
+    python -m hpcllm.batch folder RUN_FILE [key=value ...]  run.output_dir
+    python -m hpcllm.batch newest RUN_FILE [key=value ...]  step of the newest complete checkpoint there, 0 if none
+
+Options among the arguments (--resume) are left out, so that those of `hpcllm train` can be given as they are.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from . import config, deadline
+from .errors import Refusal
+
+
+def left(now=None):
+    """Whole seconds until this job is ended, 0 after that; None where nobody says."""
+    end = deadline.end_of_job()
+    return None if end is None else max(0, int(end - (now or time.time())))
+
+
+def folder(run_file, *settings):
+    """run.output_dir of a run file with `settings`, key=value. Raises as `config.load`."""
+    return config.load(run_file, [each for each in settings if not each.startswith("-")]).run.output_dir
+
+
+def newest(run_file, *settings):
+    """The step of the newest complete checkpoint in the folder of a run, 0 if there is none."""
+    found = Path(folder(run_file, *settings)).glob("checkpoint-*/.complete")
+    steps = [file.parent.name.removeprefix("checkpoint-") for file in found]
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
+
+
+if __name__ == "__main__":
+    try:
+        answer = {"left": left, "folder": folder, "newest": newest}[sys.argv[1]](*sys.argv[2:])
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr)
+        sys.exit(refusal.code)
+    if answer is not None:
+        print(answer)

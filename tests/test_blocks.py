@@ -1,0 +1,135 @@
+"""Files written in blocks by many ranks: the bytes that one would write, each once, and their digests."""
+
+import errno
+import hashlib
+import itertools
+import os
+import random
+
+import pytest
+import torch
+
+from hpcllm import blocks
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks of four pages."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 14)
+
+
+def made_up(size, seed):
+    return torch.frombuffer(bytearray(random.Random(seed).randbytes(size)), dtype=torch.uint8)
+
+
+def cut(contents, seed):
+    """(offset, part) of `contents`, which is cut at random places, in random order."""
+    draw = random.Random(seed)
+    places = sorted({0, len(contents), *(draw.randrange(len(contents)) for _ in range(40))})
+    found = [(begin, contents[begin:end]) for begin, end in itertools.pairwise(places)]
+    draw.shuffle(found)
+    return found
+
+
+def empty(path, size):
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
+def expected(contents, size=1 << 14):
+    whole = contents.numpy().tobytes()
+    return {at // size: hashlib.sha256(whole[at : at + size]).hexdigest() for at in range(0, len(whole), size)}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("size", [1, 4095, 1 << 14, (1 << 14) + 1, 200_000, 13 << 14])
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("direct", ["", "off"])
+def test_one_that_has_everything_writes_it_and_tells_all_digests(tmp_path, monkeypatch, size, ahead, direct):
+    monkeypatch.setenv("HPCLLM_DIRECT_IO", direct)
+    contents = made_up(size, size)
+    empty(tmp_path / "file", size)
+    wanted = blocks.segments(cut(contents, 1))
+    copies = blocks.Memory().take(wanted) if ahead else None
+    told = blocks.write(tmp_path / "file", wanted, copies)
+    assert (tmp_path / "file").read_bytes() == contents.numpy().tobytes()
+    assert told == expected(contents) == blocks.digests(tmp_path / "file", block_bytes=1 << 14)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_two_have_between_them_is_there_and_only_whole_blocks_are_told(tmp_path):
+    contents = made_up(300_000, 3)
+    empty(tmp_path / "file", len(contents))
+    edges, told = [0, 50_000, 120_000, 120_001, 230_000, 300_000], []
+    for rank in (0, 1):
+        pairs = list(itertools.pairwise(edges))[rank::2]
+        told.append(blocks.write(tmp_path / "file", blocks.segments([(a, contents[a:b]) for a, b in pairs])))
+    assert (tmp_path / "file").read_bytes() == contents.numpy().tobytes()
+    known = told[0] | told[1]
+    assert len(known) == len(told[0]) + len(told[1]) < len(expected(contents))
+    assert known.items() <= expected(contents).items()
+    left = [number for number in expected(contents) if number not in known]
+    assert known | blocks.digests(tmp_path / "file", left, 1 << 14) == expected(contents)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("size", [1, 5000, 100_000, 1_000_000])
+@pytest.mark.parametrize("copies", [1, 2, 3, 7])
+def test_those_who_have_the_same_bytes_divide_them(size, copies):
+    contents = made_up(size, size)
+    for mine in range(copies):
+        at, offset = 0, []
+        for begin, part in cut(contents, 2):
+            shares = list(blocks.share(begin, part, size, copies, mine))
+            offset += [(b, len(p)) for b, p in shares]
+            assert all(torch.equal(p, contents[b : b + len(p)]) for b, p in shares)
+        at = sum(length for _, length in offset)
+        assert at <= size // copies + (1 << 14) + 4096
+    whole = sorted((b, len(p)) for mine in range(copies) for b, p in blocks.share(0, contents, size, copies, mine))
+    ends = [b + length for b, length in whole]
+    assert [b for b, _ in whole] == [0, *ends[:-1]]
+    assert ends[-1] == size
+
+
+@pytest.mark.usefixtures("small")
+def test_copies_do_not_change_with_what_was_copied_and_use_the_same_memory_again():
+    contents = made_up(100_000, 5)
+    before, memory = contents.clone(), blocks.Memory()
+    first = memory.take(blocks.segments([(7, contents)]))
+    contents.zero_()
+    assert torch.equal(torch.cat(first), before)
+    second = memory.take(blocks.segments([(7, contents)]))
+    assert second[0].data_ptr() == first[0].data_ptr()
+    assert not torch.cat(second).any()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_file_system_that_refuses_to_go_past_the_cache_gets_it_the_plain_way(tmp_path, monkeypatch):
+    contents, pwrite, refused = made_up(100_000, 6), os.pwrite, []
+    empty(tmp_path / "file", len(contents))
+
+    def picky(handle, memory, offset):
+        with open(f"/proc/self/fdinfo/{handle}", encoding="ascii") as info:
+            flags = int(next(line for line in info if line.startswith("flags")).split()[1], 8)
+        if flags & os.O_DIRECT:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwrite(handle, memory, offset)
+
+    monkeypatch.setattr(os, "pwrite", picky)
+    assert blocks.write(tmp_path / "file", blocks.segments([(0, contents)])) == expected(contents)
+    assert (tmp_path / "file").read_bytes() == contents.numpy().tobytes()
+    assert len(refused) <= 1  # once is enough
+
+
+@pytest.mark.usefixtures("small")
+def test_an_error_of_the_disk_arrives(tmp_path, monkeypatch):
+    contents = made_up(100_000, 7)
+    empty(tmp_path / "file", len(contents))
+
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pwrite", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        blocks.write(tmp_path / "file", blocks.segments([(0, contents)]))
