@@ -280,7 +280,7 @@ class Train(Section):
     check_replicas_every_steps: int = Field(0, ge=0)
     """Steps between comparisons of the bits that several ranks hold alike (weights and optimizer state of replicas),
     which find a broken processor or memory, and before every checkpoint; 0: never. One costs a pass over 12 bytes a
-    parameter with adamw, 5 GB/s a core."""
+    parameter with adamw, at 4.5 GB/s a core."""
     slow_rank_ratio: float = Field(1.5, ge=0)
     """A rank that computes so many times as long as the median of all, over 50 steps, is named with its host; 0: never.
     """

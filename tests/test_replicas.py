@@ -39,7 +39,7 @@ def test_what_changes_places_gives_another_digest_wherever_it_lies():
     known = replicas.digest(rows)
     assert replicas.digest(rows[[1, 0, 2, 3]]) != known
     swapped = rows.clone()
-    swapped[0, [3, 8]] = rows[0, [8, 3]]
+    swapped[0, [2, 3, 8, 9]] = rows[0, [8, 9, 2, 3]]  # words
     assert replicas.digest(swapped) != known
     assert replicas.digest(torch.tensor([0.0])) != replicas.digest(torch.tensor([-0.0]))
     # Nor does it matter how a tensor lies in memory: replicas need not have it alike.

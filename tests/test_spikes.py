@@ -135,6 +135,7 @@ def test_a_run_goes_back_before_the_spike_and_leaves_out_the_samples(world, prep
     # Steps 24 to 26 are the spike; the newest checkpoint before is that of step 20, none was made at 24.
     assert seen == [*range(0, 12 * 26, 12), *range(12 * 26, 12 * 34, 12)]
     assert results["step"] == 28 and results["samples"] == 12 * 34
+    assert [event["step"] for event in events(base / "run", "checkpoint")] == [4, 8, 12, 16, 20, 20, 24, 28]
     [event] = events(base / "run", "rollback")
     told = {name: event[name] for name in ("step", "to", "first", "left_out", "rollbacks")}
     assert told == {"step": 26, "to": 20, "first": 24, "left_out": [12 * 20, 12 * 26], "rollbacks": 1}

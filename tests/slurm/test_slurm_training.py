@@ -240,7 +240,7 @@ def test_a_killed_rank_starts_the_run_again_then_a_spare_node_takes_a_dead_one_s
     for before, after in ((0, 1), (1, 2), (2, 3)):
         assert lives[before][0]["step"] < lives[after][0]["step"] <= lives[before][-1]["step"] + 1
     assert lives[3][-1]["step"] == 100
-    # Most of it is Slurm's, which misses a node after 10 s (SlurmdTimeout of the test cluster).
+    # Of it are 10 s those after which Slurm misses a node (SlurmdTimeout of the test cluster), at least.
     again = [lives[life][0]["time"] - moment for life, moment in zip((2, 3), killed, strict=True)]
     print(f"from the death of a node to the next step: {', '.join(f'{seconds:.0f} s' for seconds in again)}")
     deadline = time.monotonic() + 60
