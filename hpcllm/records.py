@@ -15,8 +15,6 @@ _KINDS = {"event": str, "why": str, "path": str, "hosts": list, "restart": int, 
 _FLOATS = ("time", "step_s", "learning_rate", "tokens_per_s", "mfu", "memory_bytes", "useful_s", "loss", "ends")
 _KINDS |= dict.fromkeys((*_FLOATS, "max_steps"), float)
 _LARGEST = 1e15
-# What events of a name have beside event, restart and time.
-_HAVE = {"start": ("step", "ranks", "hosts"), "stop": ("why",), "checkpoint": ("step", "path")}
 _LONGEST_SAVE_S = 1e6
 
 
@@ -85,10 +83,11 @@ class Events:
         """The first one of a name; None if there is none."""
         return next(self.named(name), None)
 
-    def last(self, name=None):
-        """The last one, of a name or of all; None if there is none."""
+    def last(self, name=None, *having):
+        """The last one, of a name or of all, that has the keys `having`; None if there is none."""
         numbers = self._where.get(name, []) if name else range(len(self._lines))
-        return next(filter(None, (_event(self._lines[number]) for number in reversed(numbers))), None)
+        events = filter(None, (_event(self._lines[number]) for number in reversed(numbers)))
+        return next((event for event in events if all(key in event for key in having)), None)
 
     def counts(self):
         """{name: how many}, in the order in which the names first came."""
@@ -102,9 +101,7 @@ class Events:
 
 def _event(line):
     event = parse(line, "event", "restart", "time")
-    if event is None or not all(event.get(name) is not None for name in _HAVE.get(event["event"], ())):
-        return None
-    if event["event"] == "checkpoint" and (seconds := event.get("seconds")) is not None:
+    if event and event["event"] == "checkpoint" and (seconds := event.get("seconds")) is not None:
         return event if _is(seconds, float) and 0.0 <= seconds < _LONGEST_SAVE_S else None
     return event
 

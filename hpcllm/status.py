@@ -28,7 +28,7 @@ def status(folder, now=None):
     if not file.is_file():
         raise MissingInput(f"{folder} is no folder of a run: it has no events.jsonl")
     events, told = records.Events(file), records.tail(metrics, _TAIL_BYTES, "step", "restart", "time")
-    counts, last, start = events.counts(), events.last(), events.last("start")
+    counts, last, start = events.counts(), events.last(), events.last("start", "step", "ranks", "hosts")
     if last is None and file.stat().st_size:
         raise DataError(f"{file} holds no records")
     if not told and metrics.is_file() and metrics.stat().st_size > _TAIL_BYTES:
@@ -70,7 +70,7 @@ def status(folder, now=None):
     if evaluations:
         found["eval"] = {name: value for name, value in evaluations[-1].items() if name.startswith("eval_")}
         found["eval"]["step"] = evaluations[-1]["step"]
-    saved = events.last("checkpoint")
+    saved = events.last("checkpoint", "step", "path")
     if saved:
         found["checkpoint"] = {name: saved.get(name) for name in ("step", "path", "time", "seconds")}
     return found
@@ -81,7 +81,7 @@ def _state(last, silent_s, step_s):
     if last["event"] == "end":
         return "finished"
     if last["event"] == "stop":
-        return f"stopped ({last['why']})"
+        return f"stopped ({last.get('why')})"
     patience_s = _START_S if step_s is None else max(_SILENT_S, _SILENT_STEPS * step_s)
     return "silent" if silent_s > patience_s else "runs"
 
