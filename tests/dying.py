@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from hpcllm import __main__, checkpoint, evaluate, monitor, mpi, optimizer
+from hpcllm import __main__, blocks, checkpoint, evaluate, monitor, mpi, optimizer
 from hpcllm.mpi import shared, survive
 from hpcllm.parallel.apply import Placed
 
@@ -65,7 +65,7 @@ PLACES = {
     "commit": (survive, "commit", die),
     "applied": (monitor.Clock, "collect", die),
     "evaluate": (evaluate, "evaluate", die),
-    "write": (checkpoint, "write", die),
+    "write": (blocks, "write", die),
     "finish": (checkpoint, "finish", die),
     "rebuild": (Placed, "moved", die),
 }
