@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from hpcllm import __main__, blocks, evaluate, mpi, train
 from hpcllm.data import batches
 
@@ -31,7 +33,14 @@ def vanish(placed, given):
     shutil.rmtree(given["folder"])
 
 
-IN_STEPS = {"kill": kill, "vanish": vanish, "nan": None}
+def flip(placed, given):
+    """A bit of a weight is another one, and no error says so."""
+    name, parameter = next(iter(placed.named_parameters()))
+    parameter.detach().view(-1).view(torch.int32)[0] ^= 1 << 10
+    Path(given["note"]).write_text(name)
+
+
+IN_STEPS = {"kill": kill, "vanish": vanish, "flip": flip, "nan": None}
 
 
 def note(given):
@@ -61,6 +70,17 @@ def in_steps(fault, given, world):
     train.one_step = stepping
     if fault == "nan":
         evaluate.of_task = poisoned
+
+
+def paced(given, world):
+    """Each rank computes for a time of its own in each step, as if the model was larger and some processors slower."""
+    one_step, seconds = train.one_step, float(given["seconds"].split(",")[world.rank])
+
+    def stepping(*arguments):
+        time.sleep(seconds)
+        return one_step(*arguments)
+
+    train.one_step = stepping
 
 
 def noting_samples(given, world):
@@ -96,6 +116,8 @@ def main():
         noting_samples(given, world)
     elif fault == "no_disk":
         no_disk(given, world)
+    elif fault == "paced":
+        paced(given, world)
     else:
         in_steps(fault, given, world)
     __main__.main(sys.argv[at + 1 :])

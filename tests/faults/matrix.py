@@ -16,6 +16,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -140,6 +141,33 @@ def killed(folder):
     again = folder.train(run_file, "--resume")
     holds = done.returncode not in (0, None) and not left and over < 10 and lost <= 4 and again.returncode == 0
     return holds, f"over after {over:.1f} s, exit code {done.returncode}, {len(left)} processes left, {lost} steps lost"
+
+
+def outlived(folder, cases):
+    """Ranks of jobs under mpirun --with-ft ulfm are killed, five times in each of `cases` of tests.faults.ulfm."""
+    from tests.faults import ulfm
+
+    reference, draw = ulfm.uninterrupted(folder), random.Random(4)
+    found = [ulfm.judge(folder, ulfm.once(ulfm.OneHost(), folder, case, number, draw), reference)
+             for case in cases for number in range(5)]  # fmt: skip
+    finished, wrong = sum(one["finished"] for one in found), sum(one["wrong"] for one in found)
+    lost = max((one["lost"] for one in found if one["lost"] is not None), default=0)
+    seconds = [one["seconds"] for one in found if one["seconds"] is not None]
+    return (
+        finished == len(found) and not wrong and lost <= 1,
+        f"{finished} of {len(found)} finished, at most {lost} steps lost, {wrong} wrong, next step after "
+        f"{jobs.spread(seconds)} s",
+    )
+
+
+@fault("F2", "SIGKILL of a rank under ULFM: the others go on")
+def outlives_one(folder):
+    return outlived(folder, ["a rank"])
+
+
+@fault("F3", "rank 0, and two ranks at once, under ULFM")
+def outlives_root_and_two(folder):
+    return outlived(folder, ["rank 0", "two ranks"])
 
 
 @fault("F4", "the run of F1 against one that nothing happened to")
@@ -325,6 +353,45 @@ def terminated(folder):
     holds = job.returncode == 75 and len(stops) == len(saved) == 1 and stops[0]["step"] == saved[0]["step"]
     seconds = saved[0]["time"] - began if saved else float("nan")
     return holds, f"exit code {job.returncode}, {len(stops)} stop, {len(saved)} checkpoint, saved after {seconds:.2f} s"
+
+
+@fault("F16", "a rank that is twice as slow as others")
+def crawls(folder):
+    run_file, run = folder.run_file("slow", steps=52, every=0), folder.base / "slow"
+    seconds = ",".join(["0.4"] * (folder.ranks - 1) + ["0.8"])
+    done = folder.train(run_file, fault=("paced", f"seconds={seconds}"))
+    told = events(run, "slow")
+    ratios = [(event["rank"], event["ratio"]) for event in told]
+    named = f"rank {folder.ranks - 1} on {told[0]['host']}" in done.stdout if told else False
+    # What a step computes beside its pauses is not nothing on a small machine.
+    slowest, imbalance = (statistics.median(record[name] for record in jobs.metrics(run)[:50])
+                          for name in ("compute_s", "imbalance"))  # fmt: skip
+    expected = slowest * (folder.ranks - 1) / (folder.ranks * slowest / imbalance - slowest)
+    right = len(ratios) == 1 and ratios[0][0] == folder.ranks - 1 and abs(ratios[0][1] / expected - 1) < 0.1
+    said = ", ".join(f"rank {rank}, {ratio:.2f} times as long" for rank, ratio in ratios) or "none"
+    return bool(named and right), f"named: {said} (by the steps' own times {expected:.2f})"
+
+
+@fault("F18", "a bit of one replica's weights is flipped")
+def flipped(folder):
+    run_file, run, note = folder.run_file("flipped", every=2), folder.base / "flipped", folder.base / "flipped.note"
+    how = ["train.check_replicas_every_steps=4", "parallel.sharding=none", "checkpoint.every_steps=4"]
+    done = folder.train(run_file, *how, fault=("flip", "rank=1", "step=6", f"note={note}"))
+    told = events(run, "corrupted")
+    named = [(rank, name) for event in told for rank, _, name in event["ranks"]]
+    found = told[0]["step"] if told else None
+    newest = checkpoint.find(run)[-1].name
+    again = folder.train(run_file, *how, "--resume")
+    whole = folder.base / "flipped-not"
+    folder.train(folder.run_file("flipped-not", every=4), "parallel.sharding=none", check=True)
+    count = differing(run, whole, 12)
+    right = named == [(1, note.read_text())] and found == 8 and newest == "checkpoint-4"
+    holds = done.returncode == 75 and right and again.returncode == 0 and count == 0
+    return (
+        holds,
+        f"exit code {done.returncode}, found in step {found} (flipped in 6, compared every 4), named: {named}, newest "
+        f"checkpoint then {newest}, continued: {count} bytes differ",
+    )
 
 
 @fault("F17", "a gradient of one rank is no number")

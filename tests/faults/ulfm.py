@@ -138,6 +138,13 @@ def once(hosts, folder, case, number, draw):
     return {"name": name, "rc": job.returncode, "said": said, "killed": killed, "notes": Notes(note)}
 
 
+def uninterrupted(folder):
+    """{step: loss} of a run that nothing happens to."""
+    if not (folder.base / "reference").exists():
+        folder.train(folder.run_file("reference", STEPS, 0), "parallel.sharding=none", check=True)
+    return {record["step"]: record["loss"] for record in jobs.metrics(folder.base / "reference")}
+
+
 def judge(folder, result, reference):
     """What holds of a run: finished, steps lost, wrong steps, seconds to the next committed step, step gone on from."""
     run = folder.base / result["name"]
@@ -192,9 +199,7 @@ def main():
 
 def table(hosts, folder, args):
     """Print a row for each case; returns whether everything holds."""
-    draw, holds = random.Random(5), True
-    folder.train(folder.run_file("reference", STEPS, 0), "parallel.sharding=none", check=True)
-    reference = {record["step"]: record["loss"] for record in jobs.metrics(folder.base / "reference")}
+    draw, holds, reference = random.Random(5), True, uninterrupted(folder)
     print(f"{RANKS} ranks on {'two hosts' if args.two_hosts else 'one host'}, {jobs.versions()}\n")
     print("| killed | runs | finished | steps lost, most | wrong steps | s to the next step: median (range) | bytes |")
     print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
