@@ -4,7 +4,7 @@
 
 Prints a table and ends with 1 where something does not hold. Jobs train a BERT of 60,000 parameters. F8 and F9 mount
 file systems, so they need root. F13, F15 and F21 are tests on a Slurm cluster (`make test-slurm`), which are named;
-F22 takes `--minutes` (0 leaves it out). F2 and F3 are `python -m tests.faults.ulfm`.
+F22 and F22u take `--minutes` each (0 leaves them out). F2 and F3 are `python -m tests.faults.ulfm`.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from benchmarks import jobs
 from benchmarks.restart import differing_bytes
 from hpcllm import checkpoint
 from hpcllm.errors import DataError
+from tests.launching import clean_environment, find_mpirun
 
 JOB = jobs.ROOT / "tests" / "faults" / "job.py"
 RUN = """
@@ -435,31 +436,57 @@ def broken_disk(folder):
     )
 
 
-@fault("F22", "a random rank is killed every minute, and the job started again")
-def soak(folder):
+def soaked(folder, name, start, survives=False):
+    """A random rank of a job is killed every minute, and the job started again where that has ended it.
+
+    start: called with a run file and options, returns a Popen; survives: ranks that are left go on.
+    """
     if not folder.minutes:
         return None, "not run: give --minutes"
-    run_file, run = folder.run_file("soak", steps=10_000_000, every=0), folder.base / "soak"
-    options, deadline, kills = ("--resume", "checkpoint.every_steps=200"), time.monotonic() + 60 * folder.minutes, 0
-    draw = random.Random(5)
+    run_file, run = folder.run_file(name, steps=10_000_000, every=0), folder.base / name
+    deadline, kills, job, draw = time.monotonic() + 60 * folder.minutes, 0, None, random.Random(5)
     while (left := deadline - time.monotonic()) > 0:
-        job = jobs.start(folder.ranks, "-m", "hpcllm", "train", run_file, *options)
-        try:
+        if job is None or job.poll() is not None:
+            job = start(run_file, "--resume", "checkpoint.every_steps=200", "parallel.sharding=none")
+        with contextlib.suppress(subprocess.TimeoutExpired):
             job.communicate(timeout=min(60.0, left))
-        except subprocess.TimeoutExpired:
-            last = left <= 60.0
-            victims = jobs.ranks_with(run_file)
-            if last:
-                for victim in victims:
-                    os.kill(victim, signal.SIGTERM)
-            else:
-                os.kill(draw.choice(victims), signal.SIGKILL)
-                kills += 1
+            continue
+        victims = jobs.ranks_with(run_file)
+        if left <= 60.0:
+            for victim in victims:
+                os.kill(victim, signal.SIGTERM)
+        else:
+            os.kill(draw.choice(victims), signal.SIGKILL)
+            kills += 1
+        if left <= 60.0 or not survives or len(victims) == 1:
             job.communicate(timeout=120)
     told = jobs.run(1, "-m", "hpcllm", "status", run, "--json").stdout
     status = json.loads(told[told.index("{") :])
+    died = status["happened"].get("died", 0)
     holds = status["state"].startswith("stopped") and newest_is_right(run)
-    return holds, f"{kills} kills in {folder.minutes} min, step {status['step']}, goodput {status['goodput']:.3f}"
+    return (
+        holds,
+        f"{kills} kills in {folder.minutes:g} min, {died} of them outlived, {status['restarts']} restarts, "
+        f"step {status['step']}, goodput {status['goodput']:.3f}",
+    )
+
+
+@fault("F22", "a random rank is killed every minute, and the job started again")
+def soak(folder):
+    return soaked(folder, "soak", lambda *words: jobs.start(folder.ranks, "-m", "hpcllm", "train", *words))
+
+
+@fault("F22u", "the same under ULFM: started again when no rank is left")
+def soak_survived(folder):
+    from tests.faults import ulfm
+
+    def start(*words):
+        command = [*find_mpirun(), *ulfm.SURVIVING, "-np", str(folder.ranks), sys.executable, "-m", "hpcllm", "train"]
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = clean_environment(HPCLLM_PROGRESS="lines", OMP_NUM_THREADS="1")
+        return subprocess.Popen([*command, *map(str, words)], env=environment, cwd=jobs.ROOT, **pipes)
+
+    return soaked(folder, "soak-survived", start, survives=True)
 
 
 def number(name):
