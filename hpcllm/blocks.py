@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from . import files
+
 BLOCK_BYTES = 1 << 24
 _PAGE = 4096  # O_DIRECT wants memory, offsets and lengths to be multiples of this, on all disks of today
 
@@ -81,8 +83,12 @@ def write(path, wanted, copies=None):
     """Write the Segments `wanted` of a file that is there at its full length, durably. Raises OSError.
 
     copies: those that `Memory.take` has made of them; None: they are copied now, a block at a time. Returns {number of
-    a block: its SHA-256 in hex} of the blocks that they fill.
+    a block: its SHA-256 in hex} of the blocks that they fill. What may pass is tried again, see `files.patiently`.
     """
+    return files.patiently(_write, path, wanted, copies)
+
+
+def _write(path, wanted, copies):
     found, pending = {}, [None, None]
     ring = None if copies else [_pages(BLOCK_BYTES + _PAGE) for _ in pending]
     size = os.stat(path).st_size

@@ -1,14 +1,32 @@
 """Write files so that a crash leaves either the old state or the new one, never half of it."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import IOFailure
+
+# What a file system over a network answers in a moment of trouble; a full disk or a missing folder stays as it is.
+_PASSING = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.EREMOTEIO, errno.ECOMM}
+PAUSES_S = (0.5, 1.0, 2.0)
+
+
+def patiently(work, *arguments):
+    """`work(*arguments)`, tried again a few times, all of it, where it fails with what may pass. Raises OSError."""
+    for pause in PAUSES_S:
+        try:
+            return work(*arguments)
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+        time.sleep(pause)
+    return work(*arguments)
 
 
 def sync_folder(folder):
@@ -38,14 +56,18 @@ def write_text(path, text):
     """Replace the file `path` by `text` in one step, durably."""
     path = Path(path)
     with failing_as_io(path):
-        part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            part.write_text(text, encoding="utf-8")
-            sync_file(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        patiently(_replace, path, text)
+
+
+def _replace(path, text):
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        part.write_text(text, encoding="utf-8")
+        sync_file(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def write_json(path, value):

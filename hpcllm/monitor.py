@@ -134,7 +134,12 @@ class Journal:
         # JSON has no NaN and no infinity.
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         line = json.dumps({**record, "time": round(time.time(), 3)}, allow_nan=False) + "\n"
-        with files.failing_as_io(self._folder / name), open(self._folder / name, "ab+") as file:
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                line = f"\n{line}"  # a full disk, or a kill, has cut the last record
-            file.write(line.encode())
+        with files.failing_as_io(self._folder / name):
+            files.patiently(_append, self._folder / name, line)
+
+
+def _append(path, line):
+    with open(path, "ab+") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            line = f"\n{line}"  # a full disk, or a kill, has cut the last record
+        file.write(line.encode())

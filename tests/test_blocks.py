@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from hpcllm import blocks
+from hpcllm import blocks, files
 
 
 @pytest.fixture
@@ -123,13 +123,40 @@ def test_a_file_system_that_refuses_to_go_past_the_cache_gets_it_the_plain_way(t
 
 
 @pytest.mark.usefixtures("small")
-def test_an_error_of_the_disk_arrives(tmp_path, monkeypatch):
-    contents = made_up(100_000, 7)
+def test_an_error_of_the_disk_arrives_after_a_few_tries(tmp_path, monkeypatch):
+    contents, tried, code = made_up(100_000, 7), [], errno.EIO
     empty(tmp_path / "file", len(contents))
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0))
 
-    def broken(*_):
-        raise OSError(errno.EIO, "Input/output error")
+    def broken(handle, memory, offset):
+        tried.append(offset)
+        raise OSError(code, "cannot be")
 
     monkeypatch.setattr(os, "pwrite", broken)
-    with pytest.raises(OSError, match="Input/output"):
-        blocks.write(tmp_path / "file", blocks.segments([(0, contents)]))
+    for code, times in ((errno.EIO, 3), (errno.ENOSPC, 1), (errno.EDQUOT, 1)):  # noqa: B007 (broken reads it)
+        tried.clear()
+        with pytest.raises(OSError, match="cannot be"):
+            blocks.write(tmp_path / "file", blocks.segments([(0, contents)]))
+        assert len(tried) == times
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("ahead", [True, False])
+def test_what_fails_for_a_moment_is_written_again_all_of_it(tmp_path, monkeypatch, ahead):
+    contents, fsync, tried = made_up(100_000, 8), os.fsync, []
+    empty(tmp_path / "file", len(contents))
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0))
+
+    def lossy(handle):
+        tried.append(handle)
+        if len(tried) <= 2:  # after which nobody knows what of the file is on the disk
+            (tmp_path / "file").write_bytes(bytes(len(contents)))
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", lossy)
+    wanted = blocks.segments([(0, contents)])
+    assert blocks.write(tmp_path / "file", wanted, blocks.Memory().take(wanted) if ahead else None) == expected(
+        contents
+    )
+    assert (tmp_path / "file").read_bytes() == contents.numpy().tobytes()

@@ -96,16 +96,17 @@ def noting_samples(given, world):
 
 
 def no_disk(given, world):
-    """From the second checkpoint on the disk of one rank answers with an error."""
-    write, files = blocks.write, itertools.count(1)
+    """From the second checkpoint on the disk of one rank answers with an error, `times` times."""
+    write, files, left = blocks._write, itertools.count(1), itertools.count(1)
 
     def failing(*arguments):
-        if next(files) > 2 and world.rank == int(given["rank"]):
-            note(given)
+        if next(files) > 2 and world.rank == int(given["rank"]) and next(left) <= int(given["times"]):
+            if not Path(given["note"]).exists():
+                note(given)
             raise OSError(5, "Input/output error")
         return write(*arguments)
 
-    blocks.write = failing
+    blocks._write = failing
 
 
 def main():
