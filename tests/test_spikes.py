@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_train import settings, shared
 
-from hpcllm import checkpoint, run_folder, saving, train
+from hpcllm import checkpoint, files, run_folder, saving, train
 from hpcllm.errors import Diverged, UsageError
 from hpcllm.spikes import Spikes
 
@@ -226,9 +226,10 @@ def test_what_is_gone_back_from_is_deleted_and_what_is_damaged_set_aside(tmp_pat
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(json.dumps({"step": step, "best": best and {"step": best}}))
-        state = {"bytes": (folder / "trainer_state.json").stat().st_size}
-        state["sha256"] = train.files.digest(folder / "trainer_state.json")
-        (folder / ".complete").write_text(json.dumps({"files": {"trainer_state.json": state}}))
+        for name in ("config.json", "model.safetensors", "optimizer.safetensors"):
+            (folder / name).write_text("{}")
+        told = {file.name: {"bytes": file.stat().st_size, "sha256": files.digest(file)} for file in folder.iterdir()}
+        (folder / ".complete").write_text(json.dumps({"files": told}))
         return folder
 
     made(10, best=5), made(20), made(30), made(40)
