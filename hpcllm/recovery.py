@@ -19,8 +19,8 @@ import traceback
 
 import torch
 
-from . import best, checkpoint, monitor, optimizer, saving, sources, stopping
-from .errors import TooFewRanks, UsageError
+from . import best, checkpoint, deadline, monitor, optimizer, saving, sources, stopping
+from .errors import DataError, TooFewRanks, UsageError
 from .log import due
 from .mpi import alone, launcher, on_root, regroup, remain, survive, together
 from .parallel import host
@@ -236,12 +236,14 @@ class Survival:
             letter = {"config": run.config, "parallel": self._parallel, "committed": self.committed, "state": run.state}
             letter |= {"members": self._members, "deaths": self.deaths, "peak": (self._peak_of_one, run.measured)}
             letter |= {"again": (run.again, run.why), "longest": run.requests.longest, "scores": run.scores}
-            letter |= {"threads": torch.get_num_threads()}
+            letter |= {"threads": torch.get_num_threads(), "digest": run.sources.training.stream.digest}
         letter = comm.bcast(letter)
         with together(comm):
             if self._new:
                 self._read(letter)
                 run.sources = run.sources or sources.open_all(run.config, alone(world))
+                if run.sources.training.stream.digest != letter["digest"]:
+                    raise DataError(f"data: {run.config.data.train} is not what it was when the run began")
 
     def _read(self, letter):
         """Make of a spare's `run` what others know of it. See `_take_in`."""
@@ -251,7 +253,8 @@ class Survival:
         self._parallel, self._members, self.deaths = letter["parallel"], letter["members"], letter["deaths"]
         self.committed, run.scores = letter["committed"], letter["scores"]
         torch.set_num_threads(letter["threads"])  # sums of as many parts, bit for bit
-        run.requests = stopping.Requests(run.config.run.output_dir, looks=False)
+        limit = run.config.run.time_limit and deadline.seconds(run.config.run.time_limit)
+        run.requests = stopping.Requests(run.config.run.output_dir, False, limit)
         run.requests.longest |= letter["longest"]
         run.progress = monitor.Progress("train", run.plan.max_steps, run.state["step"], quiet=True)
 

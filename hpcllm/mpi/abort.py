@@ -49,6 +49,7 @@ _KILLED_S = 8.0
 # A spare looks so often whether it is needed; the others wait for it.
 _LOOK_S = 0.02
 _exit_at_once = os._exit
+_abandoned = []
 
 
 class FailedElsewhere(RuntimeError):
@@ -139,6 +140,7 @@ def leave_with_others(woken):
     codes = array.array("i", [0] * _State.world.size)
     request = _State.farewell.Iallgather(array.array("i", [0]), codes)
     _State.statuses = request, codes
+    _abandoned.append(codes)  # it is written to as long as MPI likes
     while not woken():
         try:
             if request is not None and request.Test():
@@ -287,7 +289,10 @@ def _goodbye():
     if _State.outlived and _alive():
         _leave_without_finalizing(0)
     if _alive():
-        _all_leave(_State.code, float("inf"))
+        try:
+            _all_leave(_State.code, float("inf"))
+        except _mpi_error():  # one has died at the very end, for which MPI_Finalize may wait
+            _leave_without_finalizing(_State.code)
         if _State.world.size == 1:
             remove_segments()  # Open MPI leaves that of a process without mpirun even after MPI_Finalize
 
