@@ -1,6 +1,5 @@
 """Spares take the places of ranks that die: the run keeps its size, and its weights are those of a run so continued."""
 
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -68,15 +67,13 @@ def test_copies_of_what_is_cut_are_saved_by_those_that_have_them_and_read_by_the
 
 
 def test_spares_leave_with_the_others_however_these_end(dying_job, tmp_path):
-    began = time.monotonic()
     done = dying_job("stopped", 3, (), **ONE, **{"run.time_limit": '"00:00:05"'})
     assert done.returncode == 75, done.stdout + done.stderr
     refused = dying_job("refused", 3, (), **ONE, **{"data.validation": str(tmp_path / "nowhere")})
     assert refused.returncode == 66 and refused.stderr.count("hpcllm: error:") == 1, refused.stderr
     assert "have not" not in refused.stderr
     fatal = dying_job("fatal", 3, ["clip:1:1"], **ONE)
-    assert fatal.returncode not in (0, 75), fatal.stdout
-    assert time.monotonic() - began < 100
+    assert "done" not in fatal.stdout and "MPI_ABORT" in fatal.stderr, fatal.stdout + fatal.stderr
 
 
 def test_spares_are_refused_where_they_could_not_come_in(dying_job, tmp_path):
@@ -91,21 +88,19 @@ def test_spares_are_refused_where_they_could_not_come_in(dying_job, tmp_path):
 
 
 def test_a_run_grows_where_a_job_on_more_ranks_goes_on(dying_job, tmp_path):
-    for run, text in (("grown", "3\n"), ("same", "2")):
-        (tmp_path / run).mkdir()
-        assert dying_job(run, 2, (), ft=False, **{"train.max_steps": 1}).returncode == 0
-        (tmp_path / run / "GROW").write_text(text)
+    folder = tmp_path / "grown"
+    assert dying_job("grown", 2, (), ft=False, **{"train.max_steps": 1}).returncode == 0
+    (folder / "GROW").write_text("3\n")
     done = dying_job("grown", 2, (), "--resume", ft=False, **{"train.max_steps": 2000})
     assert done.returncode == 75, done.stdout + done.stderr
     assert "(the file GROW: it is to go on with 3 ranks), saved in" in done.stdout
-    assert not (tmp_path / "grown" / "GROW").exists()
-    step = checkpoint.step_of(checkpoint.find(tmp_path / "grown")[-1])
+    assert not (folder / "GROW").exists()
+    step = checkpoint.step_of(checkpoint.find(folder)[-1])
+    (folder / "GROW").write_text("3")
     done = dying_job("grown", 3, (), "--resume", ft=False, **{"train.max_steps": step + 2})
     assert done.returncode == 0, done.stdout + done.stderr
-    done = dying_job("same", 2, (), "--resume", ft=False, **{"train.max_steps": 3})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "the file GROW names no number of ranks above the 2 that there are, and is removed" in done.stdout
-    assert not (tmp_path / "same" / "GROW").exists()
+    assert "the file GROW names no number of ranks above the 3 that there are, and is removed" in done.stdout
+    assert not (folder / "GROW").exists()
 
 
 @pytest.mark.parametrize(("text", "ranks"), [("8", 8), (" 12\n", 12), ("", 0), ("-3", 0), ("8 9", 0), ("9" * 50, 0)])
