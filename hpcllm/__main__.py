@@ -107,10 +107,12 @@ def train(args):
     world = mpi.join()
     parts.end("mpi")
     settings = mpi.on_root(world.comm, config.load, args.run_file, args.overrides)
+    from . import recovery
     from .train import train
 
     parts.end("imports")
-    world = mpi.init(settings.train.device, settings.parallel.backend)
+    recovery.check_spares(settings, world)
+    world = mpi.init(settings.train.device, settings.parallel.backend, spares=settings.resilience.spares)
     parts.end("backend")
     results = train(settings, world, resume=args.resume, overwrite=args.overwrite, parts=parts)
     code = results.pop("exit_code", 0)

@@ -364,6 +364,17 @@ class Resilience(Section):
     coll ^han); true, which refuses to start where it cannot; false, the job ends."""
     min_ranks: int = Field(1, ge=1)
     """With fewer ranks left the run is saved and ends with exit code 75."""
+    spares: int = Field(0, ge=0)
+    """So many of the last ranks of the job wait, and take the places of ranks that die. Needs what shrink needs."""
+
+    @model_validator(mode="after")
+    def spares_that_may_come_in(self):
+        if self.spares and self.shrink is False:
+            raise ValueError(
+                f"spares = {self.spares} take the places of ranks that die, and shrink = false has a death end the "
+                "job; leave out one of them"
+            )
+        return self
 
 
 class Config(Section):

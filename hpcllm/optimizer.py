@@ -4,6 +4,7 @@ import math
 import re
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 
@@ -54,6 +55,32 @@ def learning_rate(step, train):
 def set_learning_rate(optimizer, value):
     for group in optimizer.param_groups:
         group["lr"] = value * group.get("scale", 1.0)
+
+
+def share(optimizer, comm, group):
+    """Make root's state of an optimizer for whole parameters everybody's, bit for bit. Collective.
+
+    comm, group: mpi4py communicator and process group of the same ranks. Ranks that have no state yet get one.
+    """
+    parameters = [parameter for one in optimizer.param_groups for parameter in one["params"]]
+    kinds = [{key: _kind(value) for key, value in optimizer.state.get(p, {}).items()} for p in parameters]
+    for parameter, known in zip(parameters, comm.bcast(kinds), strict=True):
+        state = optimizer.state[parameter]
+        for key, (shape, dtype, beside, value) in known.items():
+            if shape is None:
+                state[key] = value
+                continue
+            if key not in state:
+                like = parameter.detach() if shape == parameter.shape else parameter.new_empty(shape)
+                state[key] = torch.empty_like(like, dtype=dtype, device=parameter.device if beside else "cpu")
+            dist.broadcast(state[key], 0, group=group)
+
+
+def _kind(value):
+    """(shape, dtype, whether it is where a GPU's parameters are, None) of a tensor; (None, None, None, value) else."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, not value.is_cpu, None
+    return None, None, None, value
 
 
 def _depth(name, layers):

@@ -10,7 +10,8 @@ from . import best, checkpoint, files, heartbeat, monitor, records, stopping
 from .config import load
 from .errors import CannotCreate, DataError, Fruitless, MissingInput, UsageError
 
-_OURS = ("config.toml", records.METRICS, records.EVENTS, "results.json", heartbeat.NAME, stopping.SAVE, stopping.STOP)
+_OURS = ("config.toml", records.METRICS, records.EVENTS, "results.json", heartbeat.NAME, stopping.SAVE, stopping.STOP,
+         stopping.GROW)  # fmt: skip
 _REPORTS = [f"{part}_{name}" for part in ("eval", "test") for name in ("results.json", "report.txt", "confusion.png")]
 
 

@@ -1,4 +1,4 @@
-"""When a run saves or ends before its last step: at a signal, at the job's time limit, for a file SAVE or STOP.
+"""When a run saves or ends before its last step: at a signal, at the job's time limit, for a file SAVE, STOP or GROW.
 
 Ranks hear of it at different moments, and of most things only some do. What each has heard is a number, and the largest
 of all ranks counts: it comes with the sums at the edge of a step (`monitor.Clock.collect`), so all act in one step.
@@ -15,9 +15,11 @@ from . import deadline, startup
 from .errors import PAUSED
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-SAVE, STOP = "SAVE", "STOP"  # files in the run's folder
-# What ranks tell each other: nothing, or one of these; a signal by its number on top of _SIGNAL.
-_NOTHING, _SAVE, _STOP, _LIMIT, _SIGNAL = 0, 1, 2, 3, 100
+SAVE, STOP, GROW = "SAVE", "STOP", "GROW"  # files in the run's folder
+# What ranks tell each other: nothing, or one of these; a signal by its number on top of _SIGNAL; how many ranks the run
+# is to go on with, on top of _GROW.
+_NOTHING, _SAVE, _STOP, _LIMIT, _SIGNAL, _GROW = 0, 1, 2, 3, 100, 1000
+_MOST_RANKS = 10**8
 _LOOK_EVERY_S = 1.0  # for files: thousands of quick steps are not to ask a parallel file system thousands of times
 _ASK_EVERY_S = 60.0  # whether the limit has been moved, when the end is near
 _SPARE, _MARGIN_S = 1.5, 10.0  # steps and saves may take so many times as long as any has; for leaving
@@ -33,15 +35,22 @@ def listen():
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to happen after a step: save, and end if `ends`, with the exit code `code`. why: in the user's words."""
+    """What is to happen after a step: save, and end if `ends`, with the exit code `code`. why: in the user's words.
+
+    ranks: what the run is to go on with, where it ends for that.
+    """
 
     why: str
     ends: bool = True
     code: int = PAUSED
+    ranks: int | None = None
 
 
 def wish(number):
     """The Wish that the largest number of all ranks' `Requests.heard` stands for; None for none."""
+    if number >= _GROW:
+        ranks = number - _GROW
+        return Wish(f"the file {GROW}: it is to go on with {ranks} ranks", ranks=ranks)
     if number >= _SIGNAL:
         return Wish(signal.Signals(number - _SIGNAL).name)
     known = {
@@ -62,7 +71,7 @@ class Requests:
     def __init__(self, folder, looks, limit_s=None, save_s=0.0, ask=deadline.end_of_job):
         self._folder, self._looks, self._ask = Path(folder), looks, ask
         self._own = time.time() - startup.age_s() + limit_s if limit_s is not None else None
-        self._longest = {"step": 0.0, "save": save_s, "evaluation": 0.0}
+        self.longest = {"step": 0.0, "save": save_s, "evaluation": 0.0}  # s
         self._looked, self._asked = float("-inf"), float("-inf")
         self._told = None
         self._find_end()
@@ -80,7 +89,7 @@ class Requests:
 
     def took(self, what, seconds):
         """A "step", "save" or "evaluation" has taken so long."""
-        self._longest[what] = max(self._longest[what], seconds)
+        self.longest[what] = max(self.longest[what], seconds)
 
     def heard(self, evaluates=False, saves=1):
         """The number for what this rank has heard.
@@ -99,13 +108,17 @@ class Requests:
         if stop_file(self._folder):
             return _STOP
         with contextlib.suppress(FileNotFoundError):
+            wanted = _number_in(self._folder / GROW)
+            (self._folder / GROW).unlink()
+            return _GROW + wanted
+        with contextlib.suppress(FileNotFoundError):
             (self._folder / SAVE).unlink()
             return _SAVE
         return _NOTHING
 
     def lead_s(self, evaluates=False, saves=1):
         """Seconds that the next step, what follows it, saving and leaving may take."""
-        parts = [self._longest["step"], self._longest["save"] * saves, self._longest["evaluation"] * evaluates]
+        parts = [self.longest["step"], self.longest["save"] * saves, self.longest["evaluation"] * evaluates]
         return _SPARE * sum(parts) + _MARGIN_S
 
     def _short_of_time(self, lead_s):
@@ -121,6 +134,14 @@ class Requests:
             self._asked = time.monotonic()
             told = self._ask()
             self._told = self._told if told is None else told  # a controller may be too busy to answer
+
+
+def _number_in(path):
+    """The whole number that the file holds, 0 where it holds something else. Raises FileNotFoundError."""
+    with open(path, "rb") as file:
+        words = file.read(100).split()
+    known = len(words) == 1 and words[0].isdigit() and len(words[0]) < len(str(_MOST_RANKS))
+    return int(words[0]) if known else 0
 
 
 def stop_file(folder):

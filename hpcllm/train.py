@@ -55,8 +55,13 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     overwrite: replace a run that is there. Without either, an output folder that holds a run is refused (exit 73).
     A run that ends early because it was asked to (see `stopping`) has "stopped", why, in its results.
     parts: the startup.Parts of this process, told at the first step.
-    Everything that can be refused is refused before anything is written.
+    Everything that can be refused is refused before anything is written. A rank whose `world` is that of a spare waits
+    here, and returns as the others if it has taken a place among them; otherwise it leaves with them.
     """
+    if world.waits:
+        run = Run(config, world, None, {"step": 0})
+        run.survival = recovery.Survival(run)
+        return run.survival.stand_by()
     survives = recovery.wanted(config, world)
     parallel, layout = lay_out(config, world, survives)
     data = sources.open_all(config, world)
@@ -114,7 +119,8 @@ class Run:
     collective.
     """
 
-    survival = None
+    survival = placed = saver = interval = spikes = None
+    peak = 0.0
 
     def __init__(self, config, world, data, state):
         self.config, self.plan, self.world, self.sources, self.state = config, config.train, world, data, state
@@ -130,29 +136,42 @@ class Run:
         """The model on its ranks, with weights and optimizer of the checkpoint folder `last`, or new ones (None)."""
         config, plan, world = self.config, self.plan, self.world
         with together(world.comm):
-            net, weights = load_or_build(config, last, self.sources.training)
+            net, weights = self.load(last)
             check(net.config, layout, parallel.stages_per_rank, parallel.sequence)
             if plan.compile:
                 compiled.require(world.device)
         self.again, self.why = fit.checkpointing(config, parallel, layout, world, net.config)
         with together(world.comm):
-            if config.data.attention == "document":
-                attention.keep_apart(net)
-            quicken(net, world.device)
-            self.operations = utilisation.count(net)
-            self.trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+            self.prepare(net)
         self.peak, self.measured = utilisation.peak(world, plan.precision)
+        self.take_part(net, weights, parallel, layout)
+        del net, weights  # what other ranks hold of them
+        with together(world.comm):
+            if last:
+                checkpoint.load_optimizer(last, self.placed, self.adjust)
+        self.clock = monitor.Clock(world.group, self.placed.mesh.losses)
+
+    def load(self, last):
+        """The whole model, of the checkpoint folder `last` or a new one, and where its weights are. Not collective."""
+        return load_or_build(self.config, last, self.sources.training)
+
+    def prepare(self, net):
+        """Make of the whole model what computes here, and count. Not collective."""
+        if self.config.data.attention == "document":
+            attention.keep_apart(net)
+        quicken(net, self.world.device)
+        self.operations = utilisation.count(net)
+        self.trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+
+    def take_part(self, net, weights, parallel, layout):
+        """Make of the whole model `net` this rank's part of `layout`, with `weights`, and its optimizer."""
+        config, plan, world = self.config, self.plan, self.world
         mesh = meshes.build(layout, world)
         targets = TASKS[config.model.task].target_fraction(config.data)
         how = {"low_precision": plan.precision == "bf16", "compile_blocks": plan.compile}
         self.placed = apply(net, mesh, parallel, self.again, world.device, targets, weights, **how)
-        del net, weights  # what other ranks hold of them
         self.adjust = optimizer.build(self.placed, plan)
-        with together(world.comm):
-            if last:
-                checkpoint.load_optimizer(last, self.placed, self.adjust)
         self.adjust.register_step_pre_hook(lambda *_: self.saver.hold())
-        self.clock = monitor.Clock(world.group, mesh.losses)
 
     def open(self, resume, overwrite, last):
         """The folder of the run, and who writes into it; see `train`."""
@@ -166,6 +185,7 @@ class Run:
         save_s = state.pop("longest_save_s") or size_bytes / _SLOW_DISK
         self.requests = stopping.Requests(folder, world.is_root, limit, save_s)
         start = {"ranks": world.size, "hosts": world.hosts, "library": world.library}
+        start |= {"spares": world.spares} if world.spares else {}
         start |= {"layout": self.placed.mesh.layout.describe(), "job": deadline.job(), "ends": self.requests.end}
         self.journal.event("start", step=state["step"], max_steps=plan.max_steps, **start)
         if damaged:
@@ -215,7 +235,7 @@ class Run:
             done = self.after_step()
         steps = self.batches()
         while not done:
-            wish = stopping.wish(self.take_step(steps, parts))
+            wish = self.granted(stopping.wish(self.take_step(steps, parts)))
             parts = None
             if self.back:
                 steps.close()
@@ -229,6 +249,14 @@ class Run:
                 return self.stop(wish)
             done = self.after_step(wish)
         return self.results()
+
+    def granted(self, wish):
+        """`wish`, or None where the run is to go on with no more ranks than it has."""
+        if wish is None or wish.ranks is None or wish.ranks > self.world.size:
+            return wish
+        ranks = f"the {self.world.size} that there are"
+        self.progress.say(f"the file {stopping.GROW} names no number of ranks above {ranks}, and is removed")
+        return None
 
     def after_step(self, wish=None):
         """The evaluation and the checkpoint that are due, or wished for; returns whether the run is over."""

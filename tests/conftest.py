@@ -17,7 +17,8 @@ import zlib
 from pathlib import Path
 
 import pytest
-from launching import clean_environment, find_mpirun
+import tomli_w
+from launching import clean_environment, find_mpirun, surviving
 
 import hpcllm.mpi
 from hpcllm.mpi import launcher
@@ -172,6 +173,39 @@ def mpirun():
         if check:
             result.check_returncode()
         return result
+
+    return run
+
+
+@pytest.fixture
+def dying_job(mpirun, prepared, tmp_path):
+    """dying_job(name, ranks, [who dies when]) trains in tmp_path/name and returns its CompletedProcess.
+
+    changes: overrides of the run file.
+    """
+    run_file = tmp_path / "run.toml"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sections = {
+        "run": {"output_dir": str(tmp_path / "run"), "seed": 7},
+        "data": {"train": f"{prepared}/train"},
+        "model": {"task": "masked_lm", "config": {"model_type": "bert", **sizes}},
+        "train": {
+            "max_steps": 12,
+            "global_batch_size": 12,
+            "micro_batch_size": 1,
+            "sequence_length": 32,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "log_every_steps": 1,
+        },
+        "checkpoint": {"keep": 4},
+    }
+    run_file.write_text(tomli_w.dumps(sections))
+
+    def run(name, ranks, deaths=(), *options, ft=True, **changes):
+        changes = [f"{key}={value}" for key, value in {"run.output_dir": tmp_path / name, **changes}.items()]
+        arguments = [ROOT / "tests" / "dying.py", *deaths, "--", "train", run_file, *options, *changes]
+        return mpirun(ranks, arguments, options=surviving() if ft else ())
 
     return run
 

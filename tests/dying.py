@@ -4,7 +4,7 @@
 
 RANK: as the job began; STEP: the one under way, from 1; PLACE: one of `PLACES`. When it happens, the time is written
 into the file that DYING_NOTE names, and each rank notes in a file of that name and its rank the number of its process
-and then when it has committed which step.
+and then when it has committed which step. At the place "spare" it is not RANK that dies, but the last rank of the job.
 """
 
 import functools
@@ -21,6 +21,7 @@ from hpcllm.mpi import shared, survive
 from hpcllm.parallel.apply import Placed
 
 NOTE = os.environ.get("DYING_NOTE")
+PIDS = []  # of the ranks as the job began
 
 
 def die():
@@ -52,6 +53,11 @@ class Deaths:
         setattr(owner, name, called)
 
 
+def kill_last():
+    """Have the last rank of the job die, which does nothing but wait where it is a spare."""
+    os.kill(PIDS[-1], signal.SIGKILL)
+
+
 def soon():
     """Die in the middle of what is called."""
     threading.Timer(0.0005, die).start()
@@ -68,12 +74,15 @@ PLACES = {
     "write": (blocks, "write", die),
     "finish": (checkpoint, "finish", die),
     "rebuild": (Placed, "moved", die),
+    "share": (optimizer, "share", die),
+    "spare": (optimizer, "learning_rate", kill_last),
 }
 
 
 def main():
     at = sys.argv.index("--")
     world = mpi.join()
+    PIDS.extend(world.comm.allgather(os.getpid()))
     deaths = Deaths([word.split(":") for word in sys.argv[1:at]], world.rank)
     rates = optimizer.learning_rate
 
@@ -91,8 +100,8 @@ def main():
             with open(f"{NOTE}-{world.rank}", "a", encoding="utf-8") as file:
                 file.write(json.dumps(what) + "\n")
 
-        def noting(comm):
-            committed(comm)
+        def noting(comm, *well):
+            committed(comm, *well)
             note(deaths.step, time.time())
 
         note("process", os.getpid())

@@ -1,50 +1,13 @@
 """Ranks die and the others go on: the job ends well, and its weights are those of a run that nothing happened to."""
 
 import json
-from pathlib import Path
 
 import pytest
-import tomli_w
-from launching import surviving
 
 from benchmarks.restart import differing_bytes
 from hpcllm import checkpoint, recovery
 
-DYING = Path(__file__).with_name("dying.py")
 LARGE = ("model.safetensors", "optimizer.safetensors")
-
-
-@pytest.fixture
-def job(mpirun, prepared, tmp_path):
-    """job(name, ranks, [who dies when]) trains in tmp_path/name and returns its CompletedProcess.
-
-    changes: overrides of the run file.
-    """
-    run_file = tmp_path / "run.toml"
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    sections = {
-        "run": {"output_dir": str(tmp_path / "run"), "seed": 7},
-        "data": {"train": f"{prepared}/train"},
-        "model": {"task": "masked_lm", "config": {"model_type": "bert", **sizes}},
-        "train": {
-            "max_steps": 12,
-            "global_batch_size": 12,
-            "micro_batch_size": 1,
-            "sequence_length": 32,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "log_every_steps": 1,
-        },
-        "checkpoint": {"keep": 4},
-    }
-    run_file.write_text(tomli_w.dumps(sections))
-
-    def run(name, ranks, deaths=(), *options, ft=True, **changes):
-        changes = [f"{key}={value}" for key, value in {"run.output_dir": tmp_path / name, **changes}.items()]
-        arguments = [DYING, *deaths, "--", "train", run_file, *options, *changes]
-        return mpirun(ranks, arguments, options=surviving() if ft else ())
-
-    return run
 
 
 def events(folder, name):
@@ -59,8 +22,8 @@ def ended_well(done, folder, step=12):
     assert not list(folder.glob(".checkpoint-*"))
 
 
-def test_ranks_that_are_left_end_where_a_run_that_was_continued_on_as_many_does(job, tmp_path):
-    done = job("dying", 4, ["collective:4:0", "applied:8:2"])
+def test_ranks_that_are_left_end_where_a_run_that_was_continued_on_as_many_does(dying_job, tmp_path):
+    done = dying_job("dying", 4, ["collective:4:0", "applied:8:2"])
     ended_well(done, tmp_path / "dying")
     assert "rank 0 on" in done.stdout and "died in step 4; 3 ranks go on (" in done.stdout
     # The step after which rank 2 died had been agreed on.
@@ -69,13 +32,15 @@ def test_ranks_that_are_left_end_where_a_run_that_was_continued_on_as_many_does(
     assert told == [([0], 4, 3), ([2], 9, 2)]
     for ranks, step in ((4, 3), (3, 8), (2, 12)):
         part = {"train.max_steps": step, "parallel.sharding": "none"}
-        assert job("steady", ranks, (), "--resume", ft=False, **part).returncode == 0
+        assert dying_job("steady", ranks, (), "--resume", ft=False, **part).returncode == 0
     for name in LARGE:
         where = [tmp_path / run / "checkpoint-12" / name for run in ("dying", "steady")]
         assert differing_bytes(*where)[0] == 0, name
 
 
-def test_a_death_in_a_save_in_an_evaluation_or_at_the_very_end_changes_nothing_of_what_is_due(job, prepared, tmp_path):
+def test_a_death_in_a_save_in_an_evaluation_or_at_the_very_end_changes_nothing_of_what_is_due(
+    dying_job, prepared, tmp_path
+):
     due = {"data.validation": f"{prepared}/validation", "train.eval_every_steps": 6, "checkpoint.every_steps": 3}
     deaths = [
         "write:3:0",
@@ -83,7 +48,7 @@ def test_a_death_in_a_save_in_an_evaluation_or_at_the_very_end_changes_nothing_o
         "evaluate:6:1",
         "evaluate:12:2",
     ]  # a thread writes while the next step is under way
-    done = job("dying", 4, deaths, **due)
+    done = dying_job("dying", 4, deaths, **due)
     ended_well(done, tmp_path / "dying")
     assert [each["ranks"] for each in events(tmp_path / "dying", "died")] == [[0], [1], [2]]
     assert [path.name for path in checkpoint.find(tmp_path / "dying")][-1] == "checkpoint-12"
@@ -92,55 +57,55 @@ def test_a_death_in_a_save_in_an_evaluation_or_at_the_very_end_changes_nothing_o
     assert list(evaluated) == [6, 12]
 
 
-def test_two_that_die_at_once_and_one_more_while_the_others_regroup(job, tmp_path):
-    done = job("dying", 5, ["clip:5:0,3", "rebuild:5:1"], **{"train.global_batch_size": 30})
+def test_two_that_die_at_once_and_one_more_while_the_others_regroup(dying_job, tmp_path):
+    done = dying_job("dying", 5, ["clip:5:0,3", "rebuild:5:1"], **{"train.global_batch_size": 30})
     ended_well(done, tmp_path / "dying")
     (told,) = events(tmp_path / "dying", "died")
     assert told["ranks"] == [0, 1, 3] and told["left"] == 2 and told["goes_on_from"] == 4
 
 
 @pytest.mark.parametrize("sharding", ["full", "host"])
-def test_where_weights_are_divided_all_go_back_to_the_newest_checkpoint(job, tmp_path, sharding):
+def test_where_weights_are_divided_all_go_back_to_the_newest_checkpoint(dying_job, tmp_path, sharding):
     how = {"parallel.sharding": sharding, "checkpoint.asynchronous": "false", "checkpoint.every_steps": 4}
-    done = job("dying", 4, ["clip:6:3"], **how)
+    done = dying_job("dying", 4, ["clip:6:3"], **how)
     ended_well(done, tmp_path / "dying")
     assert "died in step 6; 3 ranks go on from step 4 (" in done.stdout
     for ranks, step in ((4, 4), (3, 12)):
-        assert job("steady", ranks, (), "--resume", ft=False, **how, **{"train.max_steps": step}).returncode == 0
+        assert dying_job("steady", ranks, (), "--resume", ft=False, **how, **{"train.max_steps": step}).returncode == 0
     for name in LARGE:
         where = [tmp_path / run / "checkpoint-12" / name for run in ("dying", "steady")]
         assert differing_bytes(*where)[0] == 0, name
 
 
-def test_copies_of_what_the_tensor_axis_cuts_are_enough_to_go_on_from_the_step_agreed_on(job, tmp_path):
-    done = job("dying", 4, ["clip:6:1,2"], **{"parallel.tensor": 2})
+def test_copies_of_what_the_tensor_axis_cuts_are_enough_to_go_on_from_the_step_agreed_on(dying_job, tmp_path):
+    done = dying_job("dying", 4, ["clip:6:1,2"], **{"parallel.tensor": 2})
     ended_well(done, tmp_path / "dying")
     assert "ranks 1, 2 on" in done.stdout and "died in step 6; 2 ranks go on (" in done.stdout
     for ranks, step in ((4, 5), (2, 12)):
         part = {"train.max_steps": step, "parallel.tensor": 2}
-        assert job("steady", ranks, (), "--resume", ft=False, **part).returncode == 0
+        assert dying_job("steady", ranks, (), "--resume", ft=False, **part).returncode == 0
     for name in LARGE:
         where = [tmp_path / run / "checkpoint-12" / name for run in ("dying", "steady")]
         assert differing_bytes(*where)[0] == 0, name
 
 
-def test_too_few_ranks_are_saved_or_told_which_checkpoint_there_is(job, tmp_path):
-    done = job("few", 3, ["clip:5:1"], **{"resilience.min_ranks": 3})
+def test_too_few_ranks_are_saved_or_told_which_checkpoint_there_is(dying_job, tmp_path):
+    done = dying_job("few", 3, ["clip:5:1"], **{"resilience.min_ranks": 3})
     assert done.returncode == 75, done.stdout + done.stderr
     assert "2 of its ranks live, resilience.min_ranks is 3" in done.stdout
     checkpoint.verify(tmp_path / "few" / "checkpoint-4")
-    done = job("uneven", 4, ["clip:5:1"], **{"parallel.tensor": 2})
+    done = dying_job("uneven", 4, ["clip:5:1"], **{"parallel.tensor": 2})
     assert done.returncode == 75, done.stdout + done.stderr
     assert done.stderr.count("ranks have died, and the other 3 cannot go on (parallel: tensor (2)") == 1
     checkpoint.verify(tmp_path / "uneven" / "checkpoint-4")  # of which the others had all
 
 
-def test_what_ends_the_job_as_ever(job, tmp_path):
-    early = job("early", 3, ["clip:1:1"])
+def test_what_ends_the_job_as_ever(dying_job, tmp_path):
+    early = dying_job("early", 3, ["clip:1:1"])
     assert early.returncode not in (0, 75), early.stdout
-    forbidden = job("forbidden", 3, ["clip:5:1"], **{"resilience.shrink": "false"})
+    forbidden = dying_job("forbidden", 3, ["clip:5:1"], **{"resilience.shrink": "false"})
     assert forbidden.returncode not in (0, 75), forbidden.stdout
-    refused = job("refused", 2, (), ft=False, **{"resilience.shrink": "true"})
+    refused = dying_job("refused", 2, (), ft=False, **{"resilience.shrink": "true"})
     assert refused.returncode == 2
     assert (
         "resilience: shrink = true needs Open MPI 5 and a job that was started with mpirun --with-ft" in refused.stderr

@@ -6,7 +6,7 @@ model = DistributedDataParallel(model.to(world.device))
 """
 
 from .abort import end_all, has_outlived, leave_together
-from .world import World, agree, alone, init, join, on_root, regroup, teams, together
+from .world import World, agree, alone, init, join, on_root, regroup, remain, teams, together
 
 __all__ = [
     "World",
@@ -19,6 +19,7 @@ __all__ = [
     "leave_together",
     "on_root",
     "regroup",
+    "remain",
     "teams",
     "together",
 ]

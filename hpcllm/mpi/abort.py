@@ -46,7 +46,10 @@ _SECONDARY_S = 2.0
 _READ_S = 0.2
 # The ranks that do not speak expect to be killed; after this long they end the job themselves.
 _KILLED_S = 8.0
+# A spare looks so often whether it is needed; the others wait for it.
+_LOOK_S = 0.02
 _exit_at_once = os._exit
+_abandoned = []
 
 
 class FailedElsewhere(RuntimeError):
@@ -72,6 +75,7 @@ class _State:
     farewell = None  # a communicator for nothing but leaving
     statuses = None  # (request, exit codes of all ranks): the farewell under way
     outlived = False  # ranks have died, and this one goes on
+    code = 0  # with which `leave_together` has said that the program ends
     process = None  # process id in which `install` ran
 
 
@@ -122,9 +126,34 @@ def leave_together(code, sentence=None):
     if launcher.find()[1] > 1 and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _say_once(sentence)
+    _State.code = code
     if _State.outlived and _alive():
         _leave_without_finalizing(code)
     raise SystemExit(code)
+
+
+def leave_with_others(woken):
+    """Sleep until all others come to their end, and end with their exit code; returns once `woken()` is true.
+
+    For spares, who have nothing else to do. `woken` is asked fifty times a second.
+    """
+    codes = array.array("i", [0] * _State.world.size)
+    request = _State.farewell.Iallgather(array.array("i", [0]), codes)
+    _State.statuses = request, codes
+    _abandoned.append(codes)  # it is written to as long as MPI likes
+    while not woken():
+        try:
+            if request is not None and request.Test():
+                leave_together(max(codes))
+        except _mpi_error():
+            request = None  # of somebody who has died; those that are left will say how to go on
+        time.sleep(_LOOK_S)
+
+
+def _mpi_error():
+    from mpi4py import MPI
+
+    return MPI.Exception
 
 
 def has_outlived():
@@ -260,7 +289,10 @@ def _goodbye():
     if _State.outlived and _alive():
         _leave_without_finalizing(0)
     if _alive():
-        _all_leave(0, float("inf"))
+        try:
+            _all_leave(_State.code, float("inf"))
+        except _mpi_error():  # one has died at the very end, for which MPI_Finalize may wait
+            _leave_without_finalizing(_State.code)
         if _State.world.size == 1:
             remove_segments()  # Open MPI leaves that of a process without mpirun even after MPI_Finalize
 

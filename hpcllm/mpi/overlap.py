@@ -35,7 +35,8 @@ def start(world, device):
     Collective over `world`: either all ranks have one or none. Raises UsageError, the same on every rank.
     """
     global _courier
-    wish = world.comm.bcast(os.environ.get("HPCLLM_OVERLAP", "auto"))
+    # Root's word for all: a rank that has come in place of one that died takes what the others have.
+    wish, there = world.comm.bcast((os.environ.get("HPCLLM_OVERLAP", "auto"), _courier is not None))
     if wish not in ("auto", "on", "off"):
         raise UsageError(f'HPCLLM_OVERLAP="{wish}" is not one of auto, on, off').known_to_all()
     if _courier is not None:
@@ -47,9 +48,9 @@ def start(world, device):
             "MPI_THREAD_MULTIPLE"
         ).known_to_all()
     # Calls are compared where they are made, which another thread does not know.
-    pays = spare_core(world, torch.get_num_threads() if device.type == "cpu" else 1)
+    pays = there or spare_core(world, torch.get_num_threads() if device.type == "cpu" else 1)
     here = several and not check.wanted() and (wish == "on" or (wish == "auto" and pays))
-    if all(world.comm.allgather(here)):
+    if there or all(world.comm.allgather(here)):
         _courier = Courier(device)
         atexit.register(drain)  # called before MPI is finalised, since `abort` has registered that earlier
 

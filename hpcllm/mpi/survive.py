@@ -22,6 +22,8 @@ _known = weakref.WeakValueDictionary()
 _MADE_S = 0.2
 # An error, which may be the first sign of a death, waits so long for Open MPI to name the dead.
 _NAMED_S = 1.0
+# As a shell says it: ended by SIGKILL. Job scripts start such a job again.
+_KILLED = 137
 _DEATHS = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
 
 
@@ -98,13 +100,13 @@ def arm():
     watch.survive_deaths()
 
 
-def commit(comm):
+def commit(comm, well=True):
     """Agree that every rank of `comm` is here and all it has called before has succeeded; raises PeersDied on all.
 
-    Each rank calls this equally often, or `shrink` in its place.
+    Each rank calls this equally often, or `shrink` in its place. well: False, on any rank, for a reason not to go on.
     """
     try:
-        if comm.Agree(1) & 1:
+        if comm.Agree(int(well)) & 1:
             return
     except MPI.Exception:
         pass
@@ -128,25 +130,74 @@ def died(comm, error):
     return PeersDied(agreed=False) if gone else None
 
 
-def shrink(comm, agreed):
+def shrink(comm, agreed, job=None):
     """A communicator of the ranks of `comm` that are left, in their order. Collective over these.
 
     agreed: `commit` has raised on this rank; else it is told here that this rank's calls have not succeeded. Every
-    communicator but the new one is revoked.
+    communicator but the new one is revoked. job: communicator of these ranks and the spares, where there are any, who
+    are in the new one too and wake up.
     """
+    _revoke()
+    if not agreed:
+        with contextlib.suppress(MPI.Exception):
+            comm.Agree(0)
+    abort.outlived()
+    smaller = (job or comm).Shrink()
+    _known.clear()
+    return _known_to_all(smaller)
+
+
+def _revoke():
+    """Wake the ranks in every communicator of hpcllm."""
     if not all(one.settled for one in list(_known.values())):
         time.sleep(_MADE_S)
     for one in list(_known.values()):
         with contextlib.suppress(MPI.Exception):
             if one != MPI.COMM_NULL and not one.Is_revoked():
                 one.Revoke()
-    if not agreed:
+
+
+def first(job, size):
+    """A communicator of the first `size` ranks of `job` for these, None for the others, who are spares.
+
+    `job` itself where it has no more. Raises PeersDied on all ranks where one has died. Collective over `job`.
+    """
+    if job.size <= size:
+        return job
+    try:
+        comm = job.Split(0 if job.rank < size else MPI.UNDEFINED, job.rank)
+    except MPI.Exception as error:
+        _revoke()
         with contextlib.suppress(MPI.Exception):
-            comm.Agree(0)
-    abort.outlived()
-    smaller = comm.Shrink()
-    _known.clear()
-    return _known_to_all(smaller)
+            job.Agree(0)
+        raise PeersDied(agreed=True) from error
+    commit(job)
+    return None if comm == MPI.COMM_NULL else comm
+
+
+def whole(job):
+    """Whether all ranks of `job`, spares among them, live, as far as is known here. Not collective."""
+    return not job.Is_revoked() and job.Get_failed().Get_size() == 0
+
+
+def wait(job, size):
+    """What a spare does: sleep until ranks of `job` have died and the others call `shrink`, as this one is to do then.
+
+    size: so many ranks of `job`, the first ones, are no spares. Leaves with the others where these end.
+    """
+
+    def woken():
+        MPI.COMM_SELF.Iprobe()  # who calls nothing hears of nothing
+        if job.Is_revoked():
+            return True
+        gone = job.Get_failed()
+        if gone.Get_size() >= size:
+            places = MPI.Group.Translate_ranks(job.group, list(range(size)), gone)
+            if MPI.UNDEFINED not in places:
+                abort.end_all(_KILLED)  # and nobody is left whose place could be taken
+        return False
+
+    abort.leave_with_others(woken)
 
 
 def missing(before, after):

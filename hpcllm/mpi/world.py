@@ -30,6 +30,8 @@ class World:
     launcher: how the processes were started, in words.
     library, library_path: version line and file of the MPI library.
     device, group: torch.device and torch process group, chosen by `init`; None after `join` alone.
+    job: communicator of all processes, the ranks first, then the spares that wait for one to die; None without spares.
+    job_hosts: name of the host of each of these. waits: this process is a spare, and its `comm` is `job`.
     """
 
     comm: Any = field(repr=False)
@@ -44,10 +46,18 @@ class World:
     library_path: str
     device: Any = None
     group: Any = None
+    job: Any = field(default=None, repr=False)
+    job_hosts: tuple[str, ...] = ()
+    waits: bool = False
 
     @property
     def is_root(self):
         return self.rank == 0
+
+    @property
+    def spares(self):
+        """How many processes wait for a rank to die."""
+        return self.job.size - self.size if self.job is not None else 0
 
     def sharers(self, said=None):
         """(cores that this rank may use, what each rank of this host that may use the same ones has `said`).
@@ -68,6 +78,7 @@ class World:
         hosts = f"{len(self.hosts)} host{'s' if len(self.hosts) > 1 else ''} ({', '.join(self.hosts[:8])}"
         hosts += ", ...)" if len(self.hosts) > 8 else ")"
         ranks = f"{self.size} rank{'s' if self.size > 1 else ''}"
+        ranks += f" and {self.spares} spare{'s' if self.spares > 1 else ''}" if self.spares else ""
         return f"{ranks} on {hosts}, started by {self.launcher}, {self.library} ({self.library_path})"
 
 
@@ -118,13 +129,14 @@ def join():
     return _world
 
 
-def init(device="auto", backend="mpi", timeout=None):
+def init(device="auto", backend="mpi", timeout=None, spares=0):
     """Join MPI and make it PyTorch's default process group; returns the `World`, its `device` set.
 
     device: "auto" (a GPU if every rank has one, else the CPU), "cpu", "cuda" (AMD's GPUs too) or "xpu" (Intel's).
     backend: who moves tensors: "mpi", or torch's own "gloo" or "nccl", which find each other through MPI. timeout: a
     timedelta that an operation may take, as that of `torch.distributed.init_process_group`; None leaves it to
-    HPCLLM_TIMEOUT_S.
+    HPCLLM_TIMEOUT_S. spares: so many of the last ranks, fewer than all, are none: their World `waits`, and they are in
+    no process group. Only where `survive.refusal` has nothing against it.
     Afterwards torch.distributed, DDP, FSDP2, DTensor and pipelining work on all ranks of the job. The torch
     variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, and those by which Accelerate finds this process
     group (`_environment`), are set where they are not set already. A collective that does not end in
@@ -141,12 +153,41 @@ def init(device="auto", backend="mpi", timeout=None):
     from . import device as devices
 
     chosen = devices.choose(world, device)
-    devices.bind_threads(world)
     devices.keep_memory()
+    if spares:
+        world = _with_spares(world, spares)
+        if world.waits:
+            _world = replace(world, device=chosen)
+            return _world
+    devices.bind_threads(world)
     for name, value in _environment(world, chosen).items():
         os.environ.setdefault(name, value)
     _world = _begin(world, backend, chosen, timeout)
     return _world
+
+
+def _with_spares(world, count):
+    """`world` without its last `count` ranks, and on these what tells them to wait. Collective."""
+    from . import survive
+
+    job, hosts = world.comm, tuple(world.comm.allgather(world.host))
+    comm = survive.first(job, job.size - count)
+    spared = replace(world, job=job, job_hosts=hosts)
+    if comm is None:
+        return replace(spared, waits=True)
+    world, local = _counted(spared, comm)
+    local.Free()
+    return world
+
+
+def _counted(world, comm):
+    """(`world` with the ranks of `comm` alone and no groups, communicator of those of this host). Collective."""
+    from mpi4py import MPI
+
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    hosts = tuple(dict.fromkeys(comm.allgather(world.host)))
+    places = {"local_rank": local.rank, "local_size": local.size}
+    return replace(world, comm=comm, rank=comm.rank, size=comm.size, hosts=hosts, group=None, **places), local
 
 
 def _begin(world, backend, device, timeout=None):
@@ -166,14 +207,24 @@ def _begin(world, backend, device, timeout=None):
     return replace(world, device=device, group=dist.group.WORLD)
 
 
-def regroup(comm):
+def remain(job):
+    """The processes of `job` (survive.shrink) leave together from now on, those that have died before them. Collective.
+
+    All that spares do when ranks die and they are not needed; the others call `regroup`.
+    """
+    everybody, local = _counted(_world, job)
+    abort.joined(everybody, local)
+    local.Free()
+
+
+def regroup(comm, job=None):
     """The `World` of the ranks of `comm` (survive.shrink), all groups of torch.distributed being gone; after `init`.
 
-    What is left of the ranks of this job goes on with the backend "mpi", on its devices. Collective over `comm`.
+    What is left of the ranks of this job goes on with the backend "mpi", on its devices. job: communicator of these and
+    of spares, of which some may be among `comm` now; where there are more, they call `remain`. Collective over `comm`.
     """
     global _world
     import torch.distributed as dist
-    from mpi4py import MPI
 
     from . import hooks, overlap, watch
 
@@ -182,11 +233,12 @@ def regroup(comm):
     hooks.forget()
     if dist.is_initialized():
         dist.destroy_process_group()
-    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    hosts = tuple(dict.fromkeys(comm.allgather(_world.host)))
-    places = {"local_rank": local.rank, "local_size": local.size}
-    _world = replace(_world, comm=comm, rank=comm.rank, size=comm.size, hosts=hosts, group=None, **places)
-    abort.joined(_world, local)
+    job = None if job is comm else job
+    if job is not None:
+        remain(job)
+    _world, local = _counted(replace(_world, job=job, waits=False), comm)
+    if job is None:
+        abort.joined(_world, local)
     local.Free()
     os.environ.update(_environment(_world, _world.device))
     _world = _begin(_world, "mpi", _world.device)

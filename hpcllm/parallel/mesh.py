@@ -18,6 +18,7 @@ from ..errors import UsageError
 
 # Slowest first. data = replicate x shard: ranks with the same shard of the model, and with different ones.
 AXES = ("replicate", "shard", "pipeline", "context", "tensor")
+_built = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,10 @@ def build(made, world):
     if made.shard > 1:
         alike = torch.arange(made.size).view(made.sizes)[:, :, place["pipeline"], :, place["tensor"]]
         alike, both = alike.movedim(1, -1).flatten(0, 1), [copies, groups["shard"]]
-        shards = DeviceMesh.from_group(both, world.device.type, alike, mesh_dim_names=("copies", "shard"))
-        shards = shards if len(alike) > 1 else shards["shard"]
+        # DTensor remembers, by sizes and names, where on such a mesh this rank is: after a death it may be elsewhere.
+        across = f"shard{next(_built)}"
+        shards = DeviceMesh.from_group(both, world.device.type, alike, mesh_dim_names=("copies", across))
+        shards = shards if len(alike) > 1 else shards[across]
     replica = over("shard", "pipeline", "tensor")
     gradients, losses = over("replicate", "shard", "context"), over("replicate", "shard", "pipeline", "context")
     return Mesh(made, place, groups, replica, gradients, losses, shards)

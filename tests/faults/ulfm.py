@@ -1,6 +1,6 @@
 """Ranks of a training job are killed at random moments and the others go on: does that hold, how long does it take?
 
-    python -m tests.faults.ulfm [--times 20] [--exact 1] [--two-hosts] [CASE ...]
+    python -m tests.faults.ulfm [--times 20] [--exact 1] [--two-hosts] [--spares 1] [CASE ...]
 
 For each case, 4 ranks train a BERT of 60,000 parameters `--times` times under mpirun --with-ft ulfm, and at a random
 moment some are killed. The table tells: runs that came to their end (exit code 0, all steps, a complete checkpoint);
@@ -8,6 +8,9 @@ steps that had been agreed on and were lost; steps whose loss is not that of a r
 order; seconds from the kill to the next step that the others have agreed on. Of the first `--exact` runs of a case the
 weights are compared, on one host and byte by byte, with those of a run that was continued, from the step in question,
 on as many ranks as were left. Ends with 1 where something does not hold.
+
+--spares: so many more ranks wait, and take the places of those that are killed (`resilience.spares`); one of these is
+killed as well then, in the case "a spare".
 
 --two-hosts (root): ranks 0 and 1, and 2 and 3, on two hosts, which are network namespaces of this machine with a link
 between them. (When a host dies with mpirun's daemon on it, Open MPI 5.0's mpirun gives up, and the job with it.)
@@ -35,6 +38,7 @@ from tests.launching import clean_environment, find_mpirun
 DYING = jobs.ROOT / "tests" / "dying.py"
 RANKS, STEPS = 4, 40
 CASES = {"a rank": (2,), "rank 0": (0,), "two ranks": (1, 2), "three ranks": (0, 1, 3), "all of a host": (2, 3)}
+A_SPARE = {"a spare": (RANKS,)}
 SURVIVING = ("--with-ft", "ulfm", "--mca", "coll", "^han")
 # Float order: losses of about 6, of which sums of four and of three ranks round differently.
 TOLERANCE = 1e-4
@@ -63,7 +67,7 @@ class OneHost:
         return words
 
     def kill(self, case, pids):
-        for rank in CASES[case]:
+        for rank in (CASES | A_SPARE)[case]:
             os.kill(pids[rank], signal.SIGKILL)
 
 
@@ -102,9 +106,9 @@ def _ip(*words):
 class Notes:
     """What dying.py has noted of a job: numbers of its processes by rank, and when each has committed which step."""
 
-    def __init__(self, path):
+    def __init__(self, path, ranks):
         self.pids, self.commits = {}, {}
-        for rank in range(RANKS):
+        for rank in range(ranks):
             file = path.with_name(f"{path.name}-{rank}")
             lines = file.read_text().splitlines() if file.exists() else []
             records = [json.loads(line) for line in lines if line.endswith("]")]
@@ -113,12 +117,12 @@ class Notes:
             self.commits[rank] = [tuple(record) for record in records[1:]]
 
 
-def once(hosts, folder, case, number, draw):
+def once(hosts, folder, case, number, draw, spares=0):
     """One run in which some are killed; returns a dict of what came of it."""
-    name = f"{case.replace(' ', '-')}-{number}"
+    name, ranks = f"{case.replace(' ', '-')}-{number}", RANKS + spares
     run_file, note = folder.run_file(name, STEPS, 10), folder.base / f"{name}.note"
-    words = [*find_mpirun(), *SURVIVING, *hosts.options, "-np", str(RANKS), sys.executable, str(DYING), "--", "train"]
-    command = hosts.command([*words, str(run_file)])
+    words = [*find_mpirun(), *SURVIVING, *hosts.options, "-np", str(ranks), sys.executable, str(DYING), "--", "train"]
+    command = hosts.command([*words, str(run_file), f"resilience.spares={spares}"])
     environment = clean_environment(DYING_NOTE=str(note), **hosts.environment)
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, cwd=jobs.ROOT, **pipes) as job:
@@ -129,13 +133,13 @@ def once(hosts, folder, case, number, draw):
                 break
         time.sleep(draw.uniform(0.0, 1.0))
         killed = time.time()
-        hosts.kill(case, Notes(note).pids)
+        hosts.kill(case, Notes(note, ranks).pids)
         try:
             said += job.communicate(timeout=90)[0]
         except subprocess.TimeoutExpired:
             job.terminate()
             said += job.communicate()[0]
-    return {"name": name, "rc": job.returncode, "said": said, "killed": killed, "notes": Notes(note)}
+    return {"name": name, "rc": job.returncode, "said": said, "killed": killed, "notes": Notes(note, ranks)}
 
 
 def uninterrupted(folder):
@@ -185,6 +189,7 @@ def main():
     parser.add_argument("--times", type=int, default=20, help="runs of each case")
     parser.add_argument("--exact", type=int, default=1, help="runs of each case whose weights are compared")
     parser.add_argument("--two-hosts", action="store_true", help="two network namespaces; needs root")
+    parser.add_argument("--spares", type=int, default=0, help="so many more ranks wait for one to die")
     parser.add_argument("--keep", help="a folder for the runs, which stay there")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -200,13 +205,14 @@ def main():
 def table(hosts, folder, args):
     """Print a row for each case; returns whether everything holds."""
     draw, holds, reference = random.Random(5), True, uninterrupted(folder)
-    print(f"{RANKS} ranks on {'two hosts' if args.two_hosts else 'one host'}, {jobs.versions()}\n")
+    spares = f" and {args.spares} spare{'s' * (args.spares > 1)}" if args.spares else ""
+    print(f"{RANKS} ranks{spares} on {'two hosts' if args.two_hosts else 'one host'}, {jobs.versions()}\n")
     print("| killed | runs | finished | steps lost, most | wrong steps | s to the next step: median (range) | bytes |")
     print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
-    for case in args.cases or hosts.cases:
+    for case in args.cases or (*hosts.cases, *(A_SPARE if args.spares else ())):
         found, differences = [], []
         for number in range(args.times):
-            result = once(hosts, folder, case, number, draw)
+            result = once(hosts, folder, case, number, draw, args.spares)
             found.append(judge(folder, result, reference))
             if not found[-1]["finished"]:
                 print(f"{case}, run {number}: exit code {result['rc']}\n{result['said'][-4000:]}", file=sys.stderr)
