@@ -95,7 +95,7 @@ def test_what_is_no_interval_is_refused(override, words):
     assert load("checkpoint.every_steps=10").checkpoint.every_steps == 10
 
 
-@pytest.mark.mpi()
+@pytest.mark.mpi(max_size=2)
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_run_chooses_for_itself_alike_on_all_ranks(world, prepared, tmp_path, monkeypatch, asynchronous):
     base, seen = shared(world, tmp_path), []

@@ -48,7 +48,7 @@ def test_the_median_of_a_window_counts_and_nothing_is_sent_within_it():
     assert {str(off.step(1.0)) for _ in range(200)} == {"([], [])"}
 
 
-@pytest.mark.mpi(min_size=2)
+@pytest.mark.mpi(min_size=2, max_size=2)
 @pytest.mark.parametrize("times", [2.0, 3.0])
 def test_a_rank_that_sleeps_is_named_and_its_ratio_right(world, prepared, tmp_path, monkeypatch, times):
     base, slowed = shared(world, tmp_path), world.size - 1

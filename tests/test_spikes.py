@@ -123,7 +123,7 @@ def same(base, ours, theirs, step):
     assert states[0]["samples"] == states[1]["samples"] and states[0]["spikes"] == states[1]["spikes"]
 
 
-@pytest.mark.mpi()
+@pytest.mark.mpi(max_size=2)
 @pytest.mark.parametrize("sharding", ["auto", "none", "full"])
 def test_a_run_goes_back_before_the_spike_and_leaves_out_the_samples(world, prepared, tmp_path, monkeypatch, sharding):
     base, seen = shared(world, tmp_path), []
@@ -163,7 +163,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.mpi()
+@pytest.mark.mpi(max_size=2)
 @pytest.mark.parametrize("step", [25, 27])
 def test_a_run_killed_around_a_spike_goes_the_same_way(world, prepared, tmp_path, monkeypatch, step):
     base, killed = shared(world, tmp_path), settings(prepared, shared(world, tmp_path) / "killed", **LONG)
@@ -191,7 +191,7 @@ def test_a_run_killed_around_a_spike_goes_the_same_way(world, prepared, tmp_path
     same(base, "killed", "whole", 28)
 
 
-@pytest.mark.mpi()
+@pytest.mark.mpi(max_size=2)
 def test_steps_that_are_no_number_have_a_run_go_back_too_and_one_rank_is_enough(world, prepared, tmp_path, monkeypatch):
     base = shared(world, tmp_path)
     how = {**LONG, "train.max_nonfinite_steps": 1, "train.max_steps": 12}
@@ -202,7 +202,7 @@ def test_steps_that_are_no_number_have_a_run_go_back_too_and_one_rank_is_enough(
     assert [event[name] for name in ("step", "to", "first")] == [11, 8, 10]
 
 
-@pytest.mark.mpi()
+@pytest.mark.mpi(max_size=2)
 def test_a_run_that_keeps_going_back_has_diverged(world, prepared, tmp_path, monkeypatch):
     base = shared(world, tmp_path)
     how = {**LONG, "train.max_rollbacks": 2, "train.max_spike_steps": 2}
@@ -213,7 +213,7 @@ def test_a_run_that_keeps_going_back_has_diverged(world, prepared, tmp_path, mon
     assert [event["rollbacks"] for event in events(base / "run", "rollback")] == [1, 2]
 
 
-@pytest.mark.mpi()
+@pytest.mark.mpi(max_size=2)
 def test_without_a_checkpoint_before_the_spike_a_run_has_diverged(world, prepared, tmp_path, monkeypatch):
     how = {**LONG, "checkpoint.every_steps": 100}
     poison(monkeypatch, world)
@@ -242,7 +242,7 @@ def test_what_is_gone_back_from_is_deleted_and_what_is_damaged_set_aside(tmp_pat
     assert run_folder.go_back(tmp_path, 11)[0] == path
 
 
-@pytest.mark.mpi()
+@pytest.mark.mpi(max_size=2)
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 @pytest.mark.parametrize("what", ["weights", "moments"])
 def test_what_is_not_finite_on_any_rank_is_not_saved(world, prepared, tmp_path, monkeypatch, asynchronous, what):
