@@ -102,9 +102,11 @@ def test_too_few_ranks_are_saved_or_told_which_checkpoint_there_is(dying_job, tm
 
 def test_what_ends_the_job_as_ever(dying_job, tmp_path):
     early = dying_job("early", 3, ["clip:1:1"])
-    assert early.returncode not in (0, 75), early.stdout
     forbidden = dying_job("forbidden", 3, ["clip:5:1"], **{"resilience.shrink": "false"})
-    assert forbidden.returncode not in (0, 75), forbidden.stdout
+    for name, job in (("early", early), ("forbidden", forbidden)):
+        # With --with-ft, Open MPI 5.0's mpirun has been seen to return 0 for a job that MPI_Abort has ended.
+        assert job.returncode != 75 and "done: " not in job.stdout, job.stdout
+        assert not (tmp_path / name / "results.json").exists()
     refused = dying_job("refused", 2, (), ft=False, **{"resilience.shrink": "true"})
     assert refused.returncode == 2
     assert (
