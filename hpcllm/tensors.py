@@ -13,6 +13,8 @@ import os
 import torch
 from safetensors.torch import _TYPES as DTYPES
 
+from . import files
+
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -45,14 +47,14 @@ class Outline:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.posix_fallocate(handle, 0, self.size_bytes)
-            _write(handle, self.header, 0)
+            files.write_at(handle, self.header, 0)
         finally:
             os.close(handle)
 
     def write(self, handle, name, box, values):
         """Write `values` (tensor on any device) as the `box` (slices, one a dim) of the tensor `name`."""
         for offset, part in self.stretches(name, box, values.detach().cpu()):
-            _write(handle, part.numpy(), offset)
+            files.write_at(handle, part.numpy(), offset)
 
     def stretches(self, name, box, values):
         """(offset in the file, uint8 tensor) of the bytes of `values`, which are the `box` of the tensor `name`."""
@@ -62,13 +64,6 @@ class Outline:
             count = length * dtype.itemsize
             yield self._starts[name] + start * dtype.itemsize, memory[at : at + count]
             at += count
-
-
-def _write(handle, memory, offset):
-    memory = memoryview(memory)
-    while memory:
-        done = os.pwrite(handle, memory, offset)
-        memory, offset = memory[done:], offset + done
 
 
 def runs(shape, box):
