@@ -185,7 +185,7 @@ run_on_nodes() {
     printf '%s %s, start %s:%s\n' "$(date +%FT%T)" "$nodes" \
         "$((${SLURM_RESTART_COUNT:-0} + 1))$([ "$starts" = 0 ] || echo ", launch $((starts + 1))")" \
         "$(printf ' %q' "${some[@]}" "$@")"
-    "${some[@]}" "$@"
+    if [ -n "${SLURM_HET_SIZE:-}" ]; then srun_over_parts "${some[@]}" "$@"; else "${some[@]}" "$@"; fi
     rc=$?
     [ -z "${machines:-}" ] || rm -f "$machines"
     return $rc
@@ -199,6 +199,46 @@ heterogeneous() {
         [ -n "$cores" ] && [ "$cores" -le "${!name:-1}" ] || cores=${!name:-1}
     done
     some+=("--het-group=0-$((SLURM_HET_SIZE - 1))" "--cpus-per-task=$cores")
+}
+
+# srun_over_parts COMMAND...: srun over the parts of a heterogeneous job, killed if it does not return though all of its
+# ranks have ended. That of Slurm 22.05 does not if two parts end at the same moment: both wait for a thread of the PMIx
+# plugin whose end wakes one of them, and no signal but KILL ends it. Its code then is that of what it said of its tasks.
+srun_over_parts() {
+    local said watcher rc
+    said=$(mktemp -d)
+    kill_if_done "$said" &
+    watcher=$!
+    (echo "$BASHPID" >"$said/pid" && exec "$@" 2> >(exec tee "$said/errors" >&2))
+    rc=$?
+    kill $watcher 2>/dev/null
+    if [ -e "$said/killed" ]; then
+        rc=$(sed -nE 's/^srun: error: .* tasks? [-0-9,]+: (Exited with exit code ([0-9]+)|.*)$/\2/p' "$said/errors" |
+            awk '{ code = $1 == "" ? 137 : $1 } code > most { most = code } END { print most + 0 }')
+        say "srun did not return after its ranks had ended and was killed; by what it said of them, exit code $rc"
+    fi
+    rm -rf "$said"
+    return "$rc"
+}
+
+# Kill the process of FOLDER/pid when Slurm has known of no rank of this job for half a minute, unless it waits to start
+# some; says so by FOLDER/killed.
+kill_if_done() {
+    local part name jobs=$SLURM_JOB_ID steps without=0
+    for ((part = 1; part < SLURM_HET_SIZE; part++)); do name=SLURM_JOB_ID_HET_GROUP_$part jobs+=,${!name:-$jobs}; done
+    while [ $without -lt 6 ]; do
+        sleep "${HPCLLM_STEP_POLL_S:-5}" >/dev/null 2>&1
+        kill -0 "$(cat "$1/pid")" 2>/dev/null || return
+        steps=$(squeue --noheader --steps --jobs "$jobs" --format %i 2>/dev/null) || continue
+        if grep -qE '^[0-9]+\.[0-9]+$' <<<"${steps// /}" ||
+            [[ $(grep -iE 'step .*creat' "$1/errors" | tail -n 1) = *retrying* ]]; then
+            without=0
+        else
+            without=$((without + 1))
+        fi
+    done
+    : >"$1/killed"
+    kill -KILL "$(cat "$1/pid")"
 }
 
 # In a job array: %a in an argument is the member's number, and members that may run at the same time train each in a

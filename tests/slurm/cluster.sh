@@ -93,7 +93,8 @@ SlurmctldTimeout=30
 SlurmdTimeout=10
 MessageTimeout=5
 KillWait=3
-SchedulerParameters=batch_sched_delay=0
+# Heterogeneous jobs are started by the backfill scheduler alone, which comes round every 30 s by default.
+SchedulerParameters=batch_sched_delay=0,bf_interval=1
 # Scratch files of the jobs go with the cluster.
 TaskProlog=$2/prolog.sh
 # Nodes claim four CPUs whatever the machine has: the tests place two ranks on a node.

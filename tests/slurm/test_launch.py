@@ -32,6 +32,13 @@ read -r code node step <"$here/fate"
 sed -i 1d "$here/fate"
 [ "$node" = - ] || echo "$node" >>"$here/dead"
 [ "$step" = - ] || { mkdir -p "runs/gpt/checkpoint-$step" && touch "runs/gpt/checkpoint-$step/.complete"; }
+case $code in
+*-hangs)
+    echo "srun: error: n2: task 0: Exited with exit code ${code%-*}" >&2
+    echo "srun: error: n1: tasks 0-1: Exited with exit code 1" >&2
+    exec sleep 20
+    ;;
+esac
 exit "$code"
 """
 COMMANDS = {
@@ -46,13 +53,22 @@ esac
 """,
     "sinfo": '#!/bin/bash\ncat "$(dirname "$0")/states"\n',
     "squeue": """#!/bin/bash
-case "$*" in *%T) cat "$(dirname "$0")/state" ;; *) cat "$(dirname "$0")/end" ;; esac
+cd "$(dirname "$0")" && case "$*" in *%T) cat state ;; *%i) cat steps ;; *) cat end ;; esac
 """,
     "sbatch": """#!/bin/bash
 cd "$(dirname "$0")" && echo "$*" >>asked && echo "$((100 + $(wc -l <asked)));cluster"
 """,
 }
-FILES = {"asked": "", "tried": "", "dead": "", "job": "", "states": "", "state": "RUNNING\n", "end": "N/A\n"}
+FILES = {
+    "asked": "",
+    "tried": "",
+    "dead": "",
+    "job": "",
+    "states": "",
+    "state": "RUNNING\n",
+    "steps": "",
+    "end": "N/A\n",
+}
 JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "8"}
 
 
@@ -65,14 +81,14 @@ def job(tmp_path):
         (fakes / name).write_text(text)
         (fakes / name).chmod(0o755)
 
-    def run(*fate, script="train_gpt", arguments=(), files=None, env=JOB, **more):
+    def run(*fate, script="train_gpt", arguments=(), files=None, env=JOB, timeout_s=100, **more):
         for name, text in (FILES | (files or {}) | {"fate": "".join(f"{line}\n" for line in fate)}).items():
             (fakes / name).write_text(text)
         done = subprocess.run(
             ["bash", SLURM / f"{script}.sbatch", *arguments],
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=timeout_s,
             cwd=tmp_path,
             env={
                 "HOME": str(tmp_path),
@@ -225,6 +241,15 @@ def test_a_heterogeneous_job_starts_all_of_its_parts_at_once(job):
     assert code == 0 and len(asked) == 2, log
     for line in asked:
         assert "--het-group=0-1 --cpus-per-task=4 hpcllm train" in line and not on(line)
+
+
+def test_srun_of_parts_that_does_not_return_after_its_ranks_have_ended_is_killed(job):
+    parts = {"SLURM_HET_SIZE": "2", "SLURM_JOB_ID_HET_GROUP_1": "18", "HPCLLM_STEP_POLL_S": "0.1"}
+    _, (code, log), _ = job("75-hangs - -", env=JOB | parts, files={"steps": "17.batch\n17.extern\n"})
+    assert code == 75 and "by what it said of them, exit code 75" in log and "scontrol requeue 17" in log, log
+    # Not while a part has ranks.
+    with pytest.raises(subprocess.TimeoutExpired):
+        job("75-hangs - -", env=JOB | parts, files={"steps": "17.batch\n18.3\n"}, timeout_s=4)
 
 
 def submit(job, *arguments):

@@ -183,7 +183,7 @@ def test_a_heterogeneous_job_is_one_mpi_job_over_all_of_its_parts(cluster, modul
     )
     parts = ("--nodes=1", "--ntasks-per-node=1", "--time=9", ":", "--nodes=1", "--ntasks-per-node=2", "--time=3")
     number = cluster.submit(*parts, "own.sbatch", cwd=job_folder, before=module_load)
-    job = cluster.wait(number, timeout_s=60)
+    job = cluster.wait(number, timeout_s=120)
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), job["log"]
     lines = sorted(line for line in job["log"].splitlines() if line.startswith("rank "))
     assert lines == [f"rank {rank} of 3 on n{host} has 3 minutes" for rank, host in enumerate((1, 2, 2))]
