@@ -102,11 +102,12 @@ def train(args):
 
     parts = startup.Parts()
     stopping.listen()
-    from . import config, mpi
+    from . import config, files, mpi
 
     world = mpi.join()
     parts.end("mpi")
     settings = mpi.on_root(world.comm, config.load, args.run_file, args.overrides)
+    mpi.on_root(world.comm, files.require_writable, settings.run.output_dir, "run.output_dir")
     from . import recovery
     from .train import train
 

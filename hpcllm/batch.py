@@ -3,6 +3,7 @@
     python -m hpcllm.batch left                             seconds until the job is ended; nothing where nobody says
     python -m hpcllm.batch folder RUN_FILE [key=value ...]  run.output_dir
     python -m hpcllm.batch newest RUN_FILE [key=value ...]  step of the newest complete checkpoint there, 0 if none
+    python -m hpcllm.batch over RUN_FILE [key=value ...]    yes if the last told of the run is its end or a stop
 
 Options among the arguments (--resume) are left out, so that those of `hpcllm train` can be given as they are.
 """
@@ -11,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import config, deadline
+from . import config, deadline, records
 from .errors import Refusal
 
 
@@ -33,9 +34,15 @@ def newest(run_file, *settings):
     return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
+def over(run_file, *settings):
+    """Whether a run has ended as it wanted, not in the middle of something: "yes" or "no"."""
+    last = records.Events(Path(folder(run_file, *settings)) / records.EVENTS).last()
+    return "yes" if last and last["event"] in ("end", "stop") else "no"
+
+
 if __name__ == "__main__":
     try:
-        answer = {"left": left, "folder": folder, "newest": newest}[sys.argv[1]](*sys.argv[2:])
+        answer = {"left": left, "folder": folder, "newest": newest, "over": over}[sys.argv[1]](*sys.argv[2:])
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         sys.exit(refusal.code)

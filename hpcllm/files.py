@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import IOFailure
+from .errors import CannotCreate, IOFailure
 
 # What a file system over a network answers in a moment of trouble; a full disk or a missing folder stays as it is.
 _PASSING = {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.EREMOTEIO, errno.ECOMM}
@@ -50,6 +50,19 @@ def sync_files(folder):
     """fsync each file of a folder that has no folders."""
     for name in sorted(os.listdir(folder)):
         sync_file(os.path.join(folder, name))
+
+
+def require_writable(path, name):
+    """Raise CannotCreate where a folder cannot be made at `path`, or written to. Makes nothing, not even a trial.
+
+    name: of the setting that says so.
+    """
+    there = Path(path).absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise CannotCreate(f"{name}: {path} cannot be written: {os.strerror(code)}")
 
 
 def write_text(path, text):

@@ -61,14 +61,16 @@ class Saver:
         self._placed.reshard()
         contents = checkpoint.contents(self._placed, self._optimizer)
         outlines = {file: checkpoint.outline(self._placed, held) for file, held in contents.items()}
+        self._copied.clear()
+        ready = self._pool.submit(self._timed, self._gather, contents, outlines, copy)  # while root makes the files
         try:
             self._hidden = on_root(self._comm, checkpoint.begin, self._path, outlines)
         except BaseException:
+            ready.exception()  # waits: what a copy is made of may change from now on
             self._path = None
             raise
-        self._copied.clear()
         self._then = "digest"
-        self._at_work = self._pool.submit(self._timed, self._write, contents, outlines, copy)
+        self._at_work = self._pool.submit(self._timed, self._write, ready, outlines)
         self._waited_s = time.monotonic() - began
 
     @property
@@ -158,19 +160,24 @@ class Saver:
         finally:
             self._worked_s += time.monotonic() - began
 
-    def _write(self, contents, outlines, copy):
-        """False, and nothing written, where a number is not finite."""
+    def _gather(self, contents, outlines, copy):
+        """{file: what this rank has of it}, as Segments, and where they are to be copied {file: the copies}."""
+        wanted = {
+            file: blocks.segments(checkpoint.stretches(self._placed, held, outlines[file]))
+            for file, held in contents.items()
+        }
+        copies = {}
+        if copy:
+            copied = iter(self._memory.take([one for segments in wanted.values() for one in segments]))
+            copies = {file: list(itertools.islice(copied, len(wanted[file]))) for file in wanted}
+            self._copied.set()
+        return wanted, copies
+
+    def _write(self, ready, outlines):
+        """Write what `_gather` returns. False, and nothing written, where a number is not finite."""
         try:
             with files.failing_as_io(self._path):
-                wanted = {
-                    file: blocks.segments(checkpoint.stretches(self._placed, held, outlines[file]))
-                    for file, held in contents.items()
-                }
-                copies = {}
-                if copy:
-                    copied = iter(self._memory.take([one for segments in wanted.values() for one in segments]))
-                    copies = {file: list(itertools.islice(copied, len(wanted[file]))) for file in wanted}
-                    self._copied.set()
+                wanted, copies = ready.result()
                 for file, segments in wanted.items():
                     parts = copies.get(file) or itertools.chain(*(segment.parts for segment in segments))
                     if outlines[file].dtypes == {torch.float32} and not all(map(_finite_bytes, parts)):

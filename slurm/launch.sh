@@ -26,6 +26,8 @@ launch() {
         use=("${alive[@]:0:wanted}")
         run_on_nodes $starts "${command[@]}"
         rc=$?
+        # With --with-ft ulfm, mpirun of Open MPI 5.0 may return 0 for ranks that have all died.
+        if [ $rc = 0 ] && with_ulfm && can_go_on && is_training && [ "$(ask over "${command[@]:2}")" = no ]; then rc=137; fi
         # Refused on fewer nodes, such as a layout that does not divide them: the job has to wait for all of them.
         [ $rc = 2 ] && [ $starts -gt 0 ] && [ ${#use[@]} -lt "$wanted" ] && missing_nodes=yes
         if ! can_go_on || ! is_a_death $rc; then break; fi
@@ -84,6 +86,10 @@ is_a_death() { [ "$1" = 1 ] || [ "$1" = 124 ] || was_killed "$1"; }
 # Whether `command`, the caller's, goes on where it was when it is started again.
 can_go_on() { [[ "${command[*]} " = "hpcllm train "*" --resume "* || "${command[*]}" = "hpcllm predict "* ]]; }
 
+with_ulfm() { [ -z "${SLURM_JOB_ID:-}" ] && [[ " ${other_launcher[*]} " = *" ulfm "* ]]; }
+
+is_training() { [ "${command[*]:0:2}" = "hpcllm train" ]; }
+
 # How many of the words $1 are among the words $2.
 common() {
     local word found=0
@@ -92,7 +98,7 @@ common() {
 }
 
 # Nothing where `command`, the caller's, is no training.
-newest_checkpoint() { [ "${command[1]:-}" != train ] || ask newest "${command[@]:2}" 2>/dev/null; }
+newest_checkpoint() { ! is_training || ask newest "${command[@]:2}" 2>/dev/null; }
 
 # Not what Slurm is ending: after scancel, too, ranks end with a signal's code. Yes where nobody can say.
 job_runs() {
@@ -245,7 +251,7 @@ kill_if_done() {
 # folder of their own, run.output_dir/task-<number>. An array of which one runs at a time (--array=1-10%1) is a chain
 # that goes on in one folder. HPCLLM_ARRAY=members|chain decides by hand. Changes `command`, the caller's.
 array_member() {
-    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [ "${command[0]} ${command[1]:-}" = "hpcllm train" ] || return 0
+    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && is_training || return 0
     local argument kind=${HPCLLM_ARRAY:-} folder given=()
     case " ${command[*]} " in *" run.output_dir="*%a*) kind=chain ;; esac   # the folder has been seen to
     command=("${command[@]//%a/$SLURM_ARRAY_TASK_ID}")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -236,6 +237,19 @@ def test_plan_shows_who_does_what_and_refuses_what_cannot_run(mpirun, run_file):
     assert "6 ranks = data 6, model sharded over 2\n" in ran.stdout and "between hosts: data\n" in ran.stdout
     refused(mpirun(1, [*asked, "parallel.tensor=3"]), 2, "tensor (3) does not divide the model's num_attention_heads")
     refused(mpirun(1, [*asked, "parallel.tensor=4"]), 2, "= 4 does not divide the 6 ranks of this job")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_torch_is_loaded(mpirun, tmp_path):
+    code = (
+        "import os, sys, hpcllm.__main__ as m\n"
+        "os.access = lambda *_: False\n"  # as of a file system that is mounted read-only: root may do all else
+        "try: m.main(sys.argv[1:])\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    given = (Path(__file__).parents[1] / "slurm/train_bert.toml", f"run.output_dir={tmp_path}/runs/a")
+    done = mpirun(2, ["-c", code, "train", *given])
+    refused(done, 73, f"run.output_dir: {tmp_path}/runs/a cannot be written: Permission denied")
+    assert "True" not in done.stdout and not list(tmp_path.iterdir())
 
 
 def test_help_needs_neither_mpi_nor_torch(mpirun):

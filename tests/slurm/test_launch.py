@@ -33,6 +33,7 @@ sed -i 1d "$here/fate"
 [ "$node" = - ] || echo "$node" >>"$here/dead"
 [ "$step" = - ] || { mkdir -p "runs/gpt/checkpoint-$step" && touch "runs/gpt/checkpoint-$step/.complete"; }
 case $code in
+ends) mkdir -p runs/gpt && echo '{"event": "end", "restart": 0, "time": 1.0}' >>runs/gpt/events.jsonl && exit 0 ;;
 *-hangs)
     echo "srun: error: n2: task 0: Exited with exit code ${code%-*}" >&2
     echo "srun: error: n1: tasks 0-1: Exited with exit code 1" >&2
@@ -163,6 +164,13 @@ def test_a_rank_that_is_killed_again_and_again_ends_the_job_but_not_one_that_get
     assert [line.partition("(")[2][:1] for line in said] == ["1", "1", "1", "2"]
 
 
+def test_a_run_that_has_not_ended_is_started_again_though_mpirun_says_all_is_well(job):
+    (job.folder / "mine.sh").write_text(f"source {SLURM}/site.sh\nother_launcher=(mpirun --with-ft ulfm -np 2)\n")
+    asked, (code, log), says = job("0 - 10", "ends - -", env={}, HPCLLM_SITE="mine.sh")
+    assert code == 0 and len(asked) == 2, log
+    assert "exit code 137, 0 of 0 nodes answer; launched again" in says[0], says
+
+
 def test_a_job_with_no_time_left_or_that_is_cancelled_is_not_started_again(job):
     soon = time.strftime("%Y-%m-%dT%H:%M:%S\n", time.localtime(time.time() + 60))
     asked, (code, _), said = job("143 - -", files={"end": soon})
@@ -283,6 +291,12 @@ def test_what_the_job_scripts_ask(tmp_path, monkeypatch):
         (tmp_path / name / ".complete").touch()
     (tmp_path / "checkpoint-11").mkdir()  # is being written
     assert batch.newest(run_file, here) == 10
+    assert batch.over(run_file, here) == "no"
+    (tmp_path / "events.jsonl").write_text('{"event": "end", "restart": 0, "time": 1.0}\n')
+    assert batch.over(run_file, here) == "yes"
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write('{"event": "start", "restart": 1, "time": 2.0}\n{"event": "end", "rest')
+    assert batch.over(run_file, here) == "no"
     with pytest.raises(UsageError):
         batch.folder(run_file, "run.oops=1")
     code = "import sys, json, runpy; runpy.run_module('hpcllm.batch', run_name='__main__')"
