@@ -9,6 +9,7 @@ No layout: the tensors in the files are those of the whole model, each rank writ
 run goes on under any other layout.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -131,7 +132,7 @@ def finish(hidden, path, step, placed, tokenizer_dir, state, known):
         config, model = placed.config, placed.model
         config.architectures = [class_name(model)]
         config.dtype = "float32"
-        config.save_pretrained(hidden)
+        config.to_json_file(hidden / "config.json")  # save_pretrained would make a folder that has vanished anew
         if getattr(model, "generation_config", None) is not None and model.can_generate():
             # As it came: transformers' own way to save refuses what some published models have in it.
             model.generation_config.to_json_file(hidden / "generation_config.json")
@@ -146,6 +147,8 @@ def finish(hidden, path, step, placed, tokenizer_dir, state, known):
             made = {number: digest for each in known for number, digest in each.get(file.name, {}).items()}
             told = [made[number] for number in range(len(made))] if made else files.digest(file)
             listed[file.name] = {"bytes": file.stat().st_size, "sha256": told}
+        for name in known[0].keys() - listed.keys():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(hidden / name))
         files.write_json(hidden / COMPLETE, {"block_bytes": blocks.BLOCK_BYTES, "files": listed})
         # There may be one of this step, which is the newest: of a run that goes on with an evaluation that was due.
         files.reveal(hidden, path, replace=True)

@@ -100,23 +100,23 @@ class Saver:
         if self._path is None or largest == _BUSY:
             return
         if largest == _FAILED:
-            self._path = None
             try:
                 agree(self._comm, self._at_work and self._at_work.exception())  # which waits for those still at work
             finally:
-                if self._comm.rank == 0:
-                    shutil.rmtree(self._hidden, ignore_errors=True)
+                self._drop()
         if largest == _UNFIT:
-            self._path = self._at_work = None
-            if self._comm.rank == 0:
-                shutil.rmtree(self._hidden, ignore_errors=True)
+            self._drop()
             if self._unfit:
                 self._unfit(self._step)
             return
         if self._then == "digest":
             self._then = "commit"
             known = self._at_work.result()
-            left = _unread(self._comm, self._hidden, known)
+            try:
+                left = _unread(self._comm, self._hidden, known)
+            except BaseException:
+                self._drop()
+                raise
             self._at_work = self._pool.submit(self._timed, self._digest, known, left)
             return
         if self._then == "commit":
@@ -127,6 +127,12 @@ class Saver:
         self.newest, self._path, self._at_work = self._path, None, None
         if self._completed:
             self._completed(self._step, self.newest, self._worked_s, self._waited_s)
+
+    def _drop(self):
+        """Give up what is under way, nobody being at work at it."""
+        self._path = self._at_work = None
+        if self._comm.rank == 0:
+            shutil.rmtree(self._hidden, ignore_errors=True)
 
     def finish(self):
         """Wait for what is under way, if anything is; `newest` is that then. Raises as `advance`."""
@@ -205,7 +211,8 @@ def finite(values):
 def _unread(comm, hidden, known):
     """{file: numbers of blocks} that this rank is to read, `known` being those it knows. Collective."""
     numbers = comm.allgather({file: list(found) for file, found in known.items()})
-    return checkpoint.unread(hidden, numbers, comm.rank, comm.size)
+    with together(comm), files.failing_as_io(hidden):
+        return checkpoint.unread(hidden, numbers, comm.rank, comm.size)
 
 
 def _with_digests(hidden, known, left):

@@ -1,5 +1,6 @@
 """Checkpoints that are written while training goes on: the same bytes, of the moment they were asked for."""
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -97,6 +98,25 @@ def test_what_one_rank_cannot_write_all_ranks_hear_of_at_the_edge_of_a_step(worl
 
     monkeypatch.setattr(blocks, "write", failing)
     with pytest.raises(IOFailure, match="checkpoint-4: No space left on device"):
+        train.train(run, world)
+    world.comm.Barrier()
+    assert {path.name for path in (base / "run").glob("*checkpoint-*")} == {"checkpoint-2"}
+
+
+@pytest.mark.mpi()
+@pytest.mark.parametrize("when", ["unread", "finish"])
+@pytest.mark.parametrize("what", ["", "optimizer.safetensors"])
+def test_what_vanishes_while_it_is_written_is_no_checkpoint(world, prepared, tmp_path, monkeypatch, when, what):
+    base, then = shared(world, tmp_path), getattr(checkpoint, when)
+    run = settings(prepared, base / "run", **{"checkpoint.every_steps": 2, "train.max_steps": 100})
+
+    def vanishing(hidden, *arguments):
+        if world.is_root and hidden.name.startswith(".checkpoint-4"):
+            shutil.rmtree(hidden) if not what else (hidden / what).unlink()
+        return then(hidden, *arguments)
+
+    monkeypatch.setattr(checkpoint, when, vanishing)
+    with pytest.raises(IOFailure, match=r"checkpoint-4.*: No such file or directory"):
         train.train(run, world)
     world.comm.Barrier()
     assert {path.name for path in (base / "run").glob("*checkpoint-*")} == {"checkpoint-2"}
