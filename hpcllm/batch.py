@@ -3,7 +3,8 @@
     python -m hpcllm.batch left                             seconds until the job is ended; nothing where nobody says
     python -m hpcllm.batch folder RUN_FILE [key=value ...]  run.output_dir
     python -m hpcllm.batch newest RUN_FILE [key=value ...]  step of the newest complete checkpoint there, 0 if none
-    python -m hpcllm.batch over RUN_FILE [key=value ...]    yes if the last told of the run is its end or a stop
+    python -m hpcllm.batch starts RUN_FILE [key=value ...]  how often the run there has been started
+    python -m hpcllm.batch over STARTS RUN_FILE [...]       yes if a start after so many has ended as it wanted, else no
 
 Options among the arguments (--resume) are left out, so that those of `hpcllm train` can be given as they are.
 """
@@ -34,15 +35,32 @@ def newest(run_file, *settings):
     return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
-def over(run_file, *settings):
-    """Whether a run has ended as it wanted, not in the middle of something: "yes" or "no"."""
-    last = records.Events(Path(folder(run_file, *settings)) / records.EVENTS).last()
-    return "yes" if last and last["event"] in ("end", "stop") else "no"
+def starts(run_file, *settings):
+    """How often the run in a folder has got as far as to say that it has started."""
+    return records.Events(Path(folder(run_file, *settings)) / records.EVENTS).counts().get("start", 0)
+
+
+def over(began, run_file, *settings):
+    """Whether a run has ended as it wanted, not in the middle of something: "yes" or "no".
+
+    began: what `starts` was before it was started last.
+    """
+    output = Path(folder(run_file, *settings))
+    events = records.Events(output / records.EVENTS)
+    if (output / "STOP").exists():
+        return "yes"
+    if events.counts().get("start", 0) > int(began):
+        return "yes" if events.last()["event"] in ("end", "stop") else "no"
+    # It has not got that far, or there was nothing to do.
+    wanted = config.load(run_file, [each for each in settings if not each.startswith("-")]).train.max_steps
+    wanted = wanted or (events.last("start", "max_steps") or {}).get("max_steps")
+    done = wanted and newest(run_file, *settings) >= wanted and (output / "results.json").is_file()
+    return "yes" if done else "no"
 
 
 if __name__ == "__main__":
     try:
-        answer = {"left": left, "folder": folder, "newest": newest, "over": over}[sys.argv[1]](*sys.argv[2:])
+        answer = {"left": left, "folder": folder, "newest": newest, "starts": starts, "over": over}[sys.argv[1]](*sys.argv[2:])
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         sys.exit(refusal.code)

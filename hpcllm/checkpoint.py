@@ -9,6 +9,7 @@ No layout: the tensors in the files are those of the whole model, each rank writ
 run goes on under any other layout.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -27,6 +28,9 @@ from .model import class_name
 from .parallel.pieces import Piece
 from .parallel.sharding import local
 
+# What reading a marker fails with that is not there, or is not what was written; not what a file system fails with.
+_DAMAGED = (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError)
+_DAMAGED += (OverflowError, RecursionError)
 COMPLETE, OPTIMIZER, STATE = ".complete", "optimizer.safetensors", "trainer_state.json"
 _OLD_BLOCK_BYTES = 1 << 26  # what a digest of a large file was for before markers said so
 
@@ -123,10 +127,17 @@ def unread(hidden, known, rank, size):
     return found
 
 
-def finish(hidden, path, step, placed, tokenizer_dir, state, known):
+def tokenizer_files(folder):
+    """{name: bytes} of the tokenizer in a folder, which may also hold a model. Raises IOFailure."""
+    with files.failing_as_io(folder):
+        return {name: (Path(folder) / name).read_bytes() for name in tokenizer.FILES if (Path(folder) / name).is_file()}
+
+
+def finish(hidden, path, step, placed, words, state, known):
     """Write what is not made of pieces, the digests, and give the folder its name. Root only.
 
-    known: {file: {number of a block: its digest}} of each rank, all blocks of the large files between them.
+    words: of `tokenizer_files`; known: {file: {number of a block: its digest}} of each rank, all blocks of the large
+    files between them.
     """
     with files.failing_as_io(path):
         config, model = placed.config, placed.model
@@ -138,9 +149,8 @@ def finish(hidden, path, step, placed, tokenizer_dir, state, known):
             model.generation_config.to_json_file(hidden / "generation_config.json")
         if hasattr(model, "lora"):
             files.write_json(hidden / lora.SETTINGS, model.lora)
-        for name in tokenizer.FILES:  # the folder may also hold a model
-            if (Path(tokenizer_dir) / name).is_file():
-                shutil.copyfile(Path(tokenizer_dir) / name, hidden / name)
+        for name, content in words.items():
+            (hidden / name).write_bytes(content)
         files.write_json(hidden / STATE, {"step": step, "hpcllm": __version__, **state})
         listed = {}
         for file in sorted(hidden.iterdir()):
@@ -156,9 +166,11 @@ def finish(hidden, path, step, placed, tokenizer_dir, state, known):
 
 def delete_older(output_dir, keep, best):
     """Delete all but the newest `keep` checkpoints, and that of step `best`. Root only."""
-    for old in find(output_dir)[:-keep]:
-        if old.name != f"checkpoint-{best}":
-            files.remove_folder(old)
+    with files.failing_as_io(output_dir):
+        for old in find(output_dir)[:-keep]:
+            if old.name != f"checkpoint-{best}":
+                with contextlib.suppress(FileNotFoundError):  # somebody has moved it away
+                    files.remove_folder(old, COMPLETE)
 
 
 def find(output_dir):
@@ -184,7 +196,9 @@ def forget(path):
 
 def rescue(output_dir):
     """Give complete checkpoints their names that a kill between two renamings has left without. Root only."""
-    for folder in sorted(Path(output_dir).glob(".checkpoint-*"), reverse=True):  # *.tmp, the newer ones, first
+    for folder in sorted(
+        Path(output_dir).glob(".checkpoint-*"), key=lambda one: one.suffix != ".tmp"
+    ):  # the newer first
         path = folder.with_name(".".join(folder.name.split(".")[1:2]))
         if (folder / COMPLETE).is_file() and not path.exists():
             folder.rename(path)
@@ -198,15 +212,22 @@ def remove_unfinished(output_dir):
 
 
 def verify(path):
-    """Raise DataError, naming the file, unless every file of a checkpoint has its recorded size and digests."""
-    path = Path(path)
+    """Raise DataError, naming the file, unless every file of a checkpoint has its recorded size and digests.
+
+    Raises IOFailure where the file system does not let one know.
+    """
+    with files.failing_as_io(path):
+        files.patiently(_verify, Path(path))
+
+
+def _verify(path):
     try:
         marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
         expected = {str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in marker["files"].items()}
         block_bytes = int(marker.pop("block_bytes", _OLD_BLOCK_BYTES))
         if block_bytes.bit_count() != 1 or marker.keys() != {"files"}:  # not what was written, and who knows the rest
             raise ValueError(f"blocks of {block_bytes} bytes, and {', '.join(marker)}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{path} is not a complete checkpoint: {COMPLETE} cannot be read ({error})") from None
     lacking = sorted({"config.json", STATE, OPTIMIZER} - expected.keys())
     if lacking or not {lora.PLAIN, lora.WEIGHTS} & expected.keys():

@@ -145,11 +145,16 @@ def reveal(hidden, path, replace=False):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_folder(path):
-    """Remove a folder so that no reader finds it half removed: it is hidden first."""
+def remove_folder(path, first=None):
+    """Remove a folder so that no reader finds it half removed: it is hidden first.
+
+    first: name of the file in it that goes before the others, whose being there says that they are.
+    """
     path = Path(path)
     hidden = path.with_name(f".{path.name}.{os.getpid()}.removed")
     os.rename(path, hidden)
+    if first:
+        (hidden / first).unlink(missing_ok=True)
     shutil.rmtree(hidden, ignore_errors=True)
 
 

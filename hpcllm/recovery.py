@@ -19,7 +19,7 @@ import traceback
 
 import torch
 
-from . import best, checkpoint, deadline, monitor, optimizer, saving, sources, stopping
+from . import best, checkpoint, deadline, files, monitor, optimizer, run_folder, saving, sources, stopping
 from .errors import DataError, TooFewRanks, UsageError
 from .log import due
 from .mpi import alone, launcher, on_root, regroup, remain, survive, together
@@ -197,6 +197,7 @@ class Survival:
             way = comm.bcast(way)
         if way != "back":
             self._agree_where()
+            self._agree_on_best(folder)
         if way == "on":
             self._go_on(self._layout(newest), joining)
         else:
@@ -285,6 +286,12 @@ class Survival:
         self.at_step = True
         run.settled, run.best, run.scores = comm.bcast((run.settled, run.best, run.scores))
 
+    def _agree_on_best(self, folder):
+        """The best checkpoint may be the one that was being written, and be gone with that."""
+        state = self._run.state
+        state["best"] = on_root(self._comm, run_folder.best_there_is, folder, state.get("best"))
+        self._run.best = copy.deepcopy(state["best"])
+
     def _go_on(self, layout, joining):
         """From memory: each rank has the weights and the optimizer of the step committed last, or is given them."""
         run, comm = self._run, self._comm
@@ -330,6 +337,7 @@ class Survival:
         if newest:
             on_root(self._comm, checkpoint.verify, newest)
             state |= on_root(self._comm, checkpoint.read_state, newest)
+            state["best"] = on_root(self._comm, run_folder.best_there_is, newest.parent, state.get("best"))
         restart = run.state["restart"]
         run.state.clear()
         run.state.update(state, restart=restart)
@@ -341,10 +349,11 @@ class Survival:
 
 def _tidy(folder):
     """Path of the newest checkpoint in `folder` or None; what was not completed is removed. Root only."""
-    checkpoint.rescue(folder)
-    checkpoint.remove_unfinished(folder)
-    found = checkpoint.find(folder)
-    return found[-1] if found else None
+    with files.failing_as_io(folder):
+        checkpoint.rescue(folder)
+        checkpoint.remove_unfinished(folder)
+        found = checkpoint.find(folder)
+        return found[-1] if found else None
 
 
 def sentence(dead, hosts, step, left, seconds, committed, joined=()):

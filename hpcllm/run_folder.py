@@ -20,7 +20,11 @@ def find_start(config, resume, overwrite):
 
     Refuses an output folder that is in the way, and verifies the checkpoint.
     """
-    output = Path(config.run.output_dir)
+    with files.failing_as_io(config.run.output_dir):
+        return _find_start(config, Path(config.run.output_dir), resume, overwrite)
+
+
+def _find_start(config, output, resume, overwrite):
     if resume and overwrite:
         raise UsageError("--resume continues a run and --overwrite deletes it; give one of them")
     if output.exists() and not output.is_dir():
@@ -103,7 +107,7 @@ def open_output(config, resume, overwrite, damaged=()):
         output.mkdir(parents=True, exist_ok=True)
         if overwrite:
             for old in checkpoint.find(output):
-                files.remove_folder(old)
+                files.remove_folder(old, checkpoint.COMPLETE)
             for name in (*_OURS, *_REPORTS):
                 (output / name).unlink(missing_ok=True)
         checkpoint.remove_unfinished(output)
@@ -119,6 +123,11 @@ def go_back(output_dir, first):
 
     (None, None), and nothing deleted, where there is none. Raises IOFailure where a folder cannot be changed.
     """
+    with files.failing_as_io(output_dir):
+        return _go_back(output_dir, first)
+
+
+def _go_back(output_dir, first):
     found = checkpoint.find(Path(output_dir))
     older = [path for path in found if checkpoint.step_of(path) < first]
     try:
@@ -127,16 +136,26 @@ def go_back(output_dir, first):
         older = []
     if not older:
         return None, None
-    with files.failing_as_io(output_dir):
-        # A run that is killed meanwhile goes on from the newest that is left, and comes to the same place again.
-        for newer in reversed(found):
-            if checkpoint.step_of(newer) >= first:
-                checkpoint.forget(newer)
-        _set_aside(damaged)
+    # A run that is killed meanwhile goes on from the newest that is left, and comes to the same place again.
+    for newer in reversed(found):
+        if checkpoint.step_of(newer) >= first:
+            checkpoint.forget(newer)
+    _set_aside(damaged)
     state = checkpoint.read_state(older[-1])
     if f"checkpoint-{best.step(state)}" not in [path.name for path in older]:
         state["best"] = None
     return older[-1], state
+
+
+def best_there_is(output_dir, wanted):
+    """`wanted`, a best of `best`, if its checkpoint is there; else what the newest one knows, or None. Root only."""
+    with files.failing_as_io(output_dir):
+        found = checkpoint.find(output_dir) if wanted else []
+    names = [path.name for path in found]
+    for one in (wanted, checkpoint.read_state(found[-1]).get("best")) if found else ():
+        if one and f"checkpoint-{one['step']}" in names:
+            return one
+    return None
 
 
 def _set_aside(damaged):
@@ -149,7 +168,11 @@ def _set_aside(damaged):
 
 def run_config(path):
     """(config.Config, checkpoint folder) of a checkpoint, or of a run the best, else the newest one. Root only."""
-    folder = Path(path)
+    with files.failing_as_io(path):
+        return _run_config(Path(path))
+
+
+def _run_config(folder):
     if not (folder / "trainer_state.json").is_file():
         found = checkpoint.find(folder)
         if not found:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from . import blocks, checkpoint, files
+from .errors import Refusal
 from .mpi import agree, on_root, together
 
 # What a rank tells the others of what it has in hand.
@@ -41,7 +42,9 @@ class Saver:
         self, comm, placed, optimizer, output_dir, tokenizer_dir, keep, newest=None, completed=None, unfit=None
     ):
         self._comm, self._output, self._placed, self._optimizer = comm, Path(output_dir), placed, optimizer
-        self._tokenizer_dir, self._keep, self.newest = tokenizer_dir, keep, newest
+        self._keep, self.newest = keep, newest
+        with together(comm):  # now: the folder may be gone by the time it is wanted
+            self._words = checkpoint.tokenizer_files(tokenizer_dir) if comm.rank == 0 else None
         self._completed, self._unfit = completed, unfit
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hpcllm-save")
         self._path = self._at_work = None
@@ -57,10 +60,11 @@ class Saver:
         """
         self.finish()
         began, self._worked_s = time.monotonic(), 0.0
-        self._path, self._step, self._state, self._best = self._output / f"checkpoint-{step}", step, state, best
         self._placed.reshard()
         contents = checkpoint.contents(self._placed, self._optimizer)
         outlines = {file: checkpoint.outline(self._placed, held) for file, held in contents.items()}
+        # After what is collective above: where ranks die there, nothing is under way.
+        self._path, self._step, self._state, self._best = self._output / f"checkpoint-{step}", step, state, best
         self._copied.clear()
         ready = self._pool.submit(self._timed, self._gather, contents, outlines, copy)  # while root makes the files
         try:
@@ -102,8 +106,9 @@ class Saver:
         if largest == _FAILED:
             try:
                 agree(self._comm, self._at_work and self._at_work.exception())  # which waits for those still at work
-            finally:
+            except Refusal:
                 self._drop()
+                raise
         if largest == _UNFIT:
             self._drop()
             if self._unfit:
@@ -114,7 +119,7 @@ class Saver:
             known = self._at_work.result()
             try:
                 left = _unread(self._comm, self._hidden, known)
-            except BaseException:
+            except Refusal:
                 self._drop()
                 raise
             self._at_work = self._pool.submit(self._timed, self._digest, known, left)
@@ -199,7 +204,7 @@ class Saver:
     def _commit(self, known):
         """What is not made of pieces, the name, and the end of older ones. Root's."""
         where = self._hidden, self._path, self._step, self._placed
-        checkpoint.finish(*where, self._tokenizer_dir, self._state, known)
+        checkpoint.finish(*where, self._words, self._state, known)
         checkpoint.delete_older(self._output, self._keep, self._best)
 
 
@@ -272,6 +277,7 @@ def salvage(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, kee
     with together(comm), files.failing_as_io(path):
         known = _with_digests(hidden, known, left)
     known = comm.gather(known, root=0)
-    on_root(comm, checkpoint.finish, hidden, path, step, placed, tokenizer_dir, state, known)
+    words = on_root(comm, checkpoint.tokenizer_files, tokenizer_dir)
+    on_root(comm, checkpoint.finish, hidden, path, step, placed, words, state, known)
     on_root(comm, checkpoint.delete_older, output_dir, keep, best)
     return path

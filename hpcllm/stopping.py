@@ -107,11 +107,11 @@ class Requests:
         self._looked = time.monotonic()
         if stop_file(self._folder):
             return _STOP
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # none, or none that can be read and removed now: it is looked for again
             wanted = _number_in(self._folder / GROW)
             (self._folder / GROW).unlink()
             return _GROW + wanted
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             (self._folder / SAVE).unlink()
             return _SAVE
         return _NOTHING

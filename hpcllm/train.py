@@ -392,7 +392,7 @@ class Run:
             "ranks": self.world.size,
             "data_digest": self.sources.training.stream.digest,
             "config": self.config.model_dump(exclude_none=True),
-            "best": state.get("best"),
+            "best": copy.deepcopy(state.get("best")),  # evaluations that come before it is written count on
             "spikes": self.spikes.state,
         }
 
@@ -407,10 +407,12 @@ class Run:
     def saved(self, step, path, seconds, waited_s):
         """A checkpoint is complete."""
         self.requests.took("save", seconds)
+        told = [(waited_s, seconds)]
+        if self.interval.auto:  # before root writes, which may fail there alone
+            told = self.world.comm.allgather(told[0])
         times = {"seconds": round(seconds, 3), "waited_s": round(waited_s, 3)}
         self.journal.event("checkpoint", step=step, path=str(path), **times)
         if self.interval.auto:
-            told = self.world.comm.allgather((waited_s, seconds))
             log.interval(self, self.interval.saved(*map(max, zip(*told, strict=True))))
 
     def unfit(self, step):

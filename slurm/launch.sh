@@ -12,7 +12,7 @@ relaunch_at_least_s=120
 # started again in the same job, on the nodes that answer: as many as before where HPCLLM_SPARE_NODES (0) of the job's
 # nodes were left idle, else fewer. At most HPCLLM_RELAUNCHES (3) times in a row without a new checkpoint.
 launch() {
-    local command=("$@") allocated alive use rc fruitless=0 starts=0 newest=none before left what
+    local command=("$@") allocated alive use rc fruitless=0 starts=0 newest=none before left what guessed began
     array_member || return
     mapfile -t allocated < <(allocated_nodes)
     alive=("${allocated[@]}")
@@ -24,12 +24,19 @@ launch() {
     fi
     while :; do
         use=("${alive[@]:0:wanted}")
+        guessed='' began=''
+        if is_training && can_go_on && { with_ulfm || [ -n "${SLURM_HET_SIZE:-}" ]; }; then
+            began=$(ask starts "${command[@]:2}" 2>/dev/null)
+        fi
         run_on_nodes $starts "${command[@]}"
         rc=$?
         # With --with-ft ulfm, mpirun of Open MPI 5.0 may return 0 for ranks that have all died.
-        if [ $rc = 0 ] && with_ulfm && can_go_on && is_training && [ "$(ask over "${command[@]:2}")" = no ]; then rc=137; fi
+        if [ $rc = 0 ] && [ -n "$began" ] && { [ -n "$guessed" ] || with_ulfm; }; then
+            [ "$(ask over "$began" "${command[@]:2}")" != no ] || rc=137
+        fi
         # Refused on fewer nodes, such as a layout that does not divide them: the job has to wait for all of them.
         [ $rc = 2 ] && [ $starts -gt 0 ] && [ ${#use[@]} -lt "$wanted" ] && missing_nodes=yes
+        if is_a_death $rc && parts_lost; then missing_nodes=yes; fi
         if ! can_go_on || ! is_a_death $rc; then break; fi
         mapfile -t alive < <(answering "${alive[@]}")
         # What is no rank that was killed is an error, which would only come again, or what a dead node has led to.
@@ -86,7 +93,11 @@ is_a_death() { [ "$1" = 1 ] || [ "$1" = 124 ] || was_killed "$1"; }
 # Whether `command`, the caller's, goes on where it was when it is started again.
 can_go_on() { [[ "${command[*]} " = "hpcllm train "*" --resume "* || "${command[*]}" = "hpcllm predict "* ]]; }
 
-with_ulfm() { [ -z "${SLURM_JOB_ID:-}" ] && [[ " ${other_launcher[*]} " = *" ulfm "* ]]; }
+with_ulfm() {
+    local how=("${other_launcher[@]}")
+    [ -z "${SLURM_JOB_ID:-}" ] || how=("${slurm_launcher[@]}")
+    [[ " ${how[*]} " = *" ulfm "* ]]
+}
 
 is_training() { [ "${command[*]:0:2}" = "hpcllm train" ]; }
 
@@ -154,11 +165,12 @@ commas() { (IFS=, && echo "$*"); }
 
 # run_on_nodes STARTS COMMAND...: on the nodes `use` of the caller, which has `allocated` of them.
 run_on_nodes() {
-    local starts=$1 some=() nodes=${SLURM_JOB_NODELIST:-$(hostname)} rc
+    local starts=$1 some=() nodes=${SLURM_JOB_NODELIST:-$(hostname)} rc machines=
     shift
     [ ${#use[@]} = ${#allocated[@]} ] || nodes=$(commas "${use[@]}")
-    if [ -n "${SLURM_JOB_ID:-}" ]; then
-        some=("${slurm_launcher[@]}")
+    some=("${other_launcher[@]}")
+    [ -z "${SLURM_JOB_ID:-}" ] || some=("${slurm_launcher[@]}")
+    if [ "${some[0]##*/}" = srun ]; then
         if [ -n "${SLURM_HET_SIZE:-}" ]; then
             heterogeneous
         elif [ ${#use[@]} != ${#allocated[@]} ]; then
@@ -166,17 +178,17 @@ run_on_nodes() {
             some+=("--nodes=${#use[@]}" "--ntasks=$((${#use[@]} * each))" "--nodelist=$nodes")
         fi
     else
-        some=("${other_launcher[@]}")
-        # More ranks than cores are welcome. Variables, since each MPI has other options: Open MPI 4, then 5.
-        export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
-        export PRTE_MCA_rmaps_default_mapping_policy=:OVERSUBSCRIBE PRTE_MCA_hwloc_default_binding_policy=none
+        if [ -z "${SLURM_JOB_ID:-}" ]; then
+            # More ranks than cores are welcome. Variables, since each MPI has other options: Open MPI 4, then 5.
+            export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
+            export PRTE_MCA_rmaps_default_mapping_policy=:OVERSUBSCRIBE PRTE_MCA_hwloc_default_binding_policy=none
+        fi
         if [ "$(id -u)" = 0 ]; then
             export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
             export PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1
         fi
         if [ ${#use[@]} != ${#allocated[@]} ]; then
-            local machines each i
-            machines=$(mktemp) && grep -Fxf <(printf '%s\n' "${use[@]}") "$PBS_NODEFILE" >"$machines"
+            local each=1 i
             for i in "${!some[@]}"; do
                 case ${some[i]} in
                 -n | -np | --np)
@@ -185,16 +197,32 @@ run_on_nodes() {
                     ;;
                 esac
             done
-            some+=(-machinefile "$machines")
+            if [ -n "${PBS_NODEFILE:-}" ]; then
+                machines=$(mktemp) && grep -Fxf <(printf '%s\n' "${use[@]}") "$PBS_NODEFILE" >"$machines"
+                some+=(-machinefile "$machines")
+            else
+                some+=(--host "$(commas "${use[@]/%/:$each}")")
+            fi
         fi
     fi
     printf '%s %s, start %s:%s\n' "$(date +%FT%T)" "$nodes" \
         "$((${SLURM_RESTART_COUNT:-0} + 1))$([ "$starts" = 0 ] || echo ", launch $((starts + 1))")" \
         "$(printf ' %q' "${some[@]}" "$@")"
-    if [ -n "${SLURM_HET_SIZE:-}" ]; then srun_over_parts "${some[@]}" "$@"; else "${some[@]}" "$@"; fi
+    if [[ " ${some[*]} " = *" --het-group="* ]]; then srun_over_parts "${some[@]}" "$@"; else "${some[@]}" "$@"; fi
     rc=$?
-    [ -z "${machines:-}" ] || rm -f "$machines"
+    [ -z "$machines" ] || rm -f "$machines"
     return $rc
+}
+
+# Whether Slurm has given up a node of a heterogeneous job.
+parts_lost() {
+    local part name
+    for ((part = 0; part < ${SLURM_HET_SIZE:-0}; part++)); do
+        name=SLURM_JOB_NODELIST_HET_GROUP_$part
+        [ -n "${!name:-}" ] || continue
+        ! sinfo -N -h -n "${!name}" -o %T 2>/dev/null | grep -qE '\*|^(down|drained|error|fail$)' || return 0
+    done
+    return 1
 }
 
 # All parts of a heterogeneous job in one start, with the cores a task that all of them have.
@@ -221,23 +249,27 @@ srun_over_parts() {
     if [ -e "$said/killed" ]; then
         rc=$(sed -nE 's/^srun: error: .* tasks? [-0-9,]+: (Exited with exit code ([0-9]+)|.*)$/\2/p' "$said/errors" |
             awk '{ code = $1 == "" ? 137 : $1 } code > most { most = code } END { print most + 0 }')
+        # What it said of no task, such as that none could be started.
+        [ "$rc" != 0 ] || ! grep -q '^srun: error: ' "$said/errors" || rc=1
+        guessed=yes   # the caller's
         say "srun did not return after its ranks had ended and was killed; by what it said of them, exit code $rc"
     fi
     rm -rf "$said"
     return "$rc"
 }
 
-# Kill the process of FOLDER/pid when Slurm has known of no rank of this job for half a minute, unless it waits to start
-# some; says so by FOLDER/killed.
+# Kill the process of FOLDER/pid when Slurm has known of no rank of this job for half a minute, having known of some, or
+# for six minutes: as long as srun may wait, without a word, to start them. Says so by FOLDER/killed.
 kill_if_done() {
-    local part name jobs=$SLURM_JOB_ID steps without=0
+    local part name jobs=$SLURM_JOB_ID steps without=0 limit=72
     for ((part = 1; part < SLURM_HET_SIZE; part++)); do name=SLURM_JOB_ID_HET_GROUP_$part jobs+=,${!name:-$jobs}; done
-    while [ $without -lt 6 ]; do
+    while [ $without -lt $limit ]; do
         sleep "${HPCLLM_STEP_POLL_S:-5}" >/dev/null 2>&1
-        kill -0 "$(cat "$1/pid")" 2>/dev/null || return
+        kill -0 "$(cat "$1/pid" 2>/dev/null)" 2>/dev/null || return
         steps=$(squeue --noheader --steps --jobs "$jobs" --format %i 2>/dev/null) || continue
-        if grep -qE '^[0-9]+\.[0-9]+$' <<<"${steps// /}" ||
-            [[ $(grep -iE 'step .*creat' "$1/errors" | tail -n 1) = *retrying* ]]; then
+        if grep -qE '^[0-9]+\.[0-9]+$' <<<"${steps// /}"; then
+            without=0 limit=6
+        elif [[ $(grep -iE 'step .*creat' "$1/errors" | tail -n 1) = *retrying* ]]; then
             without=0
         else
             without=$((without + 1))
@@ -251,20 +283,32 @@ kill_if_done() {
 # folder of their own, run.output_dir/task-<number>. An array of which one runs at a time (--array=1-10%1) is a chain
 # that goes on in one folder. HPCLLM_ARRAY=members|chain decides by hand. Changes `command`, the caller's.
 array_member() {
-    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && is_training || return 0
-    local argument kind=${HPCLLM_ARRAY:-} folder given=()
-    case " ${command[*]} " in *" run.output_dir="*%a*) kind=chain ;; esac   # the folder has been seen to
-    command=("${command[@]//%a/$SLURM_ARRAY_TASK_ID}")
-    if [ -z "$kind" ]; then
-        kind=members
-        case " $(scontrol show job "$(job)" 2>/dev/null) " in *" ArrayTaskThrottle=1 "*) kind=chain ;; esac
+    local argument kind=${HPCLLM_ARRAY:-} folder given=() named='' told
+    local member=${SLURM_ARRAY_TASK_ID:-${PBS_ARRAY_INDEX:-${PBS_ARRAYID:-}}}
+    [ -n "$member" ] && is_training || return 0
+    for argument in "${command[@]}"; do   # the last one counts
+        case $argument in run.output_dir=*%a*) named=chain ;; run.output_dir=*) named= ;; esac
+    done
+    command=("${command[@]//%a/$member}")
+    kind=${kind:-$named}                  # of a folder that has been seen to
+    if [ -z "$kind" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+        told=$(scontrol show job "$(job)" 2>/dev/null || { sleep "${HPCLLM_PROBE_S:-60}" && scontrol show job "$(job)"; })
+        [ -n "$told" ] || {
+            say "scontrol does not tell whether members of this array run at the same time; HPCLLM_ARRAY=members or chain does" >&2
+            return 2
+        }
+        case " $told " in *" ArrayTaskThrottle=1 "*) kind=chain ;; esac
     fi
-    [ "$kind" = members ] || return 0
+    case ${kind:=members} in
+    chain) return 0 ;;
+    members) ;;
+    *) say "HPCLLM_ARRAY=$kind is neither members nor chain" >&2 && return 2 ;;
+    esac
     folder=$(ask folder "${command[@]:2}") || return
     for argument in "${command[@]}"; do
-        case $argument in --*) [ -z "$folder" ] || given+=("run.output_dir=$folder/task-$SLURM_ARRAY_TASK_ID"); folder= ;; esac
+        case $argument in --*) [ -z "$folder" ] || given+=("run.output_dir=$folder/task-$member"); folder= ;; esac
         given+=("$argument")
     done
-    [ -z "$folder" ] || given+=("run.output_dir=$folder/task-$SLURM_ARRAY_TASK_ID")
+    [ -z "$folder" ] || given+=("run.output_dir=$folder/task-$member")
     command=("${given[@]}")
 }

@@ -1,16 +1,19 @@
 """Checkpoints and files: whole or not there, exact, verified, never the only one deleted."""
 
+import errno
 import json
 import os
 import resource
+import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 from mpi4py import MPI
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
-from hpcllm import checkpoint, config, files, model, optimizer, saving
+from hpcllm import checkpoint, config, files, model, optimizer, run_folder, saving
 from hpcllm.errors import DataError, IOFailure
 from hpcllm.parallel.apply import whole
 
@@ -108,6 +111,64 @@ def test_what_a_kill_between_two_renamings_has_left_is_found_again(tmp_path, tra
     (run / ".checkpoint-1.17.removed").mkdir()
     checkpoint.remove_unfinished(run)
     assert os.listdir(run) == ["checkpoint-1"]
+
+
+def test_of_two_that_a_kill_has_left_the_newer_is_taken_and_none_that_was_being_deleted(
+    tmp_path, trained, run, monkeypatch
+):
+    path = save(tmp_path, trained, 1)
+    path.rename(run / ".checkpoint-1.4711.removed")
+    newer = save(tmp_path, trained, 1)
+    (newer / "newer").touch()
+    newer.rename(run / ".checkpoint-1.0abc.tmp")
+    checkpoint.rescue(run)
+    assert (path / "newer").exists()
+    checkpoint.remove_unfinished(run)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed here
+    monkeypatch.setattr(os, "getpid", lambda: 17)
+    save(tmp_path, trained, 2, keep=1)
+    assert (run / ".checkpoint-1.17.removed").is_dir()
+    checkpoint.rescue(run)
+    assert [path.name for path in checkpoint.find(run)] == ["checkpoint-2"]
+
+
+def test_a_file_system_that_fails_makes_no_checkpoint_damaged(tmp_path, trained, run, monkeypatch):
+    path = save(tmp_path, trained, 1)
+    monkeypatch.setattr(files, "PAUSES_S", (0.0,))
+    read_text, stale = Path.read_text, [OSError(errno.ESTALE, "Stale file handle")] * 3
+
+    def failing(self, *given, **how):
+        if self.name == checkpoint.COMPLETE and stale:
+            raise stale.pop()
+        return read_text(self, *given, **how)
+
+    monkeypatch.setattr(Path, "read_text", failing)
+    with pytest.raises(IOFailure, match=f"{path}: Stale file handle"):
+        checkpoint.verify(path)
+    checkpoint.verify(path)  # after another one, which passes
+    (path / checkpoint.COMPLETE).unlink()
+    with pytest.raises(DataError, match="not a complete checkpoint"):
+        checkpoint.verify(path)
+
+
+def test_a_tokenizer_that_vanishes_during_a_run_is_in_its_checkpoints(tmp_path, trained, run):
+    net, adjust, tokenizer_dir = trained
+    saver = saving.Saver(MPI.COMM_SELF, whole(net), adjust, run, tokenizer_dir, 2)
+    shutil.rmtree(tokenizer_dir)
+    saver.begin(1, {"samples": 10})
+    saver.finish()
+    assert (run / "checkpoint-1" / "tokenizer.json").read_text() == "{}"
+    checkpoint.verify(run / "checkpoint-1")
+
+
+def test_the_best_is_one_whose_checkpoint_is_there(tmp_path, trained, run):
+    assert run_folder.best_there_is(run, {"step": 3}) is None
+    net, adjust, tokenizer_dir = trained
+    for step, known in ((1, {"step": 1}), (2, {"step": 1})):
+        saving.save(MPI.COMM_SELF, run, step, whole(net), adjust, tokenizer_dir, {"best": known}, 9)
+    assert run_folder.best_there_is(run, {"step": 3}) == {"step": 1}
+    assert run_folder.best_there_is(run, {"step": 2}) == {"step": 2}
+    assert run_folder.best_there_is(run, None) is None
 
 
 def test_a_folder_that_was_never_finished_does_not_count(tmp_path, trained, run):

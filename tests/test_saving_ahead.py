@@ -3,8 +3,10 @@
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mpi4py import MPI
 from test_train import settings, shared
 
 from hpcllm import blocks, checkpoint, saving, train
@@ -145,8 +147,40 @@ def test_a_run_that_diverges_leaves_the_checkpoint_that_was_under_way(
 
 
 def test_a_saver_that_has_nothing_to_do_does_nothing(tmp_path):
-    saver = saving.Saver(None, None, None, tmp_path, tmp_path, 2, newest=Path("before"))
+    saver = saving.Saver(MPI.COMM_SELF, None, None, tmp_path, tmp_path, 2, newest=Path("before"))
     saver.hold()
     saver.advance(saver.report())
     saver.finish()
     assert saver.newest == Path("before")
+
+
+def a_run(**more):
+    """As much of a train.Run as is asked for below."""
+    stream = SimpleNamespace(stream=SimpleNamespace(digest="0"))
+    known = {"config": SimpleNamespace(model_dump=lambda **_: {}), "sources": SimpleNamespace(training=stream)}
+    return SimpleNamespace(**known, spikes=SimpleNamespace(state=None), **more)
+
+
+def test_evaluations_that_come_before_it_is_written_are_not_in_a_checkpoint():
+    state = {"samples": 3, "useful_s": 0.0, "nonfinite": 0, "best": {"step": 1, "evaluations": 0}}
+    kept = train.Run.kept(a_run(state=state, world=SimpleNamespace(size=1)))
+    state["best"]["evaluations"] += 1
+    assert kept["best"] == {"step": 1, "evaluations": 0}
+
+
+def test_root_cannot_fail_before_what_is_collective_after_a_checkpoint():
+    done = []
+
+    def full(*_, **__):
+        done.append("journal")
+        raise IOFailure("no room")
+
+    run = a_run(
+        requests=SimpleNamespace(took=lambda *_: None),
+        journal=SimpleNamespace(event=full),
+        interval=SimpleNamespace(auto=True),
+        world=SimpleNamespace(comm=SimpleNamespace(allgather=lambda told: done.append("allgather"))),
+    )
+    with pytest.raises(IOFailure):
+        train.Run.saved(run, 1, "path", 2.0, 1.0)
+    assert done == ["allgather", "journal"]

@@ -279,3 +279,14 @@ def test_a_run_is_refused_where_a_checkpoint_would_find_no_room(world, prepared,
         (Path(results["checkpoint"]) / name).stat().st_size for name in ("model.safetensors", "optimizer.safetensors")
     ]
     assert results["step"] == 6 and sum(sizes) > 100_000
+
+
+@pytest.mark.parametrize("name", [stopping.SAVE, stopping.GROW])
+def test_a_file_that_cannot_be_removed_is_not_heard_and_ends_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(stopping, "_LOOK_EVERY_S", 0.0)
+    requests = stopping.Requests(tmp_path, True, ask=lambda: None)
+    (tmp_path / name).mkdir()
+    assert requests.heard() == stopping._NOTHING
+    (tmp_path / name).rmdir()
+    (tmp_path / name).write_text("4")
+    assert requests.heard() != stopping._NOTHING and not (tmp_path / name).exists()

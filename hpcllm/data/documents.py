@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import files
 from . import shards, texts
 
 
@@ -37,7 +38,8 @@ class Documents:
         """[(first document, first token, what is beside the tokens)] of each shard."""
         found, document, token = [], 0, 0
         for path in self.stream.paths:
-            beside = shards.map_beside(path, self._columns)
+            with files.failing_as_io(path):
+                beside = files.patiently(shards.map_beside, path, self._columns)
             found.append((document, token, beside))
             offsets = beside["document_offsets"]
             document, token = document + len(offsets) - 1, token + int(offsets[-1])

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ..errors import DataError
+from .. import files
+from ..errors import DataError, IOFailure
 
 BLOCK_BYTES = 1 << 20
 _AT_ONCE, _THREADS = 64, 4  # blocks that are read, and at most how many threads look at them
@@ -118,7 +119,8 @@ class TokenStream:
     def _verified(self, shard, starts, length):
         """The mapped shard, after checking the blocks that hold [start, start + length) for each start."""
         if shard not in self._opened:
-            self._opened[shard] = self._map(shard)
+            with files.failing_as_io(self.paths[shard]):
+                self._opened[shard] = files.patiently(self._map, shard)
         mapped = self._opened[shard]
         if mapped.unchecked == 0:
             return mapped
@@ -191,8 +193,12 @@ class CollectiveStream(TokenStream):
         error = None
         for shard in sorted(set().union(*self._comm.allgather(set(needed)))):
             try:
-                self._read(shard, needed.get(shard, []), out)
-            except DataError as damaged:  # told after the last collective read, so that no rank waits in one
+                with files.failing_as_io(self.paths[shard]):
+                    self._read(shard, needed.get(shard, []), out)
+            except (
+                DataError,
+                IOFailure,
+            ) as damaged:  # told after the last collective read, so that no rank waits in one
                 error = error or damaged
         agree(self._comm, error)
         return out

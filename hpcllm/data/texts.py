@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 
+from .. import files
 from ..errors import DataError
 from . import shards
 
@@ -29,7 +30,8 @@ class Texts:
         sizes = column[:, 0]
         self._begins = np.cumsum(sizes) - sizes
         self.firsts = np.flatnonzero(sizes)  # of each example its first document
-        self._memory = np.memmap(self._path, np.uint8, "r")
+        with files.failing_as_io(self._path):
+            self._memory = np.memmap(self._path, np.uint8, "r")
 
     def of(self, document):
         """The value of the example that a document belongs to. Raises DataError for a damaged line."""

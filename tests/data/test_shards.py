@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import threading
 
 import h5py
@@ -449,3 +450,11 @@ def test_a_shard_exchanged_for_another_is_refused(three_shards):
     last.write_bytes(first.read_bytes())
     with pytest.raises(DataError, match=rf"{first} has \d+ bytes"):
         shards.open_folder(three_shards)
+
+
+def test_a_shard_that_has_vanished_since_is_named_with_a_sentence(tmp_path):
+    stream = shards.open_folder(write_shards(tmp_path / "data", [[[1, 2, 3] * 10], [[4, 5, 6] * 10]]))
+    os.unlink(stream.paths[1])
+    assert stream.gather([0], 5).tolist() == [[1, 2, 3, 1, 2]]
+    with pytest.raises(IOFailure, match=re.escape(str(stream.paths[1]))):
+        stream.gather([30], 5)

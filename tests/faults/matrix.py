@@ -309,16 +309,14 @@ def no_folder(folder):
     return holds, f"exit code {done.returncode} after {seconds:.1f} s; vanished: {gone.returncode} after {over:.1f} s"
 
 
-def blamed(kind, code):
+def blamed(kind, code, timeout_s=10):
     """A fault within collectives, of benchmarks.faults."""
-    os.environ["HPCLLM_TIMEOUT_S"] = "3"
+    os.environ["HPCLLM_TIMEOUT_S"] = str(timeout_s)
     seconds, status, who, orphans, left = collectives.measure(kind)
     del os.environ["HPCLLM_TIMEOUT_S"]
-    holds = status == code and who != "nobody" and not orphans and not left and float(seconds) < 5
-    return (
-        holds,
-        f"over after {seconds} s (timeout 3 s), exit code {status}, rank named by {who}, {orphans} processes left",
-    )
+    holds = status == code and who != "nobody" and not orphans and not left and float(seconds) < 1.1 * timeout_s
+    over = f"over after {seconds} s (timeout {timeout_s} s), exit code {status}"
+    return holds, f"{over}, rank named by {who}, {orphans} processes left"
 
 
 @fault("F10", "a rank hangs: SIGSTOP")

@@ -33,7 +33,14 @@ sed -i 1d "$here/fate"
 [ "$node" = - ] || echo "$node" >>"$here/dead"
 [ "$step" = - ] || { mkdir -p "runs/gpt/checkpoint-$step" && touch "runs/gpt/checkpoint-$step/.complete"; }
 case $code in
-ends) mkdir -p runs/gpt && echo '{"event": "end", "restart": 0, "time": 1.0}' >>runs/gpt/events.jsonl && exit 0 ;;
+ends)
+    mkdir -p runs/gpt
+    for event in start end; do
+        echo '{"event": "'$event'", "restart": 0, "time": 1.0}' >>runs/gpt/events.jsonl
+    done
+    exit 0
+    ;;
+*-sticks) echo "srun: error: Application launch failed: Unspecified error" >&2 && exec sleep 20 ;;
 *-hangs)
     echo "srun: error: n2: task 0: Exited with exit code ${code%-*}" >&2
     echo "srun: error: n1: tasks 0-1: Exited with exit code 1" >&2
@@ -64,7 +71,7 @@ FILES = {
     "asked": "",
     "tried": "",
     "dead": "",
-    "job": "",
+    "job": "JobId=17\n",
     "states": "",
     "state": "RUNNING\n",
     "steps": "",
@@ -168,6 +175,12 @@ def test_a_run_that_has_not_ended_is_started_again_though_mpirun_says_all_is_wel
     (job.folder / "mine.sh").write_text(f"source {SLURM}/site.sh\nother_launcher=(mpirun --with-ft ulfm -np 2)\n")
     asked, (code, log), says = job("0 - 10", "ends - -", env={}, HPCLLM_SITE="mine.sh")
     assert code == 0 and len(asked) == 2, log
+    # What an earlier start has said counts for nothing, unless all is done.
+    asked, (code, log), _ = job("0 - 11", "ends - -", env={}, HPCLLM_SITE="mine.sh")
+    assert code == 0 and len(asked) == 2, log
+    (job.folder / "runs/gpt/STOP").touch()
+    asked, (code, log), _ = job("0 - -", env={}, HPCLLM_SITE="mine.sh")
+    assert code == 0 and len(asked) == 1, log
     assert "exit code 137, 0 of 0 nodes answer; launched again" in says[0], says
 
 
@@ -235,6 +248,14 @@ def test_members_of_an_array_train_in_folders_of_their_own_and_a_chain_goes_on_i
     assert settings(files=one, HPCLLM_ARRAY="members") == "run.output_dir=runs/gpt/task-4 --resume"
     assert settings("run.output_dir=my/%a", "run.seed=%a") == "run.output_dir=my/4 run.seed=4 --resume"
     assert settings("run.seed=%a") == "run.seed=4 run.output_dir=runs/gpt/task-4 --resume"
+    assert settings("run.output_dir=sweep", "run.seed=%a") == (
+        "run.output_dir=sweep run.seed=4 run.output_dir=sweep/task-4 --resume"
+    )
+    for how, said in (({"files": {"job": ""}}, "does not tell"), ({"HPCLLM_ARRAY": "member"}, "neither members nor")):
+        asked, (code, log), _ = job("0 - -", env=ARRAY | {"HPCLLM_PROBE_S": "0"}, **how)
+        assert (code, asked) == (2, []) and said in log, log
+    asked, _, _ = job("0 - -", env={"PBS_ARRAY_INDEX": "5"})
+    assert "run.output_dir=runs/gpt/task-5 " in asked[0]
     # Never in the folder of others because its own is not known.
     asked, (code, log), _ = job("0 - -", env=ARRAY, arguments=("train.max_step=3",))
     assert (code, asked) == (2, []) and log.count('unknown key "max_step"') == 1
@@ -253,11 +274,31 @@ def test_a_heterogeneous_job_starts_all_of_its_parts_at_once(job):
 
 def test_srun_of_parts_that_does_not_return_after_its_ranks_have_ended_is_killed(job):
     parts = {"SLURM_HET_SIZE": "2", "SLURM_JOB_ID_HET_GROUP_1": "18", "HPCLLM_STEP_POLL_S": "0.1"}
-    _, (code, log), _ = job("75-hangs - -", env=JOB | parts, files={"steps": "17.batch\n17.extern\n"})
+    quick = parts | {"HPCLLM_STEP_POLL_S": "0.02"}  # nobody has seen a rank
+    _, (code, log), _ = job("75-hangs - -", env=JOB | quick, files={"steps": "17.batch\n17.extern\n"})
     assert code == 75 and "by what it said of them, exit code 75" in log and "scontrol requeue 17" in log, log
+    # It told of no task, and Slurm has known of none: nothing was trained.
+    _, (code, log), _ = job(
+        "0-sticks - -", env=JOB | parts | {"HPCLLM_STEP_POLL_S": "0.02"}, files={"steps": "17.batch\n"}
+    )
+    assert code == 1 and "launched again" not in log, log
     # Not while a part has ranks.
     with pytest.raises(subprocess.TimeoutExpired):
         job("75-hangs - -", env=JOB | parts, files={"steps": "17.batch\n18.3\n"}, timeout_s=4)
+
+
+def test_a_heterogeneous_job_that_has_lost_a_node_is_queued_again(job):
+    parts = {"SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "n1", "SLURM_JOB_NODELIST_HET_GROUP_1": "n[2-3]"}
+    for state, again in (("down*", True), ("allocated", False)):
+        _, (code, log), _ = job("1 - -", env=JOB | parts, files={"states": f"{state}\n"})
+        assert (code, "scontrol requeue 17\n" in log) == (1, again), log
+
+
+def test_mpirun_in_a_slurm_job_is_told_the_nodes_that_are_left_in_its_own_words(job):
+    (job.folder / "mine.sh").write_text(f"source {SLURM}/site.sh\nslurm_launcher=(mpirun --with-ft ulfm -np 8)\n")
+    asked, (code, log), _ = job("137 n2 10", "0 - -", "ends - -", HPCLLM_SITE="mine.sh")
+    assert code == 0 and len(asked) == 3, log
+    assert "mpirun --with-ft ulfm -np 6 --host n1:2,n3:2,n4:2 hpcllm train" in asked[1] == asked[2], log
 
 
 def submit(job, *arguments):
@@ -291,12 +332,21 @@ def test_what_the_job_scripts_ask(tmp_path, monkeypatch):
         (tmp_path / name / ".complete").touch()
     (tmp_path / "checkpoint-11").mkdir()  # is being written
     assert batch.newest(run_file, here) == 10
-    assert batch.over(run_file, here) == "no"
-    (tmp_path / "events.jsonl").write_text('{"event": "end", "restart": 0, "time": 1.0}\n')
-    assert batch.over(run_file, here) == "yes"
-    with open(tmp_path / "events.jsonl", "a") as file:
-        file.write('{"event": "start", "restart": 1, "time": 2.0}\n{"event": "end", "rest')
-    assert batch.over(run_file, here) == "no"
+    (tmp_path / "checkpoint-50").mkdir()
+    (tmp_path / "checkpoint-50" / ".complete").touch()
+    assert (batch.starts(run_file, here), batch.over("0", run_file, here)) == (0, "no")
+    names = ("start", "end", "start")
+    lines = [json.dumps({"event": name, "restart": 0, "time": 1.0, "max_steps": 50}) + "\n" for name in names]
+    (tmp_path / "events.jsonl").write_text("".join(lines[:2]))
+    assert batch.starts(run_file, here) == 1
+    assert (batch.over("0", run_file, here), batch.over("1", run_file, here)) == ("yes", "no")
+    (tmp_path / "results.json").touch()
+    over = [batch.over("1", run_file, here, f"train.max_steps={steps}") for steps in (50, 51)]
+    assert over == ["yes", "no"]  # there was nothing to do, and there was
+    (tmp_path / "events.jsonl").write_text("".join(lines) + '{"event": "end", "rest')
+    assert batch.over("1", run_file, here) == "no"
+    (tmp_path / "STOP").touch()
+    assert batch.over("1", run_file, here) == "yes"
     with pytest.raises(UsageError):
         batch.folder(run_file, "run.oops=1")
     code = "import sys, json, runpy; runpy.run_module('hpcllm.batch', run_name='__main__')"

@@ -182,7 +182,7 @@ def test_a_heterogeneous_job_is_one_mpi_job_over_all_of_its_parts(cluster, modul
         "print('rank', world.rank, 'of', world.size, 'on', world.host, 'has', minutes, 'minutes', flush=True)\n"
     )
     parts = ("--nodes=1", "--ntasks-per-node=1", "--time=9", ":", "--nodes=1", "--ntasks-per-node=2", "--time=3")
-    number = cluster.submit(*parts, "own.sbatch", cwd=job_folder, before=module_load)
+    number = cluster.submit(*parts, "own.sbatch", cwd=job_folder, before=module_load, HPCLLM_STEP_POLL_S="1")
     job = cluster.wait(number, timeout_s=120)
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), job["log"]
     lines = sorted(line for line in job["log"].splitlines() if line.startswith("rank "))
