@@ -60,7 +60,9 @@ def over(began, run_file, *settings):
 
 if __name__ == "__main__":
     try:
-        answer = {"left": left, "folder": folder, "newest": newest, "starts": starts, "over": over}[sys.argv[1]](*sys.argv[2:])
+        answer = {"left": left, "folder": folder, "newest": newest, "starts": starts, "over": over}[sys.argv[1]](
+            *sys.argv[2:]
+        )
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         sys.exit(refusal.code)

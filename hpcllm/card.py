@@ -4,7 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
-from . import lora, records
+from . import lora, records, run_folder
 
 NAME = "README.md"
 _PIPELINES = {
@@ -82,8 +82,8 @@ def _onnx(graph, model):
 
 def _scores(file, checkpoint):
     """A table of the run's scores, if they are of this checkpoint."""
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if Path(results.get("checkpoint", "")).name != checkpoint:
+    results = run_folder.read_results(file)
+    if Path(str(results.get("checkpoint", ""))).name != checkpoint:
         return []
     scores = {}
     for key, value in results.items():

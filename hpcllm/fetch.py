@@ -6,10 +6,12 @@ and weights in safetensors files, each checked by its SHA-256; never pickles, ne
 
 import contextlib
 import fnmatch
+import json
+import os
 import shutil
 from pathlib import Path
 
-from . import export, files, model
+from . import export, files, lora, model
 from .data import tokenizer
 from .errors import CannotCreate, DataError, IOFailure, MissingInput
 from .monitor import Progress
@@ -49,13 +51,24 @@ def fetch(name, output, revision=None, overwrite=False):
         _check(name, hidden)
         said = {"name": name, "revision": commit, "files": {file: digest for file, (_, digest) in wanted.items()}}
         files.write_json(hidden / SOURCE, said)
+        _check_output(output, overwrite)  # it may be another folder by now
     return {"output": str(output), "name": name, "revision": commit, "files": len(wanted), "bytes": total}
 
 
 def _check_output(output, overwrite):
-    """Refuse an output that is in the way, unless it is to be replaced and has been fetched before."""
+    """Refuse an output that is in the way, unless it is to be replaced and holds what was fetched and no more."""
     if not (overwrite and (output / SOURCE).is_file()):
-        export.check(output, False)
+        return export.check(output, False)
+    try:
+        known = set(json.loads((output / SOURCE).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CannotCreate(
+            f"{output}: {SOURCE} does not tell what was fetched, so --overwrite leaves it alone: {error}"
+        ) from None
+    strangers = sorted(set(os.listdir(output)) - {name.partition("/")[0] for name in known} - {SOURCE})
+    if strangers or output.is_symlink():
+        listed = ", ".join(strangers[:5]) or "what a link leads to"
+        raise CannotCreate(f"{output} also holds {listed}; --overwrite would delete what was not fetched")
 
 
 def _listing(name, revision):
@@ -114,6 +127,13 @@ def _check(name, folder):
     if getattr(config, "auto_map", None):
         raise DataError(f"{name}: needs a program of its own (auto_map in config.json), which hpcllm does not run")
     tokenizer.load(str(folder))
+    if (folder / export.INDEX).is_file() and not (folder / lora.PLAIN).is_file():
+        try:
+            named = set(json.loads((folder / export.INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise DataError(f"{name}: {export.INDEX} names no weights: {error}") from None
+        if lacking := sorted(one for one in named if not (folder / str(one)).is_file()):
+            raise DataError(f"{name}: the hub lacks {lacking[0]}, which {export.INDEX} names")
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, framework="pt"):

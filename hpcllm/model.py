@@ -185,6 +185,12 @@ def saved(folder):
 def require_folder(folder):
     """The Path of a model folder. Raises MissingInput for any other, and DataError for an adapter of one
     and for one that needs a program of its own."""
+    read_config(folder)
+    return Path(folder)
+
+
+def read_config(folder):
+    """What config.json of a model folder says, a dict. Raises as `require_folder`."""
     folder = Path(folder)
     if (folder / lora.ADAPTER_CONFIG).is_file():  # which transformers would follow to its model, wherever that is
         raise DataError(f"{folder} holds an adapter of a model; `hpcllm export` without --adapter writes the whole")
@@ -198,7 +204,7 @@ def require_folder(folder):
         raise DataError(f"{folder}: config.json cannot be used: it holds no settings")
     if said.get("auto_map"):
         raise DataError(f"{folder} needs a program of its own (auto_map in config.json), which hpcllm does not run")
-    return folder
+    return said
 
 
 def require_safetensors(folder):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, lora
+from . import checkpoint, files, lora, model
 from .data import shards
 from .errors import DataError, MissingInput, UsageError
 from .metrics import written
@@ -42,8 +42,8 @@ def what_is(path, question=None):
     """
     folder, precision = Path(path), "fp32"
     if (folder / "config.json").is_file() and not (folder / "trainer_state.json").is_file():
-        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-        own = next((task for ending, task in _ENDINGS.items() if names[0].endswith(ending)), None)
+        names = model.read_config(folder).get("architectures") or [""]
+        own = next((task for ending, task in _ENDINGS.items() if str(names[0]).endswith(ending)), None)
     else:
         config, folder = run_config(path)
         own, precision = config.model.task, config.train.precision
@@ -58,15 +58,18 @@ def what_is(path, question=None):
 
 def fingerprint(folder, question, precision, options):
     """What decides answers, in words, for a run that goes on where another was killed. Root only."""
+    with files.failing_as_io(folder):
+        return {"model": _weights(folder), "question": question, "precision": precision} | options
+
+
+def _weights(folder):
     said = folder / checkpoint.COMPLETE
     if said.is_file():
-        which = json.loads(said.read_text(encoding="utf-8"))["files"][lora.weights_file(folder).name]["sha256"]
-    else:
-        found = sorted(folder.glob("*.safetensors"))
-        if not found:
-            raise MissingInput(f"{folder} has no weights in safetensors files")
-        which = ", ".join(f"{file.name} {file.stat().st_size} bytes of {file.stat().st_mtime_ns}" for file in found)
-    return {"model": which, "question": question, "precision": precision} | options
+        return json.loads(said.read_text(encoding="utf-8"))["files"][lora.weights_file(folder).name]["sha256"]
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise MissingInput(f"{folder} has no weights in safetensors files")
+    return ", ".join(f"{file.name} {file.stat().st_size} bytes of {file.stat().st_mtime_ns}" for file in found)
 
 
 def predict_file(

@@ -210,7 +210,7 @@ class Survival:
         if world.is_root and run.progress.quiet:
             run.progress = monitor.Progress("train", run.plan.max_steps, run.state["step"])
         run.saver = run.new_saver(newest)
-        run.owes = comm.bcast(unfinished is not None and unfinished != newest)
+        run.owes = comm.bcast(run.owes or (unfinished is not None and unfinished != newest))
         # What ranks decide by, each for itself, must be the same on all of them.
         run.interval, run.spikes = comm.bcast((run.interval, run.spikes))
         run.back = run.checked = None
@@ -227,7 +227,8 @@ class Survival:
             return "back"
         if not placed.divided:
             return "on"
-        return "salvage" if placed.mesh.layout.pipeline == 1 and not placed.one_copy else "back"
+        can = placed.mesh.layout.pipeline == 1 and not placed.one_copy and self.committed
+        return "salvage" if can else "back"
 
     def _take_in(self):
         """Tell the spares among the ranks, by root, what they have missed, and have them open the data. Collective."""
@@ -282,7 +283,9 @@ class Survival:
         state["samples"] += (self.committed - state["step"]) * run.plan.global_batch_size
         # What was due after that step is done again, unless all of it was done.
         state |= {"step": self.committed, "best": copy.deepcopy(run.best)}
-        state |= comm.bcast(state)
+        told = dict(comm.bcast(state))  # as a whole: some ranks may have been a line further than others
+        state.clear()
+        state.update(told)
         self.at_step = True
         run.settled, run.best, run.scores = comm.bcast((run.settled, run.best, run.scores))
 
@@ -333,7 +336,9 @@ class Survival:
     def _go_back(self, layout, newest):
         """From the newest checkpoint, or the start: what the dead had is nowhere else."""
         run, state = self._run, {"step": 0, "samples": 0, "useful_s": 0.0, "nonfinite": 0}
+        self.at_step = False  # a death in here finds ranks at different lines, and all are to come here again
         run.placed = run.adjust = None
+        run.scores, run.told = {}, None
         if newest:
             on_root(self._comm, checkpoint.verify, newest)
             state |= on_root(self._comm, checkpoint.read_state, newest)

@@ -63,7 +63,7 @@ def _find_start(config, output, resume, overwrite):
     if state["step"] > config.train.max_steps:
         raise UsageError(f"--resume: {found[-1]} is beyond train.max_steps ({config.train.max_steps})")
     file = output / "results.json"
-    results = _results(file)
+    results = read_results(file)
     over = state["step"] == config.train.max_steps or results.get("stopped_early")
     if not over or results.get("step") != state["step"]:  # or those of a shorter run
         return found[-1], state, None
@@ -71,7 +71,7 @@ def _find_start(config, output, resume, overwrite):
     return found[-1], state, results
 
 
-def _results(file):
+def read_results(file):
     """What results.json says; nothing where it is not there or cannot be read: it can be made again."""
     try:
         results = json.loads(file.read_text(encoding="utf-8"))

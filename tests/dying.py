@@ -16,7 +16,9 @@ import threading
 import time
 from pathlib import Path
 
-from hpcllm import __main__, blocks, checkpoint, evaluate, monitor, mpi, optimizer
+import torch.distributed as dist
+
+from hpcllm import __main__, blocks, checkpoint, evaluate, monitor, mpi, optimizer, weights
 from hpcllm.mpi import shared, survive
 from hpcllm.parallel.apply import Placed
 
@@ -75,6 +77,9 @@ PLACES = {
     "finish": (checkpoint, "finish", die),
     "rebuild": (Placed, "moved", die),
     "share": (optimizer, "share", die),
+    "shrink": (survive.Comm, "Shrink", soon),
+    "regroup": (dist, "destroy_process_group", die),
+    "fill": (weights, "fill", die),
     "spare": (optimizer, "learning_rate", kill_last),
 }
 

@@ -64,6 +64,13 @@ def test_two_that_die_at_once_and_one_more_while_the_others_regroup(dying_job, t
     assert told["ranks"] == [0, 1, 3] and told["left"] == 2 and told["goes_on_from"] == 4
 
 
+@pytest.mark.parametrize("attempt", range(3))
+def test_one_that_dies_while_the_others_find_out_who_is_left(dying_job, tmp_path, attempt):
+    done = dying_job("dying", 4, ["clip:6:0", "shrink:6:2"])
+    ended_well(done, tmp_path / "dying")
+    assert sorted(rank for event in events(tmp_path / "dying", "died") for rank in event["ranks"]) == [0, 2]
+
+
 @pytest.mark.parametrize("sharding", ["full", "host"])
 def test_where_weights_are_divided_all_go_back_to_the_newest_checkpoint(dying_job, tmp_path, sharding):
     how = {"parallel.sharding": sharding, "checkpoint.asynchronous": "false", "checkpoint.every_steps": 4}

@@ -45,6 +45,25 @@ def test_a_spare_that_dies_waiting_or_coming_in_is_done_without(dying_job, tmp_p
     assert told(tmp_path / "dying") == [([4], [], 3, 1), ([1, 3], [], 2, 0)]
 
 
+def test_a_spare_that_is_not_needed_yet_outlives_a_second_death_while_the_others_regroup(dying_job, tmp_path):
+    done = dying_job("dying", 5, ["clip:6:0", "regroup:6:1"], **TWO)
+    ended_well(done, tmp_path / "dying")
+    assert told(tmp_path / "dying") == [([0, 1], [3, 4], 3, 0)]
+
+
+def test_a_spare_that_dies_as_it_reads_what_was_saved_of_cut_weights_is_done_without(dying_job, tmp_path):
+    done = dying_job("dying", 6, ["clip:6:1", "fill:0:4"], **{"parallel.tensor": 2}, **TWO)
+    ended_well(done, tmp_path / "dying")
+    assert told(tmp_path / "dying") == [([1, 4], [5], 4, 0)]
+
+
+def test_in_a_pipeline_too_a_spare_comes_in(dying_job, tmp_path):
+    how = {"parallel.pipeline": 2, "train.micro_batch_size": 2, "checkpoint.asynchronous": "false"}
+    done = dying_job("dying", 5, ["clip:6:1"], **how, **{"checkpoint.every_steps": 4}, **ONE)
+    ended_well(done, tmp_path / "dying")
+    assert "comes in, 4 ranks go on from step 4 (" in done.stdout
+
+
 @pytest.mark.parametrize("sharding", ["full", "host"])
 def test_where_weights_are_divided_the_spare_reads_the_newest_checkpoint_with_the_others(dying_job, tmp_path, sharding):
     how = {"parallel.sharding": sharding, "checkpoint.asynchronous": "false", "checkpoint.every_steps": 4}

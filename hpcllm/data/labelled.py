@@ -141,6 +141,8 @@ def _field(fields, number, unit, offset):
 
 def _rows(unit, reading, kind):
     names = reading.columns or _header(unit.path, kind)
+    if not names:  # a compressed file of nothing; plain ones are passed over before
+        return
     of_text, of_pair, of_label = reading.named(kind)
     wanted = [name for name in (of_text, of_pair, of_label) if name is not None]
     missing = [name for name in wanted if name not in names]
@@ -182,6 +184,7 @@ def _header(path, kind):
     unit = text.cut([path], unit_bytes=1 << 40)[0]
     for line, offset, _ in text.lines(unit):
         return tuple(_split(line, kind, unit, offset))
+    return ()
 
 
 def _records(unit, reading):

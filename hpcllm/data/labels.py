@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import DataError, UsageError
+from ..files import failing_as_io
 from ..metrics.tags import spans
 from ..mpi import together
 from . import labelled, text
@@ -146,9 +147,10 @@ def find(comm, kind, units, reading, separator, given):
     mine = dict.fromkeys(given or ())  # name: where it was first
     with together(comm):
         for unit in units if given is None else ():
-            for example, _ in labelled.examples(unit, reading):
-                for name in named(kind, example, unit, separator):
-                    mine.setdefault(name, (unit, example.offset))
+            with failing_as_io(unit.path):
+                for example, _ in labelled.examples(unit, reading):
+                    for name in named(kind, example, unit, separator):
+                        mine.setdefault(name, (unit, example.offset))
     names = set().union(*comm.allgather(sorted(mine)))
     chunks = kind == "tags" and any(is_chunk(name) for name in names - {OUTSIDE})
     if given is None:

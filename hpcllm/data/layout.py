@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 
+from ..errors import IOFailure
 from ..files import failing_as_io, write_at
 from ..mpi import on_root, together
 from . import shards
@@ -145,7 +146,8 @@ def _create(comm, target, paths, sizes, facts):
     with together(comm), failing_as_io(target):
         for index in range(comm.rank, len(paths), comm.size):
             tokens, documents = sizes[index].tolist()
-            made[index] = shards.create(paths[index], token_count=tokens, document_count=documents, **facts)
+            with _closing(paths[index]):
+                made[index] = shards.create(paths[index], token_count=tokens, document_count=documents, **facts)
             with open(paths[index], "r+b", buffering=0) as file:
                 at = made[index]["document_offsets"] + 8 * documents
                 write_at(file.fileno(), np.array([tokens], "<i8"), at)
@@ -182,9 +184,19 @@ def _finish(comm, target, paths, offsets, sizes, dtype):
     entries = {}
     with together(comm), failing_as_io(target):
         for index in range(comm.rank, len(paths), comm.size):
-            entries[index] = shards.finish(paths[index], crcs[index], highest[index])
+            with _closing(paths[index]):
+                entries[index] = shards.finish(paths[index], crcs[index], highest[index])
     entries = {index: entry for each in comm.allgather(entries) for index, entry in each.items()}
     return [entries[index] for index in sorted(entries)]
+
+
+@contextlib.contextmanager
+def _closing(path):
+    """What HDF5 fails with when it closes a file, for want of room perhaps, is a RuntimeError; here an IOFailure."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise IOFailure(f"{path}: {error}") from None
 
 
 def _make_folder(target):

@@ -59,7 +59,8 @@ def prepare(
         manifests = {
             part: write_part(comm, folder, part, spool, len(units), facts, shard_tokens) for part in split.parts
         }
-        on_root(comm, scratch.publish, folder, output, overwrite)
+        inputs = {unit.path for unit in units}
+        on_root(comm, scratch.publish, folder, output, overwrite, lambda: check_replaceable(output, inputs))
     finally:
         # Where all is well the folder has its new name. On a refusal every rank arrives here at the same time.
         if world.is_root:
@@ -104,12 +105,12 @@ def check_output(output, paths, overwrite):
     if os.path.lexists(output):
         if not overwrite:
             raise CannotCreate(f"output: {output} exists; give another name or --overwrite")
-        _check_replaceable(output, paths)
+        check_replaceable(output, paths)
     for left in scratch.leftovers(output):
         print(f"prepare: {left} is of a run that was killed, or of one at work; delete it if none is", file=sys.stderr)
 
 
-def _check_replaceable(output, paths):
+def check_replaceable(output, paths):
     """Refuse to overwrite anything but what an earlier `prepare` wrote, or to delete the input with it."""
     if os.path.islink(output) or not os.path.isdir(output):
         raise CannotCreate(f"output: {output} is not a folder that can be overwritten")

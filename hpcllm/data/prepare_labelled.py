@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import DataError, MissingInput, UsageError
+from ..files import failing_as_io
 from ..mpi import on_root, together
 from . import encode, labelled, labels, scratch, spans, squad, text, turns
 from .layout import write_lines, write_part
@@ -27,6 +28,7 @@ from .prepare import (
     Split,
     check_numbers,
     check_output,
+    check_replaceable,
     tokenizer_on_all,
     use_own_cores,
 )
@@ -117,7 +119,8 @@ def prepare_labelled(
                 said["text_bytes"] = write_lines(comm, folder, part, spool, len(units))
             labelled_facts = {**facts, "labelled": said}
             manifests[part] = write_part(comm, folder, part, spool, len(units), labelled_facts, shard_tokens)
-        on_root(comm, scratch.publish, folder, output, overwrite)
+        inputs = {unit.text.path for unit in units}
+        on_root(comm, scratch.publish, folder, output, overwrite, lambda: check_replaceable(output, inputs))
     finally:
         if world.is_root:
             shutil.rmtree(folder, ignore_errors=True)
@@ -185,9 +188,9 @@ def _refuse_twice(comm, names, units, reading):
     def find(part, key):
         for unit in units:
             if unit.part == part or (unit.part, part) == (TRAIN, VALIDATION):  # held out of training data
-                for example, _ in labelled.examples(unit.text, reading):
-                    if example.label.own and example.label.key == key:
-                        yield str(example.label.name), unit.text.path
+                with failing_as_io(unit.text.path):
+                    found = [example for example, _ in labelled.examples(unit.text, reading) if example.label.own]
+                yield from ((str(each.label.name), unit.text.path) for each in found if each.label.key == key)
 
     for part, keys in names.items():
         squad.refuse_twice(comm, np.array(keys, np.uint64), lambda key, part=part: list(find(part, key)))

@@ -29,8 +29,11 @@ def leftovers(output):
     return sorted(os.path.join(parent, name) for name in names if name.startswith(prefixes))
 
 
-def publish(folder, output, overwrite):
-    """Give the finished folder its name. What it replaces is moved aside first and deleted last."""
+def publish(folder, output, overwrite, check):
+    """Give the finished folder its name. What it replaces is moved aside first and deleted last.
+
+    check: called where there is something to replace, which may have come meanwhile; raises where it is to stay.
+    """
     output = os.path.abspath(output)
     with failing_as_io(output):
         os.chmod(folder, 0o777 & ~umask())  # mkdtemp is private; the result follows the user's umask
@@ -39,9 +42,16 @@ def publish(folder, output, overwrite):
         if os.path.lexists(output):
             if not overwrite:
                 raise CannotCreate(f"output: {output} appeared while this job ran; it is left as it is")
+            check()
             aside = tempfile.mkdtemp(prefix=f".{os.path.basename(output)}.old-", dir=os.path.dirname(output))
             os.rename(output, os.path.join(aside, "old"))
-        os.rename(folder, output)
+        try:
+            os.rename(folder, output)
+        except BaseException:
+            if aside is not None:
+                os.rename(os.path.join(aside, "old"), output)
+                os.rmdir(aside)
+            raise
         sync_folder(os.path.dirname(output))
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)

@@ -22,6 +22,7 @@ Labelled data are documents, too: an example is one, and what else belongs to it
 """
 
 import fcntl
+import functools
 import hashlib
 import os
 import time
@@ -383,7 +384,8 @@ def _reduced(manifest, left_out, folder):
 
 def _stream(folder, manifest, reader, comm):
     if reader == "mapped":
-        return TokenStream(folder, manifest, _locate)
+        known = {os.path.join(folder, shard["name"]): shard for shard in manifest["shards"]}
+        return TokenStream(folder, manifest, functools.partial(_locate, known))
     import h5py
 
     if not h5py.get_config().mpi:
@@ -417,8 +419,13 @@ def map_beside(path, columns):
     }
 
 
-def _locate(path):
-    """(byte offset of the tokens, CRC-32 of each block) of a shard; leaves no HDF5 file open."""
+def _locate(known, path):
+    """(byte offset of the tokens, CRC-32 of each block) of a shard; leaves no HDF5 file open.
+
+    known: {path: manifest entry}. Raises DataError where the file is another one by now: a folder may be made anew
+    hours after its shards were checked, and before this rank needs them.
+    """
+    _check_bytes(path, known[path], whole=False)
     import h5py
 
     with h5py.File(path, "r", locking=LOCKING) as file:

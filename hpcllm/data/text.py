@@ -154,7 +154,9 @@ def _range_lines(unit, by_paragraph):
         while offset < end:
             raw = file.readline()
             if not raw:
-                break
+                raise DataError(
+                    f"input: {unit.path} ends at byte {offset}; it had {unit.size} when it was looked at first"
+                )
             yield raw, offset, min(offset + len(raw), unit.stop) - unit.start
             offset += len(raw)
 

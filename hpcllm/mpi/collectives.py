@@ -88,7 +88,7 @@ class Collectives(dist.ProcessGroup):
     def free(self):
         """Free the communicators (collective over the group). Further calls on the group fail."""
         overlap.drain()
-        self._under_way = [pending for pending in self._under_way if not pending.is_completed()]
+        self._under_way = [pending for pending in self._under_way if not _over(pending)]
         if self._shared is not None:
             self._shared.free()
             self._shared = None
@@ -413,3 +413,11 @@ class Collectives(dist.ProcessGroup):
     _reduce_scatter_base = reduce_scatter_single
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
     alltoall_base = all_to_all_single
+
+
+def _over(pending):
+    """Whether a Work is over, one way or another: those of a group in which ranks have died end with errors."""
+    try:
+        return pending.is_completed()
+    except MPI.Exception:
+        return True

@@ -138,13 +138,20 @@ def shrink(comm, agreed, job=None):
     are in the new one too and wake up.
     """
     _revoke()
-    if not agreed:
+    if not agreed and comm is not None:  # a spare is not in it
         with contextlib.suppress(MPI.Exception):
             comm.Agree(0)
     abort.outlived()
-    smaller = (job or comm).Shrink()
+    smaller, met = job or comm, False
+    while not met:
+        smaller = Comm(smaller.Shrink())
+        with contextlib.suppress(PeersDied):  # one more meanwhile, as all are told
+            commit(smaller)
+            met = True
     _known.clear()
-    return _known_to_all(smaller)
+    _known[id(smaller)] = smaller
+    smaller.settled = True
+    return smaller
 
 
 def _revoke():

@@ -13,7 +13,7 @@ from .. import files, model
 from ..data import tokenizer
 from ..data.documents import Documents
 from ..data.examples import filled
-from ..errors import DataError, UsageError
+from ..errors import DataError, Refusal, UsageError
 from ..evaluate import arithmetic
 from ..mpi import together
 from ..parallel import tensor
@@ -55,7 +55,7 @@ class Asker:
             "ranks of a model": team.size,
             "batch tokens": self._batch_tokens,
             "tokenizer": tokenizer.tokenizer_hash(words),
-            "configuration": files.digest(Path(folder) / "config.json"),
+            "configuration": ", ".join(_digests(folder)),
         }
         makers = [kind.__init__ for kind in asked.__mro__ if "__init__" in vars(kind)]
         known = {name for maker in makers for name in inspect.signature(maker).parameters}
@@ -93,15 +93,24 @@ class Asker:
 
         None on these. What it raises all ranks of the team raise. Collective over the team.
         """
-        with together(self._team):
-            if self._team.rank == 0:
-                try:
-                    return work()
-                finally:
-                    if not isinstance(sys.exception(), _Broken):
-                        self._team.bcast(None)
-            while (documents := self._team.bcast(None)) is not None:
-                self._compute(documents)
+        known = False
+        try:
+            with together(self._team):
+                if self._team.rank == 0:
+                    try:
+                        return work()
+                    except Refusal as refusal:
+                        known = refusal.agreed
+                        raise
+                    finally:
+                        if not isinstance(sys.exception(), _Broken):
+                            self._team.bcast(None)
+                while (documents := self._team.bcast(None)) is not None:
+                    self._compute(documents)
+        except Refusal as refusal:
+            # All of the team raise it. All of the job do where its leaders had agreed on it.
+            refusal.agreed = self._team.bcast(known)
+            raise
 
     def answer(self, rows, advance=lambda done: None):
         """[dict] for each of `rows` (Row or Example of rows): its fields, and what was asked as "prediction".
@@ -143,3 +152,11 @@ class Asker:
             if self._team.size == 1:
                 raise
             raise _Broken(f"rank {self._team.rank} of a team of {self._team.size} failed in a batch") from error
+
+
+def _digests(folder):
+    """ "NAME SHA-256" of what beside the weights decides answers."""
+    with files.failing_as_io(folder):
+        for name in ("config.json", "generation_config.json", *tokenizer.FILES):
+            if (Path(folder) / name).is_file():
+                yield f"{name} {files.digest(Path(folder) / name)[:16]}"

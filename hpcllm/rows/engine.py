@@ -68,6 +68,7 @@ def answer_all(
         with together(comm):
             spooled = partial.spool(run, comm.rank)
         mine = _answer_units(comm, units, order, source.reader(), answer, spooled, what)
+        on_root(comm, source.require_same)
         rows = _write(comm, partial, run, done | spooled.records, len(units))
         on_root(comm, partial.publish, _part(partial, run), overwrite)
     finally:
@@ -101,10 +102,19 @@ class _Files:
         files = [(path, read.format_of(path, self._columns, self._format)) for path in paths]
         said = {"columns": ", ".join(self._columns)}
         for number, (path, format) in enumerate(files, 1):
-            status = os.stat(path)
-            changed = f"{time.strftime('%F %T', time.gmtime(status.st_mtime))}.{status.st_mtime_ns % 10**9:09d}"
-            said[f"input {number}"] = f"{os.path.abspath(path)}: {format}, {status.st_size} bytes of {changed}"
+            said[f"input {number}"] = f"{os.path.abspath(path)}: {format}, {_stamp(path)}"
+        self._stamps = {path: _stamp(path) for path in paths}
         return files, read.unit_bytes(paths), said
+
+    def require_same(self):
+        """Raise DataError where a file is not what it was for `plan`. Root only."""
+        for path, stamp in self._stamps.items():
+            with failing_as_io(path):
+                now = _stamp(path)
+            if now != stamp:
+                raise DataError(
+                    f"input: {path} was changed while it was answered ({now}, before {stamp}); --overwrite starts anew"
+                )
 
     def cut(self, comm, files, step):
         """The units of all files, in order, on every rank; ranks cut files in turn."""
@@ -123,6 +133,12 @@ class _Files:
 
     def reader(self):
         return read.Reader(self._columns)
+
+
+def _stamp(path):
+    status = os.stat(path)
+    changed = f"{time.strftime('%F %T', time.gmtime(status.st_mtime))}.{status.st_mtime_ns % 10**9:09d}"
+    return f"{status.st_size} bytes of {changed}"
 
 
 def _plan(source, output, unit_bytes, fingerprint, overwrite):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import DataError
+from ..mpi import together
 from . import read
 
 _TOKEN_BYTES = 4  # of text that a token is, about
@@ -54,9 +55,13 @@ class Prepared:
         size = read.unit_size(self._stream.token_count * _TOKEN_BYTES)
         return [(path, "shards") for path in self._stream.paths], size, said
 
+    def require_same(self):
+        """Shards tell by themselves."""
+
     def cut(self, comm, files, step):
         """The units, in order, on every rank: each the examples that begin in `step` bytes, none without any."""
-        places = self._documents.begins[self._documents.borders] * _TOKEN_BYTES
+        with together(comm):  # here each rank opens all shards
+            places = self._documents.begins[self._documents.borders] * _TOKEN_BYTES
         firsts = np.flatnonzero(np.diff(places[:-1] // step, prepend=-1))
         ends = np.append(firsts[1:], len(places) - 1)
         sizes = places[ends] - places[firsts]

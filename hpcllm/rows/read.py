@@ -173,6 +173,8 @@ def _lines(file, source, start, stop):
     while offset < stop and (raw := file.readline()):
         yield offset, text.decode(raw, source, offset)
         offset += len(raw)
+    if offset < stop < math.inf:
+        raise DataError(f"input: {source.path} ends at byte {offset}; it had {stop} when it was looked at first")
 
 
 def _csv_records(lines, source):

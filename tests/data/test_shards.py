@@ -458,3 +458,15 @@ def test_a_shard_that_has_vanished_since_is_named_with_a_sentence(tmp_path):
     assert stream.gather([0], 5).tolist() == [[1, 2, 3, 1, 2]]
     with pytest.raises(IOFailure, match=re.escape(str(stream.paths[1]))):
         stream.gather([30], 5)
+
+
+def test_a_shard_that_is_another_one_by_now_is_refused(tmp_path):
+    folder, anew = (
+        write_shards(tmp_path / name, [[[1, 2, 3] * 10], [[4, last, 6] * 10]]) for name, last in (("a", 5), ("b", 7))
+    )
+    stream = shards.open_folder(folder)
+    stream.gather([0], 5)
+    name = os.path.basename(stream.paths[1])
+    os.replace(anew / name, folder / name)
+    with pytest.raises(DataError, match=f"{name} is damaged outside its tokens"):
+        stream.gather([30], 5)

@@ -221,16 +221,19 @@ def killed_in_saves(folder):
         try:
             checkpoint.rescue(run)  # as the next start does
             found = checkpoint.find(run)
-            checkpoint.verify(found[-1])
-            steps.append(int(found[-1].name.split("-")[1]))
-        except (DataError, IndexError):
+            if steps or found:  # the first kills may come before there is one
+                checkpoint.verify(found[-1])
+                steps.append(int(found[-1].name.split("-")[1]))
+        except (DataError, IndexError) as error:
             lost += 1
+            print(f"F6: after step {steps[-1:]}: {error}", file=sys.stderr)
     back = sum(b < a for a, b in itertools.pairwise(steps))
     holds = lost == 0 and back == 0
     seconds = (time.monotonic() - began) / max(folder.kills, 1)
     return (
         holds,
-        f"{folder.kills - lost} of {folder.kills} whole, {back} went back; {seconds:.1f} s each",
+        f"{len(steps)} of {folder.kills} whole, {folder.kills - lost - len(steps)} before the first, {lost} lost, "
+        f"{back} went back; {seconds:.1f} s each",
     )
 
 
