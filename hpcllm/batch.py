@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import config, deadline, records
+from . import config, deadline, records, stopping
 from .errors import Refusal
 
 
@@ -25,7 +25,11 @@ def left(now=None):
 
 def folder(run_file, *settings):
     """run.output_dir of a run file with `settings`, key=value. Raises as `config.load`."""
-    return config.load(run_file, [each for each in settings if not each.startswith("-")]).run.output_dir
+    return _load(run_file, settings).run.output_dir
+
+
+def _load(run_file, settings):
+    return config.load(run_file, [each for each in settings if not each.startswith("-")])
 
 
 def newest(run_file, *settings):
@@ -45,24 +49,24 @@ def over(began, run_file, *settings):
 
     began: what `starts` was before it was started last.
     """
-    output = Path(folder(run_file, *settings))
+    run = _load(run_file, settings)
+    output = Path(run.run.output_dir)
     events = records.Events(output / records.EVENTS)
-    if (output / "STOP").exists():
+    if stopping.stop_file(output):
         return "yes"
     if events.counts().get("start", 0) > int(began):
         return "yes" if events.last()["event"] in ("end", "stop") else "no"
     # It has not got that far, or there was nothing to do.
-    wanted = config.load(run_file, [each for each in settings if not each.startswith("-")]).train.max_steps
-    wanted = wanted or (events.last("start", "max_steps") or {}).get("max_steps")
+    wanted = run.train.max_steps or (events.last("start", "max_steps") or {}).get("max_steps")
     done = wanted and newest(run_file, *settings) >= wanted and (output / "results.json").is_file()
     return "yes" if done else "no"
 
 
+_ASKED = {"left": left, "folder": folder, "newest": newest, "starts": starts, "over": over}
+
 if __name__ == "__main__":
     try:
-        answer = {"left": left, "folder": folder, "newest": newest, "starts": starts, "over": over}[sys.argv[1]](
-            *sys.argv[2:]
-        )
+        answer = _ASKED[sys.argv[1]](*sys.argv[2:])
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         sys.exit(refusal.code)

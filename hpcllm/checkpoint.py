@@ -196,9 +196,8 @@ def forget(path):
 
 def rescue(output_dir):
     """Give complete checkpoints their names that a kill between two renamings has left without. Root only."""
-    for folder in sorted(
-        Path(output_dir).glob(".checkpoint-*"), key=lambda one: one.suffix != ".tmp"
-    ):  # the newer first
+    newest_first = sorted(Path(output_dir).glob(".checkpoint-*"), key=lambda folder: folder.suffix != ".tmp")
+    for folder in newest_first:
         path = folder.with_name(".".join(folder.name.split(".")[1:2]))
         if (folder / COMPLETE).is_file() and not path.exists():
             folder.rename(path)

@@ -407,12 +407,11 @@ class Run:
     def saved(self, step, path, seconds, waited_s):
         """A checkpoint is complete."""
         self.requests.took("save", seconds)
-        told = [(waited_s, seconds)]
-        if self.interval.auto:  # before root writes, which may fail there alone
-            told = self.world.comm.allgather(told[0])
+        # Before root writes, which may fail there alone.
+        told = self.world.comm.allgather((waited_s, seconds)) if self.interval.auto else None
         times = {"seconds": round(seconds, 3), "waited_s": round(waited_s, 3)}
         self.journal.event("checkpoint", step=step, path=str(path), **times)
-        if self.interval.auto:
+        if told:
             log.interval(self, self.interval.saved(*map(max, zip(*told, strict=True))))
 
     def unfit(self, step):
