@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mpi4py import MPI
 
 from hpcllm.errors import DataError
 from hpcllm.rows import Prepared
@@ -34,7 +35,7 @@ class Documents:
 def test_every_example_is_in_one_unit_with_all_its_documents(lengths, step):
     documents = Documents(lengths)
     source = Prepared(documents, lambda found, first, _: ({"first": first}, [ids for ids, _ in found]))
-    units = source.cut(None, None, step)
+    units = source.cut(MPI.COMM_SELF, None, step)
     assert sum(unit.size for unit in units) == 4 * documents.stream.token_count and all(unit.size for unit in units)
     assert all(unit.size < step + 4 * sum(lengths[unit.end - 1]) for unit in units)
     rows = [row for unit in units for row in source.reader().rows(unit)]
@@ -49,7 +50,7 @@ def test_an_example_is_named_where_it_is_refused_and_none_is_an_error():
     files, step, said = source.plan()
     assert files == [("some/folder/a.h5", "shards")] and step == 16 << 10
     assert said["input 1"].endswith("some/folder: shards of digest d1")
-    [unit] = source.cut(None, None, step)
+    [unit] = source.cut(MPI.COMM_SELF, None, step)
     assert str(source.rows(unit)[1].refusal("too long")) == "input: some/folder example 2: too long"
     with pytest.raises(DataError, match="there is no example in some/folder"):
         Prepared(Documents([]), None).plan()
