@@ -22,7 +22,7 @@ import torch
 from . import best, checkpoint, deadline, files, monitor, optimizer, run_folder, saving, sources, stopping
 from .errors import DataError, TooFewRanks, UsageError
 from .log import due
-from .mpi import alone, launcher, on_root, regroup, remain, survive, together
+from .mpi import alone, launcher, on_root, regroup, remain, survive, together, watch
 from .parallel import host
 from .parallel import mesh as meshes
 from .spikes import Spikes
@@ -100,7 +100,8 @@ class Survival:
 
     def agree(self):
         """As `commit`, of something that is no step: what it has come to may decide what follows. Collective."""
-        survive.commit(self._comm, self._job is self._comm or survive.whole(self._job))
+        with watch.waiting("agreement"):
+            survive.commit(self._comm, self._job is self._comm or survive.whole(self._job))
 
     @contextlib.contextmanager
     def changing(self):

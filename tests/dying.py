@@ -19,7 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hpcllm import __main__, blocks, checkpoint, evaluate, monitor, mpi, optimizer, weights
-from hpcllm.mpi import shared, survive
+from hpcllm.mpi import abort, shared, survive
 from hpcllm.parallel.apply import Placed
 
 NOTE = os.environ.get("DYING_NOTE")
@@ -60,6 +60,11 @@ def kill_last():
     os.kill(PIDS[-1], signal.SIGKILL)
 
 
+def stop():
+    """Do nothing any more, and not die."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def soon():
     """Die in the middle of what is called."""
     threading.Timer(0.0005, die).start()
@@ -71,6 +76,7 @@ PLACES = {
     "collective": (shared.Shared, "all_reduce", soon),
     "clip": (Placed, "clip_gradients", die),
     "commit": (survive, "commit", die),
+    "stuck": (survive, "commit", stop),
     "applied": (monitor.Clock, "collect", die),
     "evaluate": (evaluate, "evaluate", die),
     "write": (blocks, "write", die),
@@ -80,6 +86,7 @@ PLACES = {
     "shrink": (survive.Comm, "Shrink", soon),
     "regroup": (dist, "destroy_process_group", die),
     "fill": (weights, "fill", die),
+    "farewell": (abort, "_all_leave", die),
     "spare": (optimizer, "learning_rate", kill_last),
 }
 

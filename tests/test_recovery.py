@@ -121,6 +121,14 @@ def test_what_ends_the_job_as_ever(dying_job, tmp_path):
     )
 
 
+def test_a_rank_that_hangs_where_the_others_agree_on_a_step_is_named(dying_job, tmp_path, monkeypatch):
+    monkeypatch.setenv("HPCLLM_TIMEOUT_S", "10")
+    job = dying_job("stuck", 3, ["stuck:5:1"])
+    assert "agreement #5 of group all ranks has not ended" in job.stderr, job.stderr
+    assert "waits for rank 1: rank 1 on" in job.stderr and "is stopped (SIGSTOP)" in job.stderr
+    assert "done: " not in job.stdout
+
+
 def test_one_line_tells_who_died():
     told = recovery.sentence([2], ["n1"], 57, 3, 0.41, 56)
     assert told == "rank 2 on n1 died in step 57; 3 ranks go on (0.4 s)"

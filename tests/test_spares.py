@@ -95,6 +95,12 @@ def test_spares_leave_with_the_others_however_these_end(dying_job, tmp_path):
     assert "done" not in fatal.stdout and "MPI_ABORT" in fatal.stderr, fatal.stdout + fatal.stderr
 
 
+@pytest.mark.parametrize("spares", [0, 1])
+def test_who_dies_in_the_farewell_leaves_nobody_waiting(dying_job, tmp_path, spares):
+    done = dying_job("dying", 3 + spares, ["farewell:12:1"], **{"resilience.spares": spares})
+    ended_well(done, tmp_path / "dying")
+
+
 def test_spares_are_refused_where_they_could_not_come_in(dying_job, tmp_path):
     refused = dying_job("refused", 2, (), ft=False, **ONE)
     assert refused.returncode == 2

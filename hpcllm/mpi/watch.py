@@ -119,6 +119,20 @@ def place(name, ranks, timeout):
     return _State.watchdog.place(name, tuple(ranks), seconds)
 
 
+@contextlib.contextmanager
+def waiting(what):
+    """Within it this rank waits for all others, for no more than HPCLLM_TIMEOUT_S, in what torch knows nothing of."""
+    place = _State.watchdog and _State.watchdog.everybody
+    if place is None:
+        yield
+        return
+    number = place.log.enter(place, what, (), time.monotonic_ns())
+    try:
+        yield
+    finally:
+        place.log.leave(number, time.monotonic_ns())
+
+
 class Watchdog:
     """memory: the host's `progress.Memory`; others: world ranks of each other host; talk: communicator, or None."""
 
@@ -136,6 +150,7 @@ class Watchdog:
         self._wake, self._woken = os.pipe()
         self._poll.register(self._wake, select.POLLIN)
         self._peers = {}
+        self.everybody = self.place("all ranks", tuple(range(world.size)), timeout_s())
         self._thread = threading.Thread(target=self._run, name="hpcllm watchdog", daemon=True)
 
     def start(self):
