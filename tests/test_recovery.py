@@ -45,6 +45,7 @@ def test_a_death_in_a_save_in_an_evaluation_or_at_the_very_end_changes_nothing_o
     deaths = [
         "write:3:0",
         "write:4:0",
+        "write:5:0",
         "evaluate:6:1",
         "evaluate:12:2",
     ]  # a thread writes while the next step is under way
@@ -85,7 +86,7 @@ def test_where_weights_are_divided_all_go_back_to_the_newest_checkpoint(dying_jo
 
 
 def test_copies_of_what_the_tensor_axis_cuts_are_enough_to_go_on_from_the_step_agreed_on(dying_job, tmp_path):
-    done = dying_job("dying", 4, ["clip:6:1,2"], **{"parallel.tensor": 2})
+    done = dying_job("dying", 4, ["commit:6:1,2"], **{"parallel.tensor": 2})
     ended_well(done, tmp_path / "dying")
     assert "ranks 1, 2 on" in done.stdout and "died in step 6; 2 ranks go on (" in done.stdout
     for ranks, step in ((4, 5), (2, 12)):

@@ -54,11 +54,11 @@ def test_a_rank_that_sleeps_is_named_and_its_ratio_right(world, prepared, tmp_pa
     base, slowed = shared(world, tmp_path), world.size - 1
     monkeypatch.setattr(slow, "_WINDOW", 6)
     run = settings(prepared, base / "run", **{"train.max_steps": 18, "train.global_batch_size": world.size})
-    one_step, steps, took = train.one_step, [], 0.15
+    one_step, steps, took = train.one_step, [], 0.4
 
     def sleeping(placed, *rest):
         steps.append(None)
-        # As if the model was larger: each rank computes 0.15 s a step, the slow one more in steps 1 to 12.
+        # As if the model was larger: each rank computes 0.4 s a step, the slow one more in steps 1 to 12.
         extra = took * (times - 1) if world.rank == slowed and len(steps) <= 12 else 0.0
         time.sleep(took + extra)
         return one_step(placed, *rest)

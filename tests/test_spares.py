@@ -40,7 +40,7 @@ def test_the_run_keeps_its_size_and_ends_where_one_that_was_continued_at_the_sam
 
 def test_a_spare_that_dies_waiting_or_coming_in_is_done_without(dying_job, tmp_path):
     # The last one dies as it waits; then rank 1, and the spare in its place, which has not taken a step, with it.
-    done = dying_job("dying", 5, ["spare:4:0", "clip:7:1", "share:0:3"], **TWO, **{"train.global_batch_size": 24})
+    done = dying_job("dying", 5, ["spare:2:0", "clip:8:1", "share:0:3"], **TWO, **{"train.global_batch_size": 24})
     ended_well(done, tmp_path / "dying")
     assert told(tmp_path / "dying") == [([4], [], 3, 1), ([1, 3], [], 2, 0)]
 

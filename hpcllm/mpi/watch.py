@@ -142,6 +142,7 @@ class Watchdog:
         self._world, self._memory, self._others, self._talk = world, memory, others, talk
         self._interval_s = _LONGEST_S
         self._waited = {}  # number of an operation -> seconds
+        self._soonest_s = float("inf")  # until an operation that is under way is late
         self._answers = []
         self._claimed, self._quiet_until = False, 0.0
         self._gone = set()
@@ -192,7 +193,7 @@ class Watchdog:
         last = time.monotonic()
         while not self._stopped:
             self.log.beat()
-            pause = min(self._interval_s, 0.1) if self._gone else self._interval_s
+            pause = min(self._interval_s, 0.1 if self._gone else self._soonest_s + 0.01)
             events = self._poll.poll(1000 * pause)
             now = time.monotonic()
             # Where far more time has gone by, this process was suspended and has not waited.
@@ -227,10 +228,12 @@ class Watchdog:
     def _late(self, gap):
         """Count the time of all operations under way; the number of one that has waited too long, or None."""
         waited, now = {}, time.monotonic_ns()
-        late = None
+        late, self._soonest_s = None, float("inf")
         for number, (place, _, start, *_) in list(self.log.open.items()):
             waited[number] = min((now - start) / 1e9, self._waited.get(number, 0.0) + gap)
-            if 0 < place.timeout_s < waited[number] and late is None:
+            if waited[number] <= place.timeout_s:
+                self._soonest_s = min(self._soonest_s, place.timeout_s - waited[number])
+            elif place.timeout_s > 0 and late is None:
                 late = number
         self._waited = waited
         return late

@@ -351,6 +351,7 @@ def test_a_shard_that_is_written_elsewhere_is_waited_for_and_then_told_of(three_
         fcntl.flock(writer, fcntl.LOCK_EX)  # as HDF5 does
         with pytest.raises(IOFailure, match=f"{path} is open for writing elsewhere"):
             shards.open_folder(three_shards)
+        monkeypatch.setattr(shards, "_PATIENCE_S", 30)
         threading.Timer(0.1, fcntl.flock, (writer, fcntl.LOCK_UN)).start()
         shards.open_folder(three_shards)
     with open(path, "rb") as reader:

@@ -40,11 +40,11 @@ ends)
     done
     exit 0
     ;;
-*-sticks) echo "srun: error: Application launch failed: Unspecified error" >&2 && exec sleep 20 ;;
+*-sticks) echo "srun: error: Application launch failed: Unspecified error" >&2 && exec sleep 60 ;;
 *-hangs)
     echo "srun: error: n2: task 0: Exited with exit code ${code%-*}" >&2
     echo "srun: error: n1: tasks 0-1: Exited with exit code 1" >&2
-    exec sleep 20
+    exec sleep 60
     ;;
 esac
 exit "$code"
@@ -102,6 +102,7 @@ def job(tmp_path):
                 "HOME": str(tmp_path),
                 "PATH": f"{fakes}:{sys.prefix}/bin:/usr/bin:/bin",
                 "PYTHONPATH": str(ROOT),
+                **({"TZ": os.environ["TZ"]} if "TZ" in os.environ else {}),
                 **env,
                 **more,
             },
@@ -274,13 +275,10 @@ def test_a_heterogeneous_job_starts_all_of_its_parts_at_once(job):
 
 def test_srun_of_parts_that_does_not_return_after_its_ranks_have_ended_is_killed(job):
     parts = {"SLURM_HET_SIZE": "2", "SLURM_JOB_ID_HET_GROUP_1": "18", "HPCLLM_STEP_POLL_S": "0.1"}
-    quick = parts | {"HPCLLM_STEP_POLL_S": "0.02"}  # nobody has seen a rank
-    _, (code, log), _ = job("75-hangs - -", env=JOB | quick, files={"steps": "17.batch\n17.extern\n"})
+    _, (code, log), _ = job("75-hangs - -", env=JOB | parts, files={"steps": "17.batch\n17.extern\n"})
     assert code == 75 and "by what it said of them, exit code 75" in log and "scontrol requeue 17" in log, log
     # It told of no task, and Slurm has known of none: nothing was trained.
-    _, (code, log), _ = job(
-        "0-sticks - -", env=JOB | parts | {"HPCLLM_STEP_POLL_S": "0.02"}, files={"steps": "17.batch\n"}
-    )
+    _, (code, log), _ = job("0-sticks - -", env=JOB | parts, files={"steps": "17.batch\n"})
     assert code == 1 and "launched again" not in log, log
     # Not while a part has ranks.
     with pytest.raises(subprocess.TimeoutExpired):

@@ -153,6 +153,7 @@ def test_a_job_that_was_saved_under_one_layout_goes_on_under_another(layouts):
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
 
 
+@pytest.mark.timeout(1500)
 def test_a_job_whose_time_is_up_is_saved_queued_again_and_repeats_an_uninterrupted_one(cluster, module_load, project):
     script, how = (
         ROOT / "slurm/train_bert.sbatch",
@@ -210,6 +211,7 @@ def test_missing_data_fails_the_job_with_66_and_names_the_folder(cluster, module
     assert job["log"].count("corpus/prepared") == 1
 
 
+@pytest.mark.timeout(900)
 def test_a_killed_rank_starts_the_run_again_then_a_spare_node_takes_a_dead_one_s_place_then_fewer_go_on(
     cluster, module_load, project
 ):
@@ -224,9 +226,11 @@ def test_a_killed_rank_starts_the_run_again_then_a_spare_node_takes_a_dead_one_s
     killed = []
 
     def wait_for_a_save(life):
-        """Until this start of the run has made enough steps for a checkpoint, and there is one."""
-        deadline = time.monotonic() + 100
-        while len(records_of_life(run, life)) < 8 or not list(run.glob("checkpoint-*/.complete")):
+        """Until this start of the run has saved a checkpoint of its own."""
+        deadline = time.monotonic() + 180
+        while not any(
+            (run / f"checkpoint-{record['step']}/.complete").exists() for record in records_of_life(run, life)
+        ):
             job = cluster.job(number)
             assert time.monotonic() < deadline and job["JobState"] in {"PENDING", "RUNNING"}, job["log"]
             time.sleep(0.1)
