@@ -152,7 +152,8 @@ class Survival:
         run, began, before, members, size = self._run, time.monotonic(), self._job, self._members, self._run.world.size
         step, unfinished = self.committed + 1, run.saver and run.saver.abandon()
         while True:
-            self._job = survive.shrink(self._comm, agreed, self._job)
+            with watch.waiting("meeting"):
+                self._job = survive.shrink(self._comm, agreed, self._job)
             try:
                 comm = survive.first(self._job, self._size)
                 if comm is None:

@@ -77,6 +77,7 @@ PLACES = {
     "clip": (Placed, "clip_gradients", die),
     "commit": (survive, "commit", die),
     "stuck": (survive, "commit", stop),
+    "absent": (survive, "shrink", stop),
     "applied": (monitor.Clock, "collect", die),
     "evaluate": (evaluate, "evaluate", die),
     "write": (blocks, "write", die),

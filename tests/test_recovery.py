@@ -1,6 +1,7 @@
 """Ranks die and the others go on: the job ends well, and its weights are those of a run that nothing happened to."""
 
 import json
+import re
 
 import pytest
 
@@ -122,11 +123,14 @@ def test_what_ends_the_job_as_ever(dying_job, tmp_path):
     )
 
 
-def test_a_rank_that_hangs_where_the_others_agree_on_a_step_is_named(dying_job, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("deaths", "where"), [
+    (["stuck:5:1"], "agreement #5"), (["clip:5:0", "absent:5:1"], "meeting #5"),
+])  # fmt: skip
+def test_a_rank_that_hangs_where_the_others_agree_or_meet_is_named(dying_job, monkeypatch, deaths, where):
     monkeypatch.setenv("HPCLLM_TIMEOUT_S", "10")
-    job = dying_job("stuck", 3, ["stuck:5:1"])
-    assert "agreement #5 of group all ranks has not ended" in job.stderr, job.stderr
-    assert "waits for rank 1: rank 1 on" in job.stderr and "is stopped (SIGSTOP)" in job.stderr
+    job = dying_job("stuck", 3, deaths)
+    assert f"{where} of group all ranks has not ended" in job.stderr, job.stderr
+    assert re.search(r" waits for ranks? .*rank 1 on \S+ \(pid \d+\) is stopped \(SIGSTOP\)", job.stderr), job.stderr
     assert "done: " not in job.stdout
 
 
