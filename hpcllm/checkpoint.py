@@ -248,8 +248,10 @@ def _verify(path):
 def read_state(path):
     """The dict that `save` was given, with `step`."""
     try:
-        state = json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        with files.failing_as_io(path):
+            text = files.patiently((Path(path) / STATE).read_bytes) if (Path(path) / STATE).exists() else b""
+        state = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: {STATE} cannot be read: {error}") from None
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise DataError(f"{path}: {STATE} names no step")
@@ -284,5 +286,7 @@ def load_optimizer(path, placed, optimizer):
                     # `step` stays where torch's optimizers want it: beside the parameter when fused.
                     value = saved.get_tensor(entry).to(local(parameter).device, copy=True)
                 optimizer.state[parameter][key] = value
-    except (OSError, SafetensorError) as error:
+    except (FileNotFoundError, SafetensorError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
+    except OSError as error:
+        raise IOFailure(f"{file} cannot be read: {error}") from None

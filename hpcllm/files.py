@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -113,10 +114,16 @@ def leftovers(path):
     )
 
 
+def job():
+    """Whose a folder in the making is, as a part of its name: the batch job's number, or that of this process."""
+    known = os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID") or f"pid{os.getpid()}"
+    return re.sub(r"[^\w-]", "-", known)
+
+
 def hidden_folder(path):
     """A new hidden folder beside `path`, for `reveal` to rename to it."""
     path = Path(path)
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.{job()}-", suffix=".tmp", dir=path.parent))
 
 
 def reveal(hidden, path, replace=False):

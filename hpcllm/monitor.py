@@ -19,6 +19,8 @@ from .heartbeat import Heartbeat
 from .mpi import work
 from .mpi.device import gpus_in_use
 
+_LATELY = 5  # checkpoints that tell how long the next one may take
+
 
 class Clock:
     """Where the time of a step goes on this rank: waiting for data, computing, communicating.
@@ -100,9 +102,10 @@ class Progress:
 
 def history(output_dir):
     """Of the run in `output_dir`, by its events.jsonl: how often it has been started, how often since its newest
-    checkpoint, and the most seconds that a checkpoint took; zeros where nothing is told."""
+    checkpoint, and the most seconds that one of the newest checkpoints took; zeros where nothing is told."""
     events = records.Events(Path(output_dir) / records.EVENTS)
-    longest = max((event.get("seconds") or 0.0 for event in events.named("checkpoint")), default=0.0)
+    seconds = [event.get("seconds") or 0.0 for event in events.named("checkpoint")]
+    longest = max(seconds[-_LATELY:], default=0.0)  # a file system that was slow once is not so for ever
     return events.counts().get("start", 0), events.count_since("start", "checkpoint"), longest
 
 

@@ -20,7 +20,7 @@ import traceback
 import torch
 
 from . import best, checkpoint, deadline, files, monitor, optimizer, run_folder, saving, sources, stopping
-from .errors import DataError, TooFewRanks, UsageError
+from .errors import CannotCreate, DataError, TooFewRanks, UsageError
 from .log import due
 from .mpi import alone, launcher, on_root, regroup, remain, survive, together, watch
 from .parallel import host
@@ -205,7 +205,7 @@ class Survival:
         else:
             if way == "salvage":
                 newest = self._salvage(joining) or newest
-            self._go_back(self._layout(newest), newest)
+            newest = self._go_back(self._layout(newest))
         run.clock = monitor.Clock(world.group, run.placed.mesh.losses)
         run.journal = monitor.Journal(folder, run.state["restart"], world.is_root)
         run.requests.look(world.is_root)
@@ -335,14 +335,14 @@ class Survival:
         how = tokenizer_dir, kept, run.config.checkpoint.keep, best.step(state)
         return saving.salvage(comm, folder, self.committed, run.placed, run.adjust, *how)
 
-    def _go_back(self, layout, newest):
-        """From the newest checkpoint, or the start: what the dead had is nowhere else."""
+    def _go_back(self, layout):
+        """From the newest checkpoint, which is returned, or the start: what the dead had is nowhere else."""
         run, state = self._run, {"step": 0, "samples": 0, "useful_s": 0.0, "nonfinite": 0}
         self.at_step = False  # a death in here finds ranks at different lines, and all are to come here again
         run.placed = run.adjust = None
         run.scores, run.told = {}, None
+        newest = on_root(self._comm, run_folder.newest_good, run.config.run.output_dir)
         if newest:
-            on_root(self._comm, checkpoint.verify, newest)
             state |= on_root(self._comm, checkpoint.read_state, newest)
             state["best"] = on_root(self._comm, run_folder.best_there_is, newest.parent, state.get("best"))
         restart = run.state["restart"]
@@ -352,11 +352,14 @@ class Survival:
         self.committed, self.at_step = state["step"], True
         run.spikes = Spikes(run.plan, state.get("spikes"))
         run.settle()
+        return newest
 
 
 def _tidy(folder):
     """Path of the newest checkpoint in `folder` or None; what was not completed is removed. Root only."""
     with files.failing_as_io(folder):
+        with contextlib.suppress(CannotCreate):  # another rank had it, of whose death the file system may not know yet
+            run_folder.lock(folder, 0)
         checkpoint.rescue(folder)
         checkpoint.remove_unfinished(folder)
         found = checkpoint.find(folder)

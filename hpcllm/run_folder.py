@@ -3,7 +3,9 @@
 All of it is root's: the others are told.
 """
 
+import fcntl
 import json
+import time
 from pathlib import Path
 
 from . import best, checkpoint, files, heartbeat, monitor, records, stopping
@@ -12,13 +14,51 @@ from .errors import CannotCreate, DataError, Fruitless, MissingInput, UsageError
 
 _OURS = ("config.toml", records.METRICS, records.EVENTS, "results.json", heartbeat.NAME, stopping.SAVE, stopping.STOP,
          stopping.GROW)  # fmt: skip
+_LOCK = "lock"
+# The file system may take so long to learn that the node of a job that held the lock is dead.
+_PATIENCE_S = 300.0
+_held = {}  # {path of a lock: open file}
 _REPORTS = [f"{part}_{name}" for part in ("eval", "test") for name in ("results.json", "report.txt", "confusion.png")]
+
+
+def lock(output_dir, patience_s=None):
+    """Have the run in this folder for this process alone, until `unlock` or its end; once is enough. Root only.
+
+    patience_s: how long to wait for another one. Raises CannotCreate where that goes on.
+    """
+    path = Path(output_dir) / _LOCK
+    if path in _held:  # to take it again would give it away for a moment
+        return None
+    file = _held[path] = open(path, "ab")  # noqa: SIM115 (closed by `unlock`)
+    deadline, told = time.monotonic() + (_PATIENCE_S if patience_s is None else patience_s), False
+    while True:
+        try:
+            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > deadline:
+                unlock()
+                raise CannotCreate(
+                    f"run.output_dir: another job trains in {output_dir} (`hpcllm status {output_dir}`); one at a time"
+                ) from None
+        except OSError as error:
+            print(f"{output_dir} cannot be locked ({error.strerror}): start no second job for this run", flush=True)
+            return None
+        if not told:
+            print(f"{output_dir}: waits for another job that trains in it, or has just ended", flush=True)
+            told = True
+        time.sleep(0.2)
+
+
+def unlock():
+    """Leave the run to others."""
+    while _held:
+        _held.popitem()[1].close()
 
 
 def find_start(config, resume, overwrite):
     """(checkpoint to continue from or None, its state, results of a run that is over or None). Root only.
 
-    Refuses an output folder that is in the way, and verifies the checkpoint.
+    Refuses an output folder that is in the way, locks it, and verifies the checkpoint.
     """
     with files.failing_as_io(config.run.output_dir):
         return _find_start(config, Path(config.run.output_dir), resume, overwrite)
@@ -29,6 +69,8 @@ def _find_start(config, output, resume, overwrite):
         raise UsageError("--resume continues a run and --overwrite deletes it; give one of them")
     if output.exists() and not output.is_dir():
         raise CannotCreate(f"run.output_dir: {output} is a file")
+    if (resume or overwrite) and (output / records.EVENTS).is_file():
+        lock(output)
     if resume:
         checkpoint.rescue(output)
     found = checkpoint.find(output)
@@ -105,6 +147,7 @@ def open_output(config, resume, overwrite, damaged=()):
     output = Path(config.run.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        lock(output, 0)
         if overwrite:
             for old in checkpoint.find(output):
                 files.remove_folder(old, checkpoint.COMPLETE)
@@ -116,6 +159,17 @@ def open_output(config, resume, overwrite, damaged=()):
     except OSError as error:
         raise CannotCreate(f"run.output_dir: {output} cannot be created: {error.strerror}") from None
     files.write_text(output / "config.toml", config.toml())
+
+
+def newest_good(output_dir):
+    """Path of the newest checkpoint that is what was written, None where there is none. Root only.
+
+    Newer ones get other names. Raises DataError where all are damaged.
+    """
+    with files.failing_as_io(output_dir):
+        found = checkpoint.find(output_dir)
+        _set_aside(_pass_over_damaged(found) if found else [])
+        return found[-1] if found else None
 
 
 def go_back(output_dir, first):

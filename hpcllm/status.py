@@ -77,11 +77,11 @@ def status(folder, now=None):
 
 
 def _state(last, silent_s, step_s):
-    """One of: finished, stopped (why), runs, silent; by the last event."""
+    """One of: finished, stopped (why), failed (why), runs, silent; by the last event."""
     if last["event"] == "end":
         return "finished"
-    if last["event"] == "stop":
-        return f"stopped ({last.get('why')})"
+    if last["event"] in ("stop", "failed"):
+        return f"{'stopped' if last['event'] == 'stop' else 'failed'} ({last.get('why')})"
     patience_s = _START_S if step_s is None else max(_SILENT_S, _SILENT_STEPS * step_s)
     return "silent" if silent_s > patience_s else "runs"
 

@@ -21,7 +21,7 @@ SAVE, STOP, GROW = "SAVE", "STOP", "GROW"  # files in the run's folder
 _NOTHING, _SAVE, _STOP, _LIMIT, _SIGNAL, _GROW = 0, 1, 2, 3, 100, 1000
 _MOST_RANKS = 10**8
 _LOOK_EVERY_S = 1.0  # for files: thousands of quick steps are not to ask a parallel file system thousands of times
-_ASK_EVERY_S = 60.0  # whether the limit has been moved, when the end is near
+_ASK_EVERY_S, _ASK_SELDOM_S = 60.0, 600.0  # whether the limit has been moved, when the end is near, and when it is not
 _SPARE, _MARGIN_S = 1.5, 10.0  # steps and saves may take so many times as long as any has; for leaving
 
 _heard = set()
@@ -125,7 +125,7 @@ class Requests:
         if self.end is None:
             return False
         near = time.time() + lead_s + _ASK_EVERY_S > self.end
-        if near and time.monotonic() - self._asked > _ASK_EVERY_S:
+        if time.monotonic() - self._asked > (_ASK_EVERY_S if near else _ASK_SELDOM_S):
             self._find_end()  # somebody may have moved it
         return time.time() + lead_s > self.end
 

@@ -58,10 +58,17 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     Everything that can be refused is refused before anything is written. A rank whose `world` is that of a spare waits
     here, and returns as the others if it has taken a place among them; otherwise it leaves with them.
     """
-    if world.waits:
-        run = Run(config, world, None, {"step": 0})
-        run.survival = recovery.Survival(run)
-        return run.survival.stand_by()
+    try:
+        if world.waits:
+            run = Run(config, world, None, {"step": 0})
+            run.survival = recovery.Survival(run)
+            return run.ending(run.survival.stand_by)
+        return _train(config, world, resume, overwrite, parts)
+    finally:
+        run_folder.unlock()
+
+
+def _train(config, world, resume, overwrite, parts):
     survives = recovery.wanted(config, world)
     parallel, layout = lay_out(config, world, survives)
     data = sources.open_all(config, world)
@@ -84,7 +91,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
     if survives:
         run.survival = recovery.Survival(run)
     parts.end("model")
-    return run.go(parts)
+    return run.ending(run.go, parts)
 
 
 def lay_out(config, world, survives=False):
@@ -219,6 +226,17 @@ class Run:
     def go(self, parts):
         """Steps until the run is over, or is asked to end; returns its results. parts: startup.Parts."""
         return self.survival.go(parts) if self.survival else self.steps(parts)
+
+    def ending(self, work, *arguments):
+        """`work(*arguments)`; an error that ends it is told among the events too, where that can be."""
+        try:
+            return work(*arguments)
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                why = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of another rank's traceback, too
+                code = getattr(error, "code", 1)
+                self.journal.event("failed", step=self.state["step"], why=why, exit_code=code)
+            raise
 
     def steps(self, parts=None):
         """As `go`; ranks that have lost others call it again."""

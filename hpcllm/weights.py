@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from . import tensors
-from .errors import DataError
+from .errors import DataError, IOFailure
 from .parallel.sharding import blocks, local
 
 
@@ -155,5 +155,7 @@ class Saved:
         try:
             with safe_open(self._file, framework="pt") as opened:
                 yield opened
-        except (OSError, SafetensorError) as error:
+        except (FileNotFoundError, SafetensorError) as error:
             raise DataError(f"{self._file} cannot be read: {error}") from None
+        except OSError as error:
+            raise IOFailure(f"{self._file} cannot be read: {error}") from None

@@ -65,6 +65,16 @@ def stop():
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def spoil():
+    """Flip a bit of the newest checkpoint's weights."""
+    folder = next(word.partition("=")[2] for word in sys.argv if word.startswith("run.output_dir="))
+    with open(checkpoint.find(folder)[-1] / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+
+
 def soon():
     """Die in the middle of what is called."""
     threading.Timer(0.0005, die).start()
@@ -75,6 +85,7 @@ PLACES = {
     "between": (optimizer, "learning_rate", die),
     "collective": (shared.Shared, "all_reduce", soon),
     "clip": (Placed, "clip_gradients", die),
+    "spoil": (Placed, "clip_gradients", spoil),
     "commit": (survive, "commit", die),
     "stuck": (survive, "commit", stop),
     "absent": (survive, "shrink", stop),

@@ -79,6 +79,9 @@ def test_the_history_of_a_run_is_read_from_its_events(tmp_path):
     lines = [json.dumps({**event, "restart": 0, "time": 1.0, "step": 1, "path": "p"}) for event in events]
     (tmp_path / "events.jsonl").write_text("\n".join([*lines, '{"event": "end", "st']))
     assert monitor.history(tmp_path) == (4, 2, 7.0)
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write("\n" + "".join(f"{line}\n" for line in lines[3:4] * 5))
+    assert monitor.history(tmp_path) == (4, 0, 2.5)  # what was slow once is so no more
 
 
 def test_a_history_is_read_past_bytes_that_are_no_text_and_lines_that_are_cut(tmp_path):

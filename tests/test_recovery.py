@@ -86,6 +86,14 @@ def test_where_weights_are_divided_all_go_back_to_the_newest_checkpoint(dying_jo
         assert differing_bytes(*where)[0] == 0, name
 
 
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(dying_job, tmp_path):
+    how = {"parallel.sharding": "full", "checkpoint.asynchronous": "false", "checkpoint.every_steps": 4}
+    done = dying_job("dying", 3, ["spoil:9:0", "clip:10:1"], **how)
+    ended_well(done, tmp_path / "dying")
+    assert "died in step 10; 2 ranks go on from step 4 (" in done.stdout and "SHA-256 differs" in done.stdout
+    assert (tmp_path / "dying" / "damaged-checkpoint-8").is_dir()
+
+
 def test_copies_of_what_the_tensor_axis_cuts_are_enough_to_go_on_from_the_step_agreed_on(dying_job, tmp_path):
     done = dying_job("dying", 4, ["commit:6:1,2"], **{"parallel.tensor": 2})
     ended_well(done, tmp_path / "dying")

@@ -62,7 +62,12 @@ def test_a_run_at_work_says_how_long_it_will_take(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("event", "state"), [({"event": "end"}, "finished"), ({"event": "stop", "why": "SIGUSR2"}, "stopped (SIGUSR2)")]
+    ("event", "state"),
+    [
+        ({"event": "end"}, "finished"),
+        ({"event": "stop", "why": "SIGUSR2"}, "stopped (SIGUSR2)"),
+        ({"event": "failed", "why": "no room"}, "failed (no room)"),
+    ],
 )
 def test_a_run_that_has_ended_says_how(tmp_path, event, state):
     now = time.time()

@@ -141,6 +141,15 @@ def test_a_run_that_gets_nowhere_is_not_started_for_ever(world, prepared, tmp_pa
     assert len(records(world, base / "run", "start")) == 4
 
 
+def test_a_limit_that_is_moved_to_before_is_noticed_long_before(tmp_path, monkeypatch):
+    now, ends = [1000.0], [90_000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    requests = stopping.Requests(tmp_path, True, ask=lambda: ends[0])
+    ends[0], now[0] = 8000.0, now[0] + 601
+    assert stopping.wish(requests.heard()) is None and requests.end == 8000.0
+
+
 def test_more_time_is_noticed_before_a_run_ends_for_want_of_it(tmp_path, monkeypatch):
     now, ends = [1000.0], [1100.0]
     monkeypatch.setattr(time, "time", lambda: now[0])

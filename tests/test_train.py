@@ -394,6 +394,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(world, prepa
     world.comm.Barrier()  # root has written the last record before it raised, the others raise by themselves
     records = (Path(run.run.output_dir) / "metrics.jsonl").read_text()
     assert json.loads(records.splitlines()[-1])["loss"] is None and "NaN" not in records
+    last = json.loads((Path(run.run.output_dir) / "events.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["exit_code"]) == ("failed", 93) and "has diverged" in last["why"]
     for saved in (tmp_path / "run").glob("checkpoint-*") if world.is_root else []:
         assert all(bool(torch.isfinite(t).all()) for t in load_file(saved / "model.safetensors").values())
 

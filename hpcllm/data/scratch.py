@@ -5,7 +5,7 @@ import shutil
 import tempfile
 
 from ..errors import CannotCreate
-from ..files import failing_as_io, sync_folder, umask
+from ..files import failing_as_io, job, sync_folder, umask
 
 COPY_BYTES = 8 << 20
 
@@ -15,7 +15,7 @@ def make(output):
     parent, label = os.path.split(os.path.abspath(output))
     try:
         os.makedirs(parent, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f".{label}.partial-", dir=parent)
+        folder = tempfile.mkdtemp(prefix=f".{label}.partial-{job()}-", dir=parent)
     except OSError as error:
         raise CannotCreate(f"output: {output} cannot be created in {parent}: {error.strerror}") from None
     return folder

@@ -4,6 +4,9 @@ Weights keep their names, and hooks of FSDP2 run between compiled parts as they 
 """
 
 import os
+import stat
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -13,12 +16,25 @@ from .sharding import blocks
 
 def require(device):
     """Raise UsageError where torch.compile has not what it needs on `device`: a C++ compiler, Triton, a folder."""
+    _keep_apart()
     unlike = int.from_bytes(os.urandom(6))  # any before, so that no cache answers for the compiler
     try:
         torch.compile(lambda numbers: numbers.sin() + unlike)(torch.ones(8, device=device))
     except Exception as error:
         why = str(error).strip().splitlines()[0]
         raise UsageError(f"train: compile: torch.compile does not work on this host ({why}); set it to false") from None
+
+
+def _keep_apart():
+    """Have Inductor, which unpickles what it finds there, keep compiled code where no other user can have put any."""
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    folder = Path(tempfile.gettempdir()) / f"hpcllm-inductor-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        folder = tempfile.mkdtemp(prefix="hpcllm-inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def compile_blocks(model):

@@ -3,6 +3,9 @@
 import contextlib
 import os
 import shutil
+import stat
+import tempfile
+from pathlib import Path
 
 import models
 import pytest
@@ -78,6 +81,29 @@ def test_batches_of_any_width_are_evaluated_by_a_few_graphs(world):
             ours, theirs = (model(input_ids=ids[:width]).logits for model in (placed.model, whole))
             assert torch.allclose(ours, theirs, atol=1e-5)
     assert graphs() == 3  # for the first width, for one row, for any
+
+
+def test_what_is_unpickled_lies_where_nobody_else_can_have_put_it(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # what there was comes back at the end
+    own = tmp_path / f"hpcllm-inductor-{os.getuid()}"
+
+    def chosen():
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        compiled._keep_apart()
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert stat.S_ISDIR(folder.lstat().st_mode) and stat.S_IMODE(folder.lstat().st_mode) == 0o700
+        return folder
+
+    assert chosen() == chosen() == own
+    own.chmod(0o777)
+    assert chosen() != own
+    own.rmdir()
+    own.symlink_to(tmp_path)
+    assert chosen() != own
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    compiled._keep_apart()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
 
 
 def test_without_a_compiler_there_is_a_sentence(world):
