@@ -132,12 +132,12 @@ def test_what_ends_the_job_as_ever(dying_job, tmp_path):
 
 
 @pytest.mark.parametrize(("deaths", "where"), [
-    (["stuck:5:1"], "agreement #5"), (["clip:5:0", "absent:5:1"], "meeting #5"),
+    (["stuck:5:1"], "agreement #5"), (["clip:5:0", "absent:5:1"], "meeting #[56]"),
 ])  # fmt: skip
 def test_a_rank_that_hangs_where_the_others_agree_or_meet_is_named(dying_job, monkeypatch, deaths, where):
     monkeypatch.setenv("HPCLLM_TIMEOUT_S", "10")
     job = dying_job("stuck", 3, deaths)
-    assert f"{where} of group all ranks has not ended" in job.stderr, job.stderr
+    assert re.search(f"{where} of group all ranks has not ended", job.stderr), job.stderr
     assert re.search(r" waits for ranks? .*rank 1 on \S+ \(pid \d+\) is stopped \(SIGSTOP\)", job.stderr), job.stderr
     assert "done: " not in job.stdout
 
