@@ -179,7 +179,8 @@ def disk_full(place):
         ]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    left = [path for path in place.here.rglob("*") if path.is_file() and path.suffix not in (".toml", ".jsonl")]
+    found = (path for path in place.here.rglob("*") if path.is_file() and path.name != "lock")
+    left = [path for path in found if path.suffix not in (".toml", ".jsonl")]
     codes = [code for code, _ in told]
     return codes == [74, 74, 74] and not left, f"exit codes {codes}, {len(left)} files left; {told[1][1]}"
 
