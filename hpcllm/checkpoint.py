@@ -248,11 +248,11 @@ def _verify(path):
 def read_state(path):
     """The dict that `save` was given, with `step`."""
     try:
-        with files.failing_as_io(path):
-            text = files.patiently((Path(path) / STATE).read_bytes) if (Path(path) / STATE).exists() else b""
-        state = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        state = json.loads(files.patiently((Path(path) / STATE).read_bytes))
+    except (FileNotFoundError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: {STATE} cannot be read: {error}") from None
+    except OSError as error:
+        raise IOFailure(f"{path}: {STATE} cannot be read: {error}") from None
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise DataError(f"{path}: {STATE} names no step")
     if not isinstance(state.get("best"), dict | None):

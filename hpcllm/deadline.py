@@ -1,4 +1,4 @@
-"""When the batch system ends this job: Slurm and PBS are asked by their own commands, once or twice in a job."""
+"""When the batch system ends this job: Slurm and PBS are asked by their own commands, seldom until the end is near."""
 
 import contextlib
 import os

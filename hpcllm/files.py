@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from . import deadline
 from .errors import CannotCreate, IOFailure
 
 # What a file system over a network answers in a moment of trouble; a full disk or a missing folder stays as it is.
@@ -116,8 +117,7 @@ def leftovers(path):
 
 def job():
     """Whose a folder in the making is, as a part of its name: the batch job's number, or that of this process."""
-    known = os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID") or f"pid{os.getpid()}"
-    return re.sub(r"[^\w-]", "-", known)
+    return re.sub(r"[^\w-]", "-", deadline.job() or f"pid{os.getpid()}")
 
 
 def hidden_folder(path):

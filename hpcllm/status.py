@@ -12,6 +12,7 @@ from .heartbeat import in_words
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl, which grows: more than enough for the newest steps
 _FURTHER_BYTES = 1 << 22  # to look for an evaluation
 _NEWEST = 20
+_ENDED = {"stop": "stopped", "failed": "failed"}  # event -> what a run is whose last one it is
 # Events of any run; all others are told of, by name and number.
 _ORDINARY = {"start", "first_step", "checkpoint", "communication", "interval", "stop", "end"}
 # A run that has told nothing for so long, and for so many steps, or before its first step, may be dead.
@@ -80,8 +81,8 @@ def _state(last, silent_s, step_s):
     """One of: finished, stopped (why), failed (why), runs, silent; by the last event."""
     if last["event"] == "end":
         return "finished"
-    if last["event"] in ("stop", "failed"):
-        return f"{'stopped' if last['event'] == 'stop' else 'failed'} ({last.get('why')})"
+    if last["event"] in _ENDED:
+        return f"{_ENDED[last['event']]} ({last.get('why')})"
     patience_s = _START_S if step_s is None else max(_SILENT_S, _SILENT_STEPS * step_s)
     return "silent" if silent_s > patience_s else "runs"
 
