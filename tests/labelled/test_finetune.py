@@ -168,7 +168,7 @@ def test_the_best_checkpoint_is_the_result_and_a_run_without_hope_ends(world, la
     base = shared(world, tmp_path)
     # A rate that gets out of hand after the first evaluations.
     changes = {"train.max_steps": 60, "train.eval_every_steps": 5, "train.metric_for_best_model": "loss"}
-    changes |= {"train.early_stopping_patience": 3, "checkpoint.keep": 1, "train.learning_rate": 0.02}
+    changes |= {"train.early_stopping_patience": 3, "checkpoint.keep": 2, "train.learning_rate": 0.02}
     changes |= {"train.lr_scheduler_type": "constant"}
     run = settings(labelled, base / "run", "single", **changes)
     results = train.train(run, world)
