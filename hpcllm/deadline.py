@@ -26,11 +26,12 @@ def job(environment=os.environ):
     return environment.get("SLURM_JOB_ID") or environment.get("PBS_JOBID")
 
 
-def end_of_job(environment=os.environ):
+def end_of_job(known=None, environment=os.environ):
     """The time at which this job will be ended, in seconds since 1970; None where nobody says.
 
     HPCLLM_END_TIME counts first, which a site's profile may set. Then what squeue or qstat say now: limits are changed
-    while jobs run, and a reservation may end before them. Then SLURM_JOB_END_TIME, for nodes without squeue.
+    while jobs run, and a reservation may end before them. Then what was `known` before, since a controller may be too
+    busy to answer, and SLURM_JOB_END_TIME, which is that of the job's start, for nodes without squeue.
     """
     with contextlib.suppress(KeyError, ValueError):
         return float(environment["HPCLLM_END_TIME"])
@@ -39,10 +40,10 @@ def end_of_job(environment=os.environ):
         found = _slurm(job(environment))
     elif "PBS_JOBID" in environment:
         found = _pbs(environment["PBS_JOBID"])
-    if found is None:
+    if found is None and known is None:
         with contextlib.suppress(KeyError, ValueError):
             return float(environment["SLURM_JOB_END_TIME"])
-    return found
+    return known if found is None else found
 
 
 def _slurm(job):

@@ -68,6 +68,10 @@ def _refusal(config, world):
     return why
 
 
+# A file system may take so long to notice that the process which held a lock is gone.
+_UNLOCKED_S = 1.0
+
+
 class Survival:
     """What makes `run` (train.Run, its folder open; of a spare, one that has nothing yet) outlive ranks.
 
@@ -358,10 +362,10 @@ class Survival:
 def _tidy(folder):
     """Path of the newest checkpoint in `folder` or None; what was not completed is removed. Root only."""
     with files.failing_as_io(folder):
-        with contextlib.suppress(CannotCreate):  # another rank had it, of whose death the file system may not know yet
-            run_folder.lock(folder, 0)
         checkpoint.rescue(folder)
-        checkpoint.remove_unfinished(folder)
+        with contextlib.suppress(CannotCreate):  # of a root whose death the file system does not know yet: `Run.saved`
+            run_folder.lock(folder, _UNLOCKED_S)
+            checkpoint.remove_unfinished(folder)
         found = checkpoint.find(folder)
         return found[-1] if found else None
 

@@ -3,12 +3,15 @@
 All of it is root's: the others are told.
 """
 
+import contextlib
 import fcntl
 import json
+import os
+import socket
 import time
 from pathlib import Path
 
-from . import best, checkpoint, files, heartbeat, monitor, records, stopping
+from . import best, checkpoint, deadline, files, heartbeat, monitor, records, stopping
 from .config import load
 from .errors import CannotCreate, DataError, Fruitless, MissingInput, UsageError
 
@@ -24,29 +27,55 @@ _REPORTS = [f"{part}_{name}" for part in ("eval", "test") for name in ("results.
 def lock(output_dir, patience_s=None):
     """Have the run in this folder for this process alone, until `unlock` or its end; once is enough. Root only.
 
-    patience_s: how long to wait for another one. Raises CannotCreate where that goes on.
+    patience_s: how long to wait for another one. Raises CannotCreate where that goes on, unless it is an earlier start
+    of this very job that makes no steps any more: some file servers keep what a node that has died had locked.
     """
     path = Path(output_dir) / _LOCK
     if path in _held:  # to take it again would give it away for a moment
-        return None
-    file = _held[path] = open(path, "ab")  # noqa: SIM115 (closed by `unlock`)
-    deadline, told = time.monotonic() + (_PATIENCE_S if patience_s is None else patience_s), False
-    while True:
-        try:
-            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > deadline:
-                unlock()
+        return
+    file = _held[path] = open(path, "a+b")  # noqa: SIM115 (closed by `unlock`)
+    began, beat = time.monotonic(), None
+    while not _taken(file, output_dir):
+        if time.monotonic() - began >= (_PATIENCE_S if patience_s is None else patience_s):
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace").strip()
+            _held.pop(path).close()
+            if patience_s == 0 or not holder.startswith(f"job {deadline.job()} ") or beat != _last_beat(output_dir):
                 raise CannotCreate(
-                    f"run.output_dir: another job trains in {output_dir} (`hpcllm status {output_dir}`); one at a time"
-                ) from None
-        except OSError as error:
-            print(f"{output_dir} cannot be locked ({error.strerror}): start no second job for this run", flush=True)
-            return None
-        if not told:
+                    f"run.output_dir: another job trains in {output_dir} ({holder or 'which has just begun'}); one at "
+                    f"a time. If that one is over, delete {path}"
+                )
+            print(f"{output_dir}: {holder} left its lock behind, which is removed", flush=True)
+            path.unlink()
+            return lock(output_dir, 0)
+        if beat is None:
+            beat = _last_beat(output_dir)
             print(f"{output_dir}: waits for another job that trains in it, or has just ended", flush=True)
-            told = True
         time.sleep(0.2)
+
+
+def _taken(file, output_dir):
+    """Whether nobody else has the lock `file`, which then says whose it is now."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        print(f"{output_dir} cannot be locked ({error.strerror}): start no second job for this run", flush=True)
+        return True
+    who = f"job {deadline.job()}" if deadline.job() else f"process {os.getpid()}"
+    with contextlib.suppress(OSError):  # a full disk, on which a run may still be asked what it has
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"{who} on {socket.gethostname()} since {time.strftime('%FT%T')}\n".encode())
+    return True
+
+
+def _last_beat(output_dir):
+    """When the run in this folder made a step last, in nanoseconds; 0 where it has made none."""
+    try:
+        return os.stat(Path(output_dir) / heartbeat.NAME).st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def unlock():
@@ -74,7 +103,7 @@ def _find_start(config, output, resume, overwrite):
     if resume:
         checkpoint.rescue(output)
     found = checkpoint.find(output)
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(path.name != _LOCK for path in output.iterdir()):
         if not (output / records.EVENTS).is_file():
             raise CannotCreate(
                 f"run.output_dir: {output} is not empty and holds no run of hpcllm; choose another folder"

@@ -65,7 +65,7 @@ class Requests:
     """What this rank hears. looks: it is the one that looks at the run's `folder` and at the clock.
 
     limit_s: run.time_limit in seconds, counted from the start of this process, or None; save_s: what a save may take,
-    as long as none has been seen; ask: tells when the job ends.
+    as long as none has been seen; ask: tells when the job ends, and is told what is known of that.
     """
 
     def __init__(self, folder, looks, limit_s=None, save_s=0.0, ask=deadline.end_of_job):
@@ -132,8 +132,7 @@ class Requests:
     def _find_end(self):
         if self._looks:
             self._asked = time.monotonic()
-            told = self._ask()
-            self._told = self._told if told is None else told  # a controller may be too busy to answer
+            self._told = self._ask(self._told)
 
 
 def _number_in(path):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import math
+import threading
 import time
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from . import (
     utilisation,
 )
 from .data import batches
-from .errors import Corrupted, Diverged, IOFailure, UsageError
+from .errors import CannotCreate, Corrupted, Diverged, IOFailure, UsageError
 from .interval import Interval
 from .log import due
 from .mpi import choose, on_root, together
@@ -45,6 +46,7 @@ from .quicken import quicken
 from .spikes import Spikes
 from .tasks import TASKS
 
+_TELL_S = 0.5
 _SLOW_DISK = 1e8  # bytes a second, as long as no checkpoint of the run tells better
 
 
@@ -228,14 +230,21 @@ class Run:
         return self.survival.go(parts) if self.survival else self.steps(parts)
 
     def ending(self, work, *arguments):
-        """`work(*arguments)`; an error that ends it is told among the events too, where that can be."""
+        """`work(*arguments)`; an error that ends it is told among the events too, where that can be at once."""
         try:
             return work(*arguments)
         except Exception as error:
-            with contextlib.suppress(Exception):
-                why = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of another rank's traceback, too
-                code = getattr(error, "code", 1)
-                self.journal.event("failed", step=self.state["step"], why=why, exit_code=code)
+            why = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of another rank's traceback, too
+            details = {"step": self.state.get("step"), "why": why, "exit_code": getattr(error, "code", 1)}
+
+            def tell():
+                with contextlib.suppress(Exception):
+                    self.journal.event("failed", **details)
+
+            # A file system in trouble must not keep root from saying what is wrong: the others wait for it a second.
+            telling = threading.Thread(target=tell, daemon=True)
+            telling.start()
+            telling.join(_TELL_S)
             raise
 
     def steps(self, parts=None):
@@ -425,6 +434,9 @@ class Run:
     def saved(self, step, path, seconds, waited_s):
         """A checkpoint is complete."""
         self.requests.took("save", seconds)
+        if self.world.is_root:  # which it may not have been from the start
+            with contextlib.suppress(CannotCreate, OSError):
+                run_folder.lock(self.config.run.output_dir, 0)
         # Before root writes, which may fail there alone.
         told = self.world.comm.allgather((waited_s, seconds)) if self.interval.auto else None
         times = {"seconds": round(seconds, 3), "waited_s": round(waited_s, 3)}

@@ -1,7 +1,9 @@
 """The folder of a run belongs to one job at a time, and what is damaged in it stands aside."""
 
+import contextlib
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -52,7 +54,7 @@ def test_a_second_job_is_refused_and_changes_nothing(tmp_path, holder, resumed, 
         with pytest.raises(CannotCreate, match=r"another job trains in .*; one at a time") as caught:
             run_folder.find_start(resumed, *how)
         assert caught.value.code == 73
-    with pytest.raises(CannotCreate, match="another job trains in"):  # of two new runs, the second
+    with pytest.raises(CannotCreate, match=rf"process {other.pid} on .* since 20.*delete {tmp_path}/lock"):  # a new run
         run_folder.open_output(resumed, resume=False, overwrite=False)
     assert (tmp_path / ".checkpoint-2.4711-x.tmp").is_dir()
     other.kill()
@@ -66,6 +68,31 @@ def test_a_job_that_has_just_ended_is_waited_for_and_a_run_that_is_left_is_free(
     run_folder.lock(tmp_path)  # ours already
     run_folder.unlock()
     holder(600)
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_what_an_earlier_start_of_the_same_job_has_left_locked_is_taken(
+    tmp_path, holder, resumed, monkeypatch, capsys, lives
+):
+    """Some file servers keep the locks of a node that has died; a start that makes steps has not died."""
+    monkeypatch.setattr(run_folder, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(run_folder, "_last_beat", lambda _: time.monotonic_ns() if lives else 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    holder(600)
+    monkeypatch.setenv("SLURM_JOB_ID", "471")
+    with pytest.raises(CannotCreate, match=r"\(job 4711 on "):
+        run_folder.find_start(resumed, True, False)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with pytest.raises(CannotCreate) if lives else contextlib.nullcontext():
+        run_folder.find_start(resumed, True, False)
+    assert ("left its lock behind" in capsys.readouterr().out) is not lives
+    assert (tmp_path / "lock").read_text().startswith("job 4711 on ")
+
+
+def test_a_folder_with_nothing_but_a_lock_is_free(tmp_path, resumed):
+    (tmp_path / "events.jsonl").unlink()
+    (tmp_path / "lock").touch()  # of a start that was killed before it wrote anything
+    assert run_folder.find_start(resumed, True, False)[0] is None
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path, resumed, capsys, monkeypatch):

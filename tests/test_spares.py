@@ -130,7 +130,7 @@ def test_a_run_grows_where_a_job_on_more_ranks_goes_on(dying_job, tmp_path):
 
 @pytest.mark.parametrize(("text", "ranks"), [("8", 8), (" 12\n", 12), ("", 0), ("-3", 0), ("8 9", 0), ("9" * 50, 0)])
 def test_a_file_with_a_number_is_heard_once(tmp_path, text, ranks):
-    requests = stopping.Requests(tmp_path, looks=True, ask=lambda: None)
+    requests = stopping.Requests(tmp_path, looks=True, ask=lambda known: None)
     (tmp_path / "GROW").write_text(text)
     wish = stopping.wish(requests.heard())
     assert wish.ranks == ranks and wish.ends and wish.code == 75

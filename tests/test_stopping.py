@@ -145,7 +145,7 @@ def test_a_limit_that_is_moved_to_before_is_noticed_long_before(tmp_path, monkey
     now, ends = [1000.0], [90_000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    requests = stopping.Requests(tmp_path, True, ask=lambda: ends[0])
+    requests = stopping.Requests(tmp_path, True, ask=lambda known: ends[0] or known)
     ends[0], now[0] = 8000.0, now[0] + 601
     assert stopping.wish(requests.heard()) is None and requests.end == 8000.0
 
@@ -154,7 +154,7 @@ def test_more_time_is_noticed_before_a_run_ends_for_want_of_it(tmp_path, monkeyp
     now, ends = [1000.0], [1100.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    requests = stopping.Requests(tmp_path, True, ask=lambda: ends[0])
+    requests = stopping.Requests(tmp_path, True, ask=lambda known: ends[0] or known)
     requests.took("step", 10.0)
     requests.took("save", 20.0)
     requests.took("evaluation", 100.0)
@@ -168,8 +168,8 @@ def test_more_time_is_noticed_before_a_run_ends_for_want_of_it(tmp_path, monkeyp
     assert stopping.wish(requests.heard(evaluates=True)) is None and requests.end == 2000.0
     now[0], ends[0] = 1960.0, None  # the controller is too busy to answer
     assert stopping.wish(requests.heard()) == stopping.Wish("the time limit", True, 75) and requests.end == 2000.0
-    assert stopping.Requests(tmp_path, True, save_s=7.0, ask=lambda: None).lead_s() == 1.5 * 7 + 10
-    assert stopping.wish(stopping.Requests(tmp_path, False, ask=lambda: 0.0).heard()) is None  # root's business
+    assert stopping.Requests(tmp_path, True, save_s=7.0, ask=lambda known: None).lead_s() == 1.5 * 7 + 10
+    assert stopping.wish(stopping.Requests(tmp_path, False, ask=lambda known: 0.0).heard()) is None  # root's business
 
 
 def program(folder, name, text):
@@ -185,20 +185,26 @@ def test_the_end_of_a_job_is_what_its_batch_system_says(tmp_path, monkeypatch):
     program(
         tmp_path, "qstat", "printf '    Resource_List.walltime = 01:30:00\\n    stime = Thu Nov 26 14:00:00 2026\\n'"
     )
+
+    def end(environment, known=None):
+        return deadline.end_of_job(known, environment)
+
     at = 1795705200.0  # 2026-11-26 15:00
-    assert deadline.end_of_job({"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": "5"}) == at
-    assert deadline.end_of_job({"SLURM_JOB_ID": "18", "SLURM_JOB_END_TIME": "5"}) == 5.0
-    assert deadline.end_of_job({"SLURM_JOB_ID": "18"}) is None
-    assert deadline.end_of_job({"PBS_JOBID": "3.server"}) == at + 1800
+    assert end({"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": "5"}) == at
+    assert end({"SLURM_JOB_ID": "18", "SLURM_JOB_END_TIME": "5"}) == 5.0
+    assert end({"SLURM_JOB_ID": "18"}) is None
+    assert end({"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": "5"}, 7.0) == at
+    assert end({"SLURM_JOB_ID": "18", "SLURM_JOB_END_TIME": "5"}, 7.0) == 7.0  # to which it was moved
+    assert end({"PBS_JOBID": "3.server"}) == at + 1800
     array = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4"}
-    assert deadline.job(array) == "17_4" and deadline.end_of_job(array) is None  # its own limit, not that of all
-    assert deadline.end_of_job({"PBS_JOBID": "3.server", "HPCLLM_END_TIME": "7"}) == 7.0
-    assert deadline.end_of_job({}) is None
+    assert deadline.job(array) == "17_4" and end(array) is None  # its own limit, not that of all
+    assert end({"PBS_JOBID": "3.server", "HPCLLM_END_TIME": "7"}) == 7.0
+    assert end({}) is None
     program(tmp_path, "squeue", "echo 2026-11-26T15:00:00; echo N/A; echo 2026-11-26T14:59:59")
-    assert deadline.end_of_job({"SLURM_JOB_ID": "17"}) == at - 1  # of a heterogeneous job
+    assert end({"SLURM_JOB_ID": "17"}) == at - 1  # of a heterogeneous job
     program(tmp_path, "squeue", "echo N/A")
     program(tmp_path, "qstat", "echo unknown job; exit 153")
-    assert deadline.end_of_job({"SLURM_JOB_ID": "17"}) is None and deadline.end_of_job({"PBS_JOBID": "3"}) is None
+    assert end({"SLURM_JOB_ID": "17"}) is None and end({"PBS_JOBID": "3"}) is None
     monkeypatch.undo()
     time.tzset()
 
@@ -293,7 +299,7 @@ def test_a_run_is_refused_where_a_checkpoint_would_find_no_room(world, prepared,
 @pytest.mark.parametrize("name", [stopping.SAVE, stopping.GROW])
 def test_a_file_that_cannot_be_removed_is_not_heard_and_ends_nothing(tmp_path, monkeypatch, name):
     monkeypatch.setattr(stopping, "_LOOK_EVERY_S", 0.0)
-    requests = stopping.Requests(tmp_path, True, ask=lambda: None)
+    requests = stopping.Requests(tmp_path, True, ask=lambda known: None)
     (tmp_path / name).mkdir()
     assert requests.heard() == stopping._NOTHING
     (tmp_path / name).rmdir()

@@ -27,19 +27,35 @@ def require(device):
 
 def _keep_apart():
     """Have Inductor, which unpickles what it finds there, keep compiled code where no other user can have put any."""
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+    from torch._inductor import config  # takes a second
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    default = Path(default_cache_dir())
+    if not _own(default):
+        config.cpp_cache_precompile_headers = False  # which would be there, whatever is asked for
+    # torch has set the variable to its own default when it was imported.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(default)) != str(default):
         return
     folder = Path(tempfile.gettempdir()) / f"hpcllm-inductor-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    if not _own(folder):
         folder = tempfile.mkdtemp(prefix="hpcllm-inductor-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+def _own(folder):
+    """Whether the folder, made if there is none, is this user's, and nobody else may write into it."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def compile_blocks(model):
     """Have each block of `model` compiled when it first runs, in place."""
     # Blocks are the pieces that gradients come in; DDP need not have them cut further, and it cannot cut recomputation.
     torch._dynamo.config.optimize_ddp = False
+    _keep_apart()
     for block in blocks(model):
         block.compile()

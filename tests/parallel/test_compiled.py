@@ -4,6 +4,8 @@ import contextlib
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from test_layouts import HOSTS, SIZE, built, check_weights, largest_difference, parallel, train
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from hpcllm.errors import UsageError
 from hpcllm.parallel import compiled
@@ -83,27 +86,49 @@ def test_batches_of_any_width_are_evaluated_by_a_few_graphs(world):
     assert graphs() == 3  # for the first width, for one row, for any
 
 
+@torch._inductor.config.patch(cpp_cache_precompile_headers=True)
 def test_what_is_unpickled_lies_where_nobody_else_can_have_put_it(world, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # what there was comes back at the end
-    own = tmp_path / f"hpcllm-inductor-{os.getuid()}"
+    default, own = Path(default_cache_dir()), tmp_path / f"hpcllm-inductor-{os.getuid()}"
 
-    def chosen():
+    def chosen(before=None):
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        if before:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(before))
         compiled._keep_apart()
         folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
         assert stat.S_ISDIR(folder.lstat().st_mode) and stat.S_IMODE(folder.lstat().st_mode) == 0o700
+        compiled._keep_apart()  # as is done in more than one place
+        assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == folder
         return folder
 
-    assert chosen() == chosen() == own
+    assert chosen() == chosen() == chosen(before=default) == own
     own.chmod(0o777)
     assert chosen() != own
     own.rmdir()
     own.symlink_to(tmp_path)
     assert chosen() != own
+    own.unlink()
+    own.touch()
+    assert chosen() != own
+    assert torch._inductor.config.cpp_cache_precompile_headers
+    default.chmod(0o777)
+    assert chosen(before=default) not in (own, default)
+    assert not torch._inductor.config.cpp_cache_precompile_headers  # which lie there in any case
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
     compiled._keep_apart()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+
+
+@needs_compiler
+def test_what_torch_names_by_itself_is_not_taken_for_the_users_wish(world):
+    """Importing torch's compiler sets the variable."""
+    script = "import torch._dynamo\nfrom hpcllm.parallel import compiled\nimport os, torch\n"
+    script += "compiled.require(torch.device('cpu'))\nprint(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert Path(ran.stdout.strip()).name.startswith("hpcllm-inductor-"), ran.stdout + ran.stderr
 
 
 def test_without_a_compiler_there_is_a_sentence(world):
