@@ -31,7 +31,8 @@ class HostMemory:
 
     def __init__(self, comm, mapped, slot_bytes):
         self.comm, self.slot_bytes = comm, slot_bytes
-        whole = torch.frombuffer(mapped, dtype=torch.uint8, offset=_HEAD_BYTES)
+        with torch.inference_mode(False):  # the first collective of a group may be in one, and others outside
+            whole = torch.frombuffer(mapped, dtype=torch.uint8, offset=_HEAD_BYTES)
         self._halves = whole.view(2, comm.size, slot_bytes)
         self._kept = {}
         self._turn = 0
@@ -47,8 +48,9 @@ class HostMemory:
             if len(self._kept) == _KEPT:
                 self._kept.clear()
             end = sum(lengths)
-            slots = [half.view(dtype).unbind(0) for half in self._halves]
-            self._kept[key] = [[slot[:end].split(lengths) for slot in half] for half in slots]
+            with torch.inference_mode(False):
+                slots = [half.view(dtype).unbind(0) for half in self._halves]
+                self._kept[key] = [[slot[:end].split(lengths) for slot in half] for half in slots]
         self._turn ^= 1
         return self._kept[key][self._turn]
 

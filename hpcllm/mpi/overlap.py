@@ -137,7 +137,8 @@ class Courier:
     def _run(self):
         torch.set_num_threads(1)  # of this thread
         work.hide_time()
-        with torch.no_grad(), self._streams.stream(self._stream) if self._streams else nullcontext():
+        # In which it may write to tensors of either kind.
+        with torch.inference_mode(), self._streams.stream(self._stream) if self._streams else nullcontext():
             while True:
                 carried = self._calls.get()
                 if carried.ready is not None:

@@ -216,7 +216,8 @@ def _map(file, size):
 
     Pages are mapped as they are touched: of the tensors of many neighbours, a rank sums a slice each.
     """
-    return torch.from_file(file, shared=True, size=size, dtype=torch.uint8)
+    with torch.inference_mode(False):  # it is kept for calls outside of it
+        return torch.from_file(file, shared=True, size=size, dtype=torch.uint8)
 
 
 def _identity(pid, descriptor):

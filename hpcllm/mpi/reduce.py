@@ -116,7 +116,8 @@ class _Scratch(threading.local):
         if not like.is_cpu:
             return torch.empty((2, like.numel()), dtype=dtype, device=like.device).unbind(0)  # torch keeps memory there
         if dtype not in self.blocks:
-            self.blocks[dtype] = torch.empty((2, BLOCK), dtype=dtype).unbind(0)
+            with torch.inference_mode(False):  # it is written to outside of it too
+                self.blocks[dtype] = torch.empty((2, BLOCK), dtype=dtype).unbind(0)
         return [block[: like.numel()] for block in self.blocks[dtype]]
 
 

@@ -154,3 +154,29 @@ def test_reductions_without_an_answer_are_refused_by_name(world, kind, dtype, se
             call()
     with pytest.raises(TypeError, match="complex numbers have no order"):
         reduce.check(torch.complex64, "MAX")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("numel", [100, 3_000_000])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_is_made_in_inference_mode_and_outside_can_be_summed_in_both(world, dtype, asynchronous, numel, mapped):
+    """Memory that is kept between calls must not remember in which of them it was made."""
+    own = dist.new_group(list(range(world.size)))  # whose memory is new
+    reduce._scratch.blocks.clear()
+    make = world.group.allocate_tensor if mapped else torch.empty  # where others map it
+
+    def summed(tensor):
+        finish(dist.all_reduce(tensor, group=own, async_op=asynchronous), asynchronous)
+        assert torch.equal(tensor, torch.full_like(tensor, world.size))
+
+    with torch.inference_mode():
+        inside = make(numel, dtype=dtype).fill_(1)
+        summed(inside)
+        gathered = make(world.size * numel, dtype=dtype)
+        finish(dist.all_gather_into_tensor(gathered, inside, group=own, async_op=asynchronous), asynchronous)
+    outside = make(numel, dtype=dtype).fill_(1)
+    summed(outside)
+    with torch.inference_mode():
+        summed(outside.div_(world.size))
+    dist.destroy_process_group(own)
