@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -28,54 +29,80 @@ def lock(output_dir, patience_s=None):
     """Have the run in this folder for this process alone, until `unlock` or its end; once is enough. Root only.
 
     patience_s: how long to wait for another one. Raises CannotCreate where that goes on, unless it is an earlier start
-    of this very job that makes no steps any more: some file servers keep what a node that has died had locked.
+    of this very job, which is over: some file servers keep what a node that has died had locked.
     """
-    path = Path(output_dir) / _LOCK
+    path, told = Path(output_dir) / _LOCK, False
     if path in _held:  # to take it again would give it away for a moment
         return
-    file = _held[path] = open(path, "a+b")  # noqa: SIM115 (closed by `unlock`)
-    began, beat = time.monotonic(), None
-    while not _taken(file, output_dir):
+    began = time.monotonic()
+    while not _taken(path):
+        holder = _read(path)
+        if _is_over(holder):
+            print(f"{output_dir}: {holder} is over, and has left its lock behind, which is removed", flush=True)
+            path.unlink(missing_ok=True)
+            continue
         if time.monotonic() - began >= (_PATIENCE_S if patience_s is None else patience_s):
-            file.seek(0)
-            holder = file.read(200).decode(errors="replace").strip()
-            _held.pop(path).close()
-            if patience_s == 0 or not holder.startswith(f"job {deadline.job()} ") or beat != _last_beat(output_dir):
-                raise CannotCreate(
-                    f"run.output_dir: another job trains in {output_dir} ({holder or 'which has just begun'}); one at "
-                    f"a time. If that one is over, delete {path}"
-                )
-            print(f"{output_dir}: {holder} left its lock behind, which is removed", flush=True)
-            path.unlink()
-            return lock(output_dir, 0)
-        if beat is None:
-            beat = _last_beat(output_dir)
+            raise CannotCreate(
+                f"run.output_dir: another job trains in {output_dir} ({holder or 'which has just begun'}); one at "
+                f"a time. If that one is over, delete {path}"
+            )
+        if not told:
             print(f"{output_dir}: waits for another job that trains in it, or has just ended", flush=True)
+            told = True
         time.sleep(0.2)
 
 
-def _taken(file, output_dir):
-    """Whether nobody else has the lock `file`, which then says whose it is now."""
+def _taken(path):
+    """Whether this process has the lock now, which then says so."""
+    file = open(path, "ab")  # noqa: SIM115 (closed by `unlock`)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
+        file.close()
         return False
     except OSError as error:
-        print(f"{output_dir} cannot be locked ({error.strerror}): start no second job for this run", flush=True)
-        return True
-    who = f"job {deadline.job()}" if deadline.job() else f"process {os.getpid()}"
-    with contextlib.suppress(OSError):  # a full disk, on which a run may still be asked what it has
-        os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), f"{who} on {socket.gethostname()} since {time.strftime('%FT%T')}\n".encode())
+        print(f"{path.parent} cannot be locked ({error.strerror}): start no second job for this run", flush=True)
+    else:
+        if not _is_still(path, file):  # somebody has removed it meanwhile
+            file.close()
+            return False
+        with contextlib.suppress(OSError):  # a full disk, on which a run may still be asked what it has
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{_who()} on {socket.gethostname()} since {time.strftime('%FT%T')}\n".encode())
+    _held[path] = file
     return True
 
 
-def _last_beat(output_dir):
-    """When the run in this folder made a step last, in nanoseconds; 0 where it has made none."""
+def _is_still(path, file):
     try:
-        return os.stat(Path(output_dir) / heartbeat.NAME).st_mtime_ns
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
-        return 0
+        return False
+
+
+def _read(path):
+    try:
+        return path.read_text(errors="replace")[:200].strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _who():
+    """How this process calls itself as the holder of a lock: its job, and which start of that, or its number."""
+    job = deadline.job()
+    return f"job {job}, start {'.'.join(map(str, _start()))}," if job else f"process {os.getpid()}"
+
+
+def _start():
+    """(how often Slurm has queued this job again, how often slurm/launch.sh has started its ranks again)."""
+    told = (os.environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "HPCLLM_LAUNCH"))
+    return tuple(int(one) if one.isdigit() else 0 for one in told)
+
+
+def _is_over(holder):
+    """Whether the holder of a lock is a start of this job before this one, which the next has waited for."""
+    found = re.match(r"job (\S+), start (\d+)\.(\d+),", holder)
+    return bool(found) and found[1] == deadline.job() and (int(found[2]), int(found[3])) < _start()
 
 
 def unlock():

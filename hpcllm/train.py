@@ -46,7 +46,7 @@ from .quicken import quicken
 from .spikes import Spikes
 from .tasks import TASKS
 
-_TELL_S = 0.5
+_BRIEFLY_S = 0.3
 _SLOW_DISK = 1e8  # bytes a second, as long as no checkpoint of the run tells better
 
 
@@ -67,7 +67,7 @@ def train(config, world, *, resume=False, overwrite=False, parts=None):
             return run.ending(run.survival.stand_by)
         return _train(config, world, resume, overwrite, parts)
     finally:
-        run_folder.unlock()
+        _briefly(run_folder.unlock)
 
 
 def _train(config, world, resume, overwrite, parts):
@@ -237,14 +237,7 @@ class Run:
             why = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of another rank's traceback, too
             details = {"step": self.state.get("step"), "why": why, "exit_code": getattr(error, "code", 1)}
 
-            def tell():
-                with contextlib.suppress(Exception):
-                    self.journal.event("failed", **details)
-
-            # A file system in trouble must not keep root from saying what is wrong: the others wait for it a second.
-            telling = threading.Thread(target=tell, daemon=True)
-            telling.start()
-            telling.join(_TELL_S)
+            _briefly(lambda: self.journal.event("failed", **details))
             raise
 
     def steps(self, parts=None):
@@ -495,6 +488,22 @@ class Run:
                     self.progress.say(f"{prefix}: {source.stream.folder}\n{report[0]}")
                 scores |= world.comm.bcast(found, root=0)
         return scores
+
+
+def _briefly(work):
+    """`work()`, which may fail, for no longer than `_BRIEFLY_S`.
+
+    A file system in trouble must not keep root from saying what is wrong: the others wait for it a second.
+    """
+
+    def quietly():
+        with contextlib.suppress(Exception):
+            work()
+
+    with contextlib.suppress(RuntimeError):  # no more threads
+        thread = threading.Thread(target=quietly, daemon=True)
+        thread.start()
+        thread.join(_BRIEFLY_S)
 
 
 def load_or_build(config, last, source):

@@ -28,7 +28,7 @@ launch() {
         if is_training && can_go_on && { with_ulfm || [ -n "${SLURM_HET_SIZE:-}" ]; }; then
             began=$(ask starts "${command[@]:2}" 2>/dev/null)
         fi
-        run_on_nodes $starts "${command[@]}"
+        HPCLLM_LAUNCH=$starts run_on_nodes $starts "${command[@]}"
         rc=$?
         # With --with-ft ulfm, mpirun of Open MPI 5.0 may return 0 for ranks that have all died.
         if [ $rc = 0 ] && [ -n "$began" ] && { [ -n "$guessed" ] || with_ulfm; }; then

@@ -1,9 +1,7 @@
 """The folder of a run belongs to one job at a time, and what is damaged in it stands aside."""
 
-import contextlib
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -70,23 +68,51 @@ def test_a_job_that_has_just_ended_is_waited_for_and_a_run_that_is_left_is_free(
     holder(600)
 
 
-@pytest.mark.parametrize("lives", [True, False])
+@pytest.mark.parametrize(
+    ("now", "over"),
+    [
+        ({"HPCLLM_LAUNCH": "2"}, True),
+        ({"SLURM_RESTART_COUNT": "1"}, True),
+        ({"HPCLLM_LAUNCH": "1"}, False),  # two starts of one job at once
+        ({"HPCLLM_LAUNCH": "0"}, False),
+        ({"SLURM_JOB_ID": "471", "HPCLLM_LAUNCH": "2"}, False),
+    ],
+)
 def test_what_an_earlier_start_of_the_same_job_has_left_locked_is_taken(
-    tmp_path, holder, resumed, monkeypatch, capsys, lives
+    tmp_path, holder, resumed, monkeypatch, capsys, now, over
 ):
-    """Some file servers keep the locks of a node that has died; a start that makes steps has not died."""
+    """Some file servers keep the locks of a node that has died."""
     monkeypatch.setattr(run_folder, "_PATIENCE_S", 0.5)
-    monkeypatch.setattr(run_folder, "_last_beat", lambda _: time.monotonic_ns() if lives else 0)
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("HPCLLM_LAUNCH", "1")
     holder(600)
-    monkeypatch.setenv("SLURM_JOB_ID", "471")
-    with pytest.raises(CannotCreate, match=r"\(job 4711 on "):
+    before = (tmp_path / "lock").read_text()
+    assert before.startswith("job 4711, start 0.1, on ")
+    for name, value in now.items():
+        monkeypatch.setenv(name, value)
+    if over:
         run_folder.find_start(resumed, True, False)
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    with pytest.raises(CannotCreate) if lives else contextlib.nullcontext():
-        run_folder.find_start(resumed, True, False)
-    assert ("left its lock behind" in capsys.readouterr().out) is not lives
-    assert (tmp_path / "lock").read_text().startswith("job 4711 on ")
+        assert "is over, and has left its lock behind" in capsys.readouterr().out
+        assert (tmp_path / "lock").read_text() != before
+    else:
+        with pytest.raises(CannotCreate, match=r"\(job 4711, start 0.1, on "):
+            run_folder.find_start(resumed, True, False)
+        assert (tmp_path / "lock").read_text() == before
+
+
+def test_a_lock_whose_file_somebody_has_removed_is_none(tmp_path, monkeypatch):
+    lockf, path, removed = run_folder.fcntl.lockf, tmp_path / "lock", []
+
+    def late(*arguments):
+        if not removed:
+            path.unlink()
+            removed.append(path)
+        return lockf(*arguments)
+
+    monkeypatch.setattr(run_folder.fcntl, "lockf", late)
+    run_folder.lock(tmp_path, 5)
+    assert path.read_text().startswith("process ")
+    run_folder.unlock()
 
 
 def test_a_folder_with_nothing_but_a_lock_is_free(tmp_path, resumed):

@@ -16,9 +16,9 @@ from .sharding import blocks
 
 def require(device):
     """Raise UsageError where torch.compile has not what it needs on `device`: a C++ compiler, Triton, a folder."""
-    _keep_apart()
     unlike = int.from_bytes(os.urandom(6))  # any before, so that no cache answers for the compiler
     try:
+        _keep_apart()
         torch.compile(lambda numbers: numbers.sin() + unlike)(torch.ones(8, device=device))
     except Exception as error:
         why = str(error).strip().splitlines()[0]
