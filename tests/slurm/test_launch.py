@@ -27,6 +27,7 @@ if [ "${@: -1}" = true ]; then
     exit
 fi
 echo "$(basename "$0") $*" >>"$here/asked"
+echo "$HPCLLM_LAUNCH" >>"$here/launches"
 while [ $# -gt 0 ]; do [ "$1" != -machinefile ] || echo "machines: $(paste -sd' ' "$2")" >>"$here/asked"; shift; done
 read -r code node step <"$here/fate"
 sed -i 1d "$here/fate"
@@ -128,6 +129,7 @@ def test_a_dead_node_costs_a_start_and_the_rest_go_on_from_the_newest_checkpoint
     assert asked[1].endswith("train_gpt.toml --resume")
     assert said == ["exit code 143, 3 of 4 nodes answer; launched again (1 of 3 without a new checkpoint)"]
     assert " n[1-4], start 1: srun" in log and " n1,n3,n4, start 1, launch 2: srun" in log
+    assert (job.fakes / "launches").read_text() == "0\n1\n"  # by which a run knows that what came before is over
     # All at once first, then one by one.
     assert sorted((job.fakes / "tried").read_text().split("\n")) == ["", "n1", "n1 n2 n3 n4", "n2", "n3", "n4"]
 
