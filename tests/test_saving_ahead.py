@@ -179,7 +179,7 @@ def test_root_cannot_fail_before_what_is_collective_after_a_checkpoint():
         requests=SimpleNamespace(took=lambda *_: None),
         journal=SimpleNamespace(event=full),
         interval=SimpleNamespace(auto=True),
-        world=SimpleNamespace(comm=SimpleNamespace(allgather=lambda told: done.append("allgather"))),
+        world=SimpleNamespace(is_root=False, comm=SimpleNamespace(allgather=lambda told: done.append("allgather"))),
     )
     with pytest.raises(IOFailure):
         train.Run.saved(run, 1, "path", 2.0, 1.0)
