@@ -152,8 +152,11 @@ class _Open:
             left, offset = left[count:], offset + count
 
 
-def digests(path, numbers=None, block_bytes=None):
-    """{number: SHA-256 in hex} of blocks of a file, the last one of which may be shorter. numbers: None for all."""
+def digests(path, numbers=None, block_bytes=None, keep=True):
+    """{number: SHA-256 in hex} of blocks of a file, the last one of which may be shorter.
+
+    numbers: None for all; keep: False leaves nothing of them in the page cache.
+    """
     block_bytes = block_bytes or BLOCK_BYTES
     memory, found = memoryview(bytearray(1 << 20)), {}
     with open(path, "rb", buffering=0) as file:
@@ -165,6 +168,8 @@ def digests(path, numbers=None, block_bytes=None):
                 made.update(memory[:got])
                 left -= got
             found[number] = made.hexdigest()
+            if not keep:
+                os.posix_fadvise(file.fileno(), number * block_bytes, block_bytes, os.POSIX_FADV_DONTNEED)
     return found
 
 

@@ -3,7 +3,8 @@
 config.json, model.safetensors, tokenizer files: `from_pretrained` loads the folder as it is (of a run with LoRA only
 hpcllm does: see `lora`). optimizer.safetensors and trainer_state.json: optimizer moments by parameter name, step,
 samples consumed. Order, masking, dropout and learning rate are functions of seed and position, so nothing else has
-state. `.complete` names every file with size and SHA-256 and is written last; a folder without it does not count.
+state. `.complete` names every file with size and SHA-256 and is written last; a folder without it does not count. A
+link `latest` beside the folders leads to the newest, for people and their scripts: nothing here reads it.
 
 No layout: the tensors in the files are those of the whole model, each rank writes and reads its pieces of them, and a
 run goes on under any other layout.
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from . import __version__, blocks, files, lora, tensors
+from . import __version__, blocks, files, lora, revision, tensors
 from .data import tokenizer
 from .errors import DataError, IOFailure
 from .model import class_name
@@ -32,6 +33,7 @@ from .parallel.sharding import local
 _DAMAGED = (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError)
 _DAMAGED += (OverflowError, RecursionError)
 COMPLETE, OPTIMIZER, STATE = ".complete", "optimizer.safetensors", "trainer_state.json"
+LATEST = "latest"
 _OLD_BLOCK_BYTES = 1 << 26  # what a digest of a large file was for before markers said so
 
 
@@ -151,7 +153,8 @@ def finish(hidden, path, step, placed, words, state, known):
             files.write_json(hidden / lora.SETTINGS, model.lora)
         for name, content in words.items():
             (hidden / name).write_bytes(content)
-        files.write_json(hidden / STATE, {"step": step, "hpcllm": __version__, **state})
+        of_code = {"hpcllm": __version__, "git": revision.of_code()}
+        files.write_json(hidden / STATE, {"step": step, **of_code, **state})
         listed = {}
         for file in sorted(hidden.iterdir()):
             made = {number: digest for each in known for number, digest in each.get(file.name, {}).items()}
@@ -162,6 +165,30 @@ def finish(hidden, path, step, placed, words, state, known):
         files.write_json(hidden / COMPLETE, {"block_bytes": blocks.BLOCK_BYTES, "files": listed})
         # There may be one of this step, which is the newest: of a run that goes on with an evaluation that was due.
         files.reveal(hidden, path, replace=True)
+        point(path.parent)
+
+
+def point(output_dir):
+    """Have `latest` lead to the newest checkpoint, where the file system has links. Root only."""
+    found, link, new = find(output_dir), *(Path(output_dir) / name for name in (LATEST, f".{LATEST}.tmp"))
+    with contextlib.suppress(OSError):
+        if not found:
+            link.unlink(missing_ok=True)
+            return
+        new.unlink(missing_ok=True)
+        new.symlink_to(found[-1].name)
+        new.replace(link)
+        files.sync_folder(output_dir)
+
+
+def set_aside(damaged):
+    """Give checkpoint folders that are not what was written other names, those that are still there. Root only."""
+    for folder in filter(Path.exists, damaged):
+        name = folder.with_name(f"damaged-{folder.name}")
+        if name.exists():
+            files.remove_folder(name)
+        folder.rename(name)
+        point(folder.parent)
 
 
 def delete_older(output_dir, keep, best):
@@ -210,16 +237,18 @@ def remove_unfinished(output_dir):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def verify(path):
+def verify(path, share=None):
     """Raise DataError, naming the file, unless every file of a checkpoint has its recorded size and digests.
 
-    Raises IOFailure where the file system does not let one know.
+    share: (rank, size) of those who read it between them, and not again soon. Raises IOFailure where the file system
+    does not let one know.
     """
     with files.failing_as_io(path):
-        files.patiently(_verify, Path(path))
+        files.patiently(_verify, Path(path), share)
 
 
-def _verify(path):
+def _verify(path, share):
+    rank, ranks = share or (0, 1)
     try:
         marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
         expected = {str(name): (int(entry["bytes"]), entry["sha256"]) for name, entry in marker["files"].items()}
@@ -232,13 +261,17 @@ def _verify(path):
     if lacking or not {lora.PLAIN, lora.WEIGHTS} & expected.keys():
         raise DataError(f"{path} is not a complete checkpoint: {COMPLETE} names no {(lacking or [lora.PLAIN])[0]}")
     for name, (size, sha256) in expected.items():
+        if rank and not isinstance(sha256, list):
+            continue
         file = path / name
         if "/" in name or not file.is_file():
             raise DataError(f"{path}: {name} is missing")
         if file.stat().st_size != size:
             raise DataError(f"{file}: {file.stat().st_size} bytes, but {size} were written")
         if isinstance(sha256, list):
-            found = list(blocks.digests(file, block_bytes=block_bytes).values())
+            mine = range(rank, blocks.count(size, block_bytes), ranks)
+            found = list(blocks.digests(file, mine, block_bytes, keep=share is None).values())
+            sha256 = sha256[rank::ranks]
         else:
             found = files.digest(file)
         if found != sha256:

@@ -338,8 +338,8 @@ class Checkpoint(Section):
     mtbf: str = "24:00:00"
     """Time between failures of the whole job, on average, for every_steps = "auto": 24:00:00, 3-00:00:00."""
     keep: int = Field(2, ge=2)
-    """Newest checkpoints to keep, two or more, since one may be damaged; older ones are deleted once a newer one is
-    complete."""
+    """Newest checkpoints to keep, two or more, since one may be damaged; older ones are deleted once a newer one
+    has been read back, whole."""
     asynchronous: bool = True
     """Write checkpoints while training goes on. Needs memory, on the host, for a copy of what a rank writes: its part
     of 12 bytes a parameter with adamw."""

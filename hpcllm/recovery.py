@@ -19,7 +19,7 @@ import traceback
 
 import torch
 
-from . import best, checkpoint, deadline, files, monitor, optimizer, run_folder, saving, sources, stopping
+from . import checkpoint, deadline, files, monitor, optimizer, run_folder, saving, sources, stopping
 from .errors import CannotCreate, DataError, TooFewRanks, UsageError
 from .log import due
 from .mpi import alone, launcher, on_root, regroup, remain, survive, together, watch
@@ -336,8 +336,7 @@ class Survival:
         unmeasured = run.settled < state["step"] and due(state["step"], run.plan.eval_every_steps)
         kept = run.kept() | {"unmeasured": unmeasured}
         folder, tokenizer_dir = run.config.run.output_dir, run.config.data.tokenizer_dir
-        how = tokenizer_dir, kept, run.config.checkpoint.keep, best.step(state)
-        return saving.salvage(comm, folder, self.committed, run.placed, run.adjust, *how)
+        return saving.salvage(comm, folder, self.committed, run.placed, run.adjust, tokenizer_dir, kept)
 
     def _go_back(self, layout):
         """From the newest checkpoint, which is returned, or the start: what the dead had is nowhere else."""

@@ -16,7 +16,7 @@ def go_back(run, first):
     """
     state, spikes, output = run.state, run.spikes, run.config.run.output_dir
     with contextlib.suppress(IOFailure):  # of one that may not be needed
-        run.saver.finish()
+        run.saver.settle()
     why = f"step {state['step']}: losses have jumped, or are no numbers, since step {first}"
     if spikes.rollbacks >= run.plan.max_rollbacks:
         raise Diverged(
@@ -32,7 +32,8 @@ def go_back(run, first):
         checkpoint.load_optimizer(path, run.placed, run.adjust)
     left, seen = state["step"], state["samples"]
     state |= {name: known[name] for name in ("step", "useful_s", "best")} | {"nonfinite": 0}
-    run.saver.newest, run.checked = path, None
+    run.checked = None
+    run.saver.start_from(path)
     spikes.went_back(known.get("spikes"), known["samples"], seen)
     told = {"to": state["step"], "first": first, "left_out": [known["samples"], seen], "rollbacks": spikes.rollbacks}
     run.journal.event("rollback", step=left, **told)

@@ -17,7 +17,7 @@ from .config import load
 from .errors import CannotCreate, DataError, Fruitless, MissingInput, UsageError
 
 _OURS = ("config.toml", records.METRICS, records.EVENTS, "results.json", heartbeat.NAME, stopping.SAVE, stopping.STOP,
-         stopping.GROW)  # fmt: skip
+         stopping.GROW, checkpoint.LATEST)  # fmt: skip
 _LOCK = "lock"
 # The file system may take so long to learn that the node of a job that held the lock is dead.
 _PATIENCE_S = 300.0
@@ -210,7 +210,8 @@ def open_output(config, resume, overwrite, damaged=()):
             for name in (*_OURS, *_REPORTS):
                 (output / name).unlink(missing_ok=True)
         checkpoint.remove_unfinished(output)
-        _set_aside(damaged)
+        checkpoint.set_aside(damaged)
+        checkpoint.point(output)
         (output / records.EVENTS).touch()  # what says that this folder is a run of ours
     except OSError as error:
         raise CannotCreate(f"run.output_dir: {output} cannot be created: {error.strerror}") from None
@@ -224,7 +225,7 @@ def newest_good(output_dir):
     """
     with files.failing_as_io(output_dir):
         found = checkpoint.find(output_dir)
-        _set_aside(_pass_over_damaged(found) if found else [])
+        checkpoint.set_aside(_pass_over_damaged(found) if found else [])
         return found[-1] if found else None
 
 
@@ -250,7 +251,8 @@ def _go_back(output_dir, first):
     for newer in reversed(found):
         if checkpoint.step_of(newer) >= first:
             checkpoint.forget(newer)
-    _set_aside(damaged)
+    checkpoint.set_aside(damaged)
+    checkpoint.point(output_dir)
     state = checkpoint.read_state(older[-1])
     if f"checkpoint-{best.step(state)}" not in [path.name for path in older]:
         state["best"] = None
@@ -266,14 +268,6 @@ def best_there_is(output_dir, wanted):
         if one and f"checkpoint-{one['step']}" in names:
             return one
     return None
-
-
-def _set_aside(damaged):
-    for folder in damaged:
-        name = folder.with_name(f"damaged-{folder.name}")
-        if name.exists():
-            files.remove_folder(name)
-        folder.rename(name)
 
 
 def run_config(path):

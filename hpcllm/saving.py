@@ -6,6 +6,9 @@ Maurya et al. 2024). Then each rank writes its pieces into files that are there 
 other that they are done with the sums at the edge of a step (`monitor.Clock.collect`); then they share out the reading
 of what was written, for its digests, and root gives the folder its name. The threads here never call MPI.
 
+Older checkpoints are deleted only when all of the new one has been read back, which the ranks share out too: digests
+are mostly taken from memory, and what a disk has made of it is known to nobody before.
+
 What is not finite is never written: where a rank finds such a number in what it has to write, there is no checkpoint of
 that step.
 """
@@ -22,7 +25,7 @@ from pathlib import Path
 import torch
 
 from . import blocks, checkpoint, files
-from .errors import Refusal
+from .errors import DataError, Refusal
 from .mpi import agree, on_root, together
 
 # What a rank tells the others of what it has in hand.
@@ -34,21 +37,28 @@ class Saver:
 
     comm: of all ranks; tokenizer_dir, keep: as in the run file; newest: path of the newest checkpoint that is complete;
     completed: called for each with (step, path, seconds that this rank worked at it, how many its training waited);
-    unfit: called with the step of one that is not written, since not all numbers are finite.
+    unfit: called with the step of one that is not written, since not all numbers are finite; damaged: called with the
+    DataError and the path of one that does not read as it was written, which gets another name.
     Every method but `hold` and `report` is collective.
     """
 
     def __init__(
-        self, comm, placed, optimizer, output_dir, tokenizer_dir, keep, newest=None, completed=None, unfit=None
-    ):
+        self, comm, placed, optimizer, output_dir, tokenizer_dir, keep, newest=None, completed=None, unfit=None,
+        damaged=None,
+    ):  # fmt: skip
         self._comm, self._output, self._placed, self._optimizer = comm, Path(output_dir), placed, optimizer
-        self._keep, self.newest = keep, newest
+        self._keep = keep
+        self.start_from(newest)
         with together(comm):  # now: the folder may be gone by the time it is wanted
             self._words = checkpoint.tokenizer_files(tokenizer_dir) if comm.rank == 0 else None
-        self._completed, self._unfit = completed, unfit
+        self._completed, self._unfit, self._damaged = completed, unfit, damaged
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hpcllm-save")
-        self._path = self._at_work = None
+        self._path = self._at_work = self._then = None
         self._copied, self._memory = threading.Event(), blocks.Memory()
+
+    def start_from(self, newest):
+        """The newest checkpoint is another, which has been read: path `newest`, or None. Nothing is under way."""
+        self.newest = self._good = newest
 
     def begin(self, step, state, best=None, copy=True):
         """Start to write `checkpoint-<step>`; returns while that goes on.
@@ -60,6 +70,7 @@ class Saver:
         """
         self.finish()
         began, self._worked_s = time.monotonic(), 0.0
+        self.settle()
         self._placed.reshard()
         contents = checkpoint.contents(self._placed, self._optimizer)
         outlines = {file: checkpoint.outline(self._placed, held) for file, held in contents.items()}
@@ -79,8 +90,8 @@ class Saver:
 
     @property
     def under_way(self):
-        """True while a checkpoint is being written."""
-        return self._path is not None
+        """True while a checkpoint is being written, or read back."""
+        return self._then is not None
 
     def hold(self):
         """Wait until what is being saved may change: to be called before the optimizer's step."""
@@ -101,14 +112,18 @@ class Saver:
 
     def advance(self, largest):
         """Go on where all ranks are ready. Raises what failed on any, on all; the checkpoints that were there stay."""
-        if self._path is None or largest == _BUSY:
+        if self._then is None or largest == _BUSY:
             return
         if largest == _FAILED:
             try:
                 agree(self._comm, self._at_work and self._at_work.exception())  # which waits for those still at work
-            except Refusal:
+            except Refusal as error:
+                unread = self._path is None and isinstance(error, DataError)
                 self._drop()
-                raise
+                if not unread:
+                    raise
+                self._pass_over(error)
+            return
         if largest == _UNFIT:
             self._drop()
             if self._unfit:
@@ -125,22 +140,55 @@ class Saver:
             self._at_work = self._pool.submit(self._timed, self._digest, known, left)
             return
         if self._then == "commit":
-            self._then = None
+            self._then = "tell"
             known = self._comm.gather(self._at_work.result(), root=0)
             self._at_work = self._pool.submit(self._timed, self._commit, known) if self._comm.rank == 0 else None
             return
-        self.newest, self._path, self._at_work = self._path, None, None
-        if self._completed:
-            self._completed(self._step, self.newest, self._worked_s, self._waited_s)
+        if self._then == "tell":
+            self.newest, self._path, self._at_work, self._then = self._path, None, None, "read"
+            if self._completed:
+                self._completed(self._step, self.newest, self._worked_s, self._waited_s)
+            return
+        if self._then == "read":
+            self._then = "delete"
+            share = self._comm.rank, self._comm.size
+            self._at_work = self._pool.submit(checkpoint.verify, self.newest, share)
+            return
+        if self._then == "delete":
+            self._then, self._good = "rest", self.newest
+            how = self._output, self._keep, self._best
+            self._at_work = self._pool.submit(checkpoint.delete_older, *how) if self._comm.rank == 0 else None
+            return
+        self._then = self._at_work = None
 
     def _drop(self):
         """Give up what is under way, nobody being at work at it."""
-        self._path = self._at_work = None
-        if self._comm.rank == 0:
+        if self._path is not None and self._comm.rank == 0:
             shutil.rmtree(self._hidden, ignore_errors=True)
+        self._path = self._at_work = self._then = None
+
+    def _pass_over(self, error):
+        """The newest checkpoint is not what was written: those that were there stay."""
+        bad, self.newest = self.newest, self._good
+        on_root(self._comm, checkpoint.set_aside, [bad])
+        if self._damaged:
+            self._damaged(error, bad)
+
+    def settle(self):
+        """As `finish`, and wait until what is complete has been read back and older ones are gone.
+
+        Returns whether the newest that was written is what was written.
+        """
+        self.finish()
+        newest = self.newest
+        while self._then is not None:
+            if self._at_work is not None:
+                self._at_work.exception()  # waits
+            self.advance(max(self._comm.allgather(self.report())))
+        return self.newest == newest
 
     def finish(self):
-        """Wait for what is under way, if anything is; `newest` is that then. Raises as `advance`."""
+        """Wait for what is being written, if anything is; `newest` is that then. Raises as `advance`."""
         began = time.monotonic()
         while self._path is not None:
             if self._at_work is not None:
@@ -155,13 +203,13 @@ class Saver:
 
         A checkpoint of which root has all the pieces is completed. Who owns the folder next removes the rest.
         """
+        self._pool.shutdown(wait=False)
         if self._path is None:
             return None
         self._copied.wait()  # what a copy is made of may change from now on
-        if self._then is None and self._at_work is not None:
+        if self._then == "tell" and self._at_work is not None:
             self._at_work.exception()  # waits
-        path, self._path = self._path, None
-        self._pool.shutdown(wait=False)
+        path, self._path, self._then = self._path, None, None
         return path
 
     def _timed(self, work, *arguments):
@@ -202,10 +250,9 @@ class Saver:
             return _with_digests(self._hidden, known, left)
 
     def _commit(self, known):
-        """What is not made of pieces, the name, and the end of older ones. Root's."""
+        """What is not made of pieces, and the name. Root's."""
         where = self._hidden, self._path, self._step, self._placed
         checkpoint.finish(*where, self._words, self._state, known)
-        checkpoint.delete_older(self._output, self._keep, self._best)
 
 
 def finite(values):
@@ -236,15 +283,16 @@ def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, 
     """
     saver = Saver(comm, placed, optimizer, output_dir, tokenizer_dir, keep)
     saver.begin(step, state, best, copy=False)
-    saver.finish()
+    saver.settle()
     return saver.newest
 
 
-def salvage(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):
-    """As `save`, by those that are left of the ranks that `placed` is for; None where they do not hold all of it.
+def salvage(comm, output_dir, step, placed, optimizer, tokenizer_dir, state):
+    """Write a checkpoint by those that are left of the ranks that `placed` is for.
 
-    comm: of these ranks, whose weights and moments are of the same step. Not for pipelines, whose stages would have to
-    tell each other what they have. Collective over `comm`.
+    Returns its path, None where they do not hold all of it. Older ones stay. comm: of these ranks, whose weights and
+    moments are of the same step. Not for pipelines, whose stages would have to tell each other what they have.
+    Collective over `comm`.
     """
     placed.reshard()
     contents = checkpoint.contents(placed, optimizer)
@@ -279,5 +327,4 @@ def salvage(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, kee
     known = comm.gather(known, root=0)
     words = on_root(comm, checkpoint.tokenizer_files, tokenizer_dir)
     on_root(comm, checkpoint.finish, hidden, path, step, placed, words, state, known)
-    on_root(comm, checkpoint.delete_older, output_dir, keep, best)
     return path

@@ -187,6 +187,8 @@ class Run:
         config, plan, world, state, folder = self.config, self.plan, self.world, self.state, self.config.run.output_dir
         damaged = state.pop("damaged", [])
         on_root(world.comm, run_folder.open_output, config, resume, overwrite, damaged)
+        if last:  # it has been verified, and a start that ended early has left one too many
+            on_root(world.comm, checkpoint.delete_older, folder, config.checkpoint.keep, best.step(state))
         size_bytes = checkpoint.size_bytes(self.placed, plan)
         on_root(world.comm, checkpoint.require_room, folder, size_bytes)
         self.journal = monitor.Journal(folder, state["restart"], world.is_root)
@@ -215,7 +217,7 @@ class Run:
         """A saving.Saver of what is placed; newest: path of the newest checkpoint, or None."""
         config = self.config
         keeping = config.run.output_dir, config.data.tokenizer_dir, config.checkpoint.keep
-        how = {"newest": newest, "completed": self.saved, "unfit": self.unfit}
+        how = {"newest": newest, "completed": self.saved, "unfit": self.unfit, "damaged": self.damaged}
         return saving.Saver(self.world.comm, self.placed, self.adjust, *keeping, **how)
 
     def watch_ranks(self):
@@ -288,6 +290,11 @@ class Run:
             done = done or best.hopeless(state, plan)
         if done:
             self.save_last()
+            if not self.saver.settle():
+                raise IOFailure(
+                    f"{self.config.run.output_dir}: the last checkpoint does not read as it was written; once the disk "
+                    f"can be trusted, go on with --resume; newest checkpoint: {self.saver.newest or 'none'}"
+                ).known_to_all()
         elif improved or wish or (self.interval.due(state["step"]) and not self.spikes.under_way):
             self.save(waits=not self.config.checkpoint.asynchronous)
         self.settle()
@@ -436,6 +443,14 @@ class Run:
         self.journal.event("checkpoint", step=step, path=str(path), **times)
         if told:
             log.interval(self, self.interval.saved(*map(max, zip(*told, strict=True))))
+
+    def damaged(self, error, path):
+        """A checkpoint does not read as it was written."""
+        self.journal.event("damaged", step=checkpoint.step_of(path), paths=[str(path)])
+        self.progress.say(
+            f"{error}; it is called damaged-{path.name} now, and older checkpoints stay; newest checkpoint: "
+            f"{self.saver.newest or 'none'}"
+        )
 
     def unfit(self, step):
         """A checkpoint is not written, since not all of its numbers are finite."""

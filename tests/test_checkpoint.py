@@ -79,7 +79,8 @@ def test_the_newest_are_kept_by_step_and_not_by_name_or_time(tmp_path, trained, 
         save(tmp_path, trained, step)
     os.utime(run / "checkpoint-10", (2e9, 2e9))
     assert [path.name for path in checkpoint.find(run)] == ["checkpoint-10", "checkpoint-100"]
-    assert sorted(os.listdir(run)) == ["checkpoint-10", "checkpoint-100"]
+    assert sorted(os.listdir(run)) == ["checkpoint-10", "checkpoint-100", "latest"]
+    assert os.readlink(run / "latest") == "checkpoint-100"
 
 
 def test_one_of_the_same_step_is_there_until_the_new_one_is(tmp_path, trained, run, monkeypatch):
@@ -98,7 +99,7 @@ def test_one_of_the_same_step_is_there_until_the_new_one_is(tmp_path, trained, r
     monkeypatch.setattr(files, "reveal", reveal)
     save(tmp_path, trained, 1)
     checkpoint.verify(path)
-    assert os.listdir(run) == ["checkpoint-1"]
+    assert sorted(os.listdir(run)) == ["checkpoint-1", "latest"]
 
 
 def test_what_a_kill_between_two_renamings_has_left_is_found_again(tmp_path, trained, run):
@@ -110,7 +111,7 @@ def test_what_a_kill_between_two_renamings_has_left_is_found_again(tmp_path, tra
     checkpoint.verify(path)
     (run / ".checkpoint-1.17.removed").mkdir()
     checkpoint.remove_unfinished(run)
-    assert os.listdir(run) == ["checkpoint-1"]
+    assert sorted(os.listdir(run)) == ["checkpoint-1", "latest"]
 
 
 def test_of_two_that_a_kill_has_left_the_newer_is_taken_and_none_that_was_being_deleted(
@@ -191,7 +192,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_nothing_else(tmp_path
             save(tmp_path, trained, 2, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert os.listdir(run) == ["checkpoint-1"]
+    assert sorted(os.listdir(run)) == ["checkpoint-1", "latest"]
     checkpoint.verify(run / "checkpoint-1")
 
 

@@ -144,7 +144,8 @@ def test_the_newest_good_checkpoint_stands_and_damaged_ones_aside(tmp_path, monk
         (tmp_path / f"checkpoint-{step}" / checkpoint.COMPLETE).touch()
     assert run_folder.newest_good(tmp_path) == tmp_path / "checkpoint-4"
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"checkpoint-4", "damaged-checkpoint-8", "damaged-checkpoint-12"}
+    assert names == {"checkpoint-4", "damaged-checkpoint-8", "damaged-checkpoint-12", "latest"}
+    assert (tmp_path / "latest").resolve().name == "checkpoint-4"
     bad.add("checkpoint-4")
     with pytest.raises(DataError, match="there is no older one"):
         run_folder.newest_good(tmp_path)

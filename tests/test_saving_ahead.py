@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from mpi4py import MPI
+from test_stopping import records
 from test_train import settings, shared
 
 from hpcllm import blocks, checkpoint, saving, train
@@ -144,6 +145,78 @@ def test_a_run_that_diverges_leaves_the_checkpoint_that_was_under_way(
         train.train(run, world)
     world.comm.Barrier()
     assert (base / "run" / "checkpoint-2" / ".complete").is_file()
+
+
+@pytest.fixture
+def spoiling(monkeypatch):
+    """A function: from then on what is called is spoilt on its way to the disk, after its digests were taken."""
+
+    finish = checkpoint.finish
+
+    def begin(*names):
+        def spoilt(hidden, path, *arguments):
+            finish(hidden, path, *arguments)
+            if path.name in names:
+                with open(path / "model.safetensors", "r+b") as file:
+                    file.seek(-2, 2)
+                    last = file.read(1)
+                    file.seek(-2, 2)
+                    file.write(bytes([last[0] ^ 16]))
+
+        monkeypatch.setattr(checkpoint, "finish", spoilt)
+
+    return begin
+
+
+@pytest.mark.mpi()
+@pytest.mark.parametrize("ahead", ["true", "false"])
+def test_older_ones_stay_while_the_newest_does_not_read_as_it_was_written(world, prepared, tmp_path, spoiling, ahead):
+    base = shared(world, tmp_path)
+    how = {"checkpoint.every_steps": 10, "train.max_steps": 50, "checkpoint.asynchronous": ahead}
+    spoiling("checkpoint-30")
+    train.train(settings(prepared, base / "run", **how), world)
+    world.comm.Barrier()
+    names = {path.name for path in (base / "run").glob("*checkpoint-*")}
+    assert names == {"checkpoint-40", "checkpoint-50", "damaged-checkpoint-30"}
+    (told,) = records(world, base / "run", "damaged")
+    assert told["step"] == 30 and told["paths"] == [str(base / "run" / "checkpoint-30")]
+
+
+@pytest.mark.mpi()
+def test_a_run_whose_last_checkpoint_is_not_what_was_written_is_not_over(world, prepared, tmp_path, spoiling):
+    base = shared(world, tmp_path)
+    how = {"checkpoint.every_steps": 2, "train.max_steps": 6}
+    spoiling("checkpoint-6")
+    with pytest.raises(IOFailure, match=r"does not read as it was written.*newest checkpoint: .*checkpoint-4$"):
+        train.train(settings(prepared, base / "run", **how), world)
+    world.comm.Barrier()
+    assert {path.name for path in (base / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    spoiling()
+    assert train.train(settings(prepared, base / "run", **how), world, resume=True)["step"] == 6
+    world.comm.Barrier()
+    assert (base / "run" / "latest").resolve().name == "checkpoint-6"
+
+
+@pytest.mark.mpi()
+def test_each_byte_is_read_back_by_one_rank(world, prepared, tmp_path, monkeypatch):
+    base, digests, read = shared(world, tmp_path), blocks.digests, []
+
+    def noting(path, numbers=None, block_bytes=None, keep=True):
+        numbers = numbers if numbers is None else list(numbers)
+        if not keep:
+            read.extend((path.parent.name, path.name, number) for number in numbers)
+        return digests(path, numbers, block_bytes, keep)
+
+    monkeypatch.setattr(blocks, "digests", noting)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 14)
+    train.train(settings(prepared, base / "run", **{"checkpoint.every_steps": 2, "train.max_steps": 4}), world)
+    everybody = [block for each in world.comm.allgather(read) for block in each]
+    count = {file: blocks.count((base / "run" / "checkpoint-4" / file).stat().st_size) for file in FILES}
+    assert min(count.values()) >= 3
+    wanted = [("checkpoint-2", file, number) for file in FILES for number in range(count[file])]
+    wanted += [("checkpoint-4", *block) for _, *block in wanted]
+    assert sorted(everybody) == sorted(wanted)
+    assert world.size == 1 or len(read) < len(everybody)
 
 
 def test_a_saver_that_has_nothing_to_do_does_nothing(tmp_path):

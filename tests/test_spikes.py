@@ -239,7 +239,8 @@ def test_what_is_gone_back_from_is_deleted_and_what_is_damaged_set_aside(tmp_pat
     assert len(checkpoint.find(tmp_path)) == 4
     path, state = run_folder.go_back(tmp_path, 30)
     assert path == tmp_path / "checkpoint-10" and state["best"] is None
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "damaged-checkpoint-20"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "damaged-checkpoint-20", "latest"}
+    assert (tmp_path / "latest").resolve() == path
     assert run_folder.go_back(tmp_path, 11)[0] == path
 
 

@@ -95,6 +95,28 @@ def test_the_file_save_has_a_checkpoint_written_and_the_run_goes_on(world, prepa
 
 
 @pytest.mark.mpi()
+def test_who_is_asked_to_end_leaves_it_to_the_next_start_to_read_the_checkpoint_back_and_delete_older_ones(
+    world, prepared, tmp_path, asks_at, monkeypatch
+):
+    base = shared(world, tmp_path)
+    run = settings(prepared, base / "run", **{"checkpoint.every_steps": 10, "train.max_steps": 30})
+    asks_at(signal.SIGUSR2, world.size - 1, 25)
+    assert train.train(run, world)["step"] == 25
+    stopping._heard.clear()
+    one_step, names = train.one_step, []
+
+    def looking(*arguments):
+        names.append({path.name for path in (base / "run").glob("checkpoint-*")})
+        return one_step(*arguments)
+
+    world.comm.Barrier()
+    assert {path.name for path in (base / "run").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (10, 20, 25)}
+    monkeypatch.setattr(train, "one_step", looking)
+    assert train.train(run, world, resume=True)["step"] == 30
+    assert names[0] == {"checkpoint-20", "checkpoint-25"}
+
+
+@pytest.mark.mpi()
 def test_the_file_stop_ends_a_run_and_keeps_it_from_starting(world, prepared, tmp_path, monkeypatch):
     base = shared(world, tmp_path)
     run = settings(prepared, base / "run")
@@ -263,7 +285,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept_under_another_name(world, 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [len(record["paths"]) for record in records(world, base / "run", "damaged")] == [2]
     left = {"damaged-checkpoint-4", "damaged-checkpoint-6", "checkpoint-2", "checkpoint-4", "checkpoint-6"}
-    assert {path.name for path in (base / "run").iterdir() if path.is_dir()} == left
+    assert {path.name for path in (base / "run").iterdir() if path.is_dir()} == left | {"latest"}
     world.comm.Barrier()
     if world.is_root:
         for step in (2, 4, 6):
