@@ -104,10 +104,11 @@ def child(folder, rounds):
             if turn:
                 waited[way].append(slowest[0].item())
                 complete[way].append(slowest[1].item())
+            saver.settle()  # reads back what nobody waits for
             dist.barrier()
             if world.is_root:
                 for left in Path(folder).iterdir():
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             dist.barrier()
     if world.is_root:
         count = sum(parameter.numel() for parameter in net.parameters())

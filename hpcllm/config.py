@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from . import deadline, names, run_file
 from .errors import UsageError
@@ -36,7 +45,13 @@ def _a_path(text):
     return text
 
 
+def _as_text(value):
+    """11:30:00 without quotes is a time of day to TOML."""
+    return value.isoformat() if isinstance(value, datetime.time) else value
+
+
 PathText = Annotated[str, AfterValidator(_a_path)]
+Duration = Annotated[str, BeforeValidator(_as_text)]
 
 
 class Section(BaseModel):
@@ -62,7 +77,7 @@ class Run(Section):
     """Folder for everything that the run writes: config.toml, metrics.jsonl, checkpoint-<step>/."""
     seed: int = Field(1234, ge=0, lt=2**63)
     """Decides initial weights, sample order, masking and dropout; the same at any number of ranks."""
-    time_limit: str | None = None
+    time_limit: Duration | None = None
     """Save and end, with exit code 75, before so much time has passed since the start: 11:30:00, 1-12:00:00. The limit
     of a Slurm or PBS job is known without."""
     max_fruitless_starts: int = Field(5, ge=0)
@@ -335,7 +350,7 @@ class Checkpoint(Section):
     every_steps: Literal["auto"] | int = 0
     """Steps between checkpoints; 0 saves after the last step only; auto: as many as lose the least time, by what a
     checkpoint is measured to cost and by mtbf."""
-    mtbf: str = "24:00:00"
+    mtbf: Duration = "24:00:00"
     """Time between failures of the whole job, on average, for every_steps = "auto": 24:00:00, 3-00:00:00."""
     keep: int = Field(2, ge=2)
     """Newest checkpoints to keep, two or more, since one may be damaged; older ones are deleted once a newer one

@@ -9,6 +9,7 @@ import math
 import statistics
 
 _FIRST_STEPS, _FIRST_S = 20, 120.0  # whichever is later: then the first one is written, and measured
+_FIRST_PART = 1 / 20  # of the time between failures, at most: a job may run for no longer than that
 _NEWEST_STEPS, _NEWEST_SAVES = 100, 5  # what counts for the medians
 _LEAST = 20.0  # seconds of training for each second that a checkpoint costs: at most 5 % of the time goes there
 
@@ -81,5 +82,6 @@ class Interval:
         if not self._auto:
             return self._every > 0 and step % self._every == 0
         if not self._every:
-            return self._since >= _FIRST_STEPS and self._passed_s >= _FIRST_S
+            first_s = min(_FIRST_S, _FIRST_PART * self._mtbf_s)
+            return self._since >= _FIRST_STEPS and self._passed_s >= first_s
         return self._since >= self._every

@@ -49,6 +49,12 @@ def test_the_first_one_comes_after_two_minutes_and_twenty_steps():
     assert stepped(Interval("auto", DAY), 2000, seconds=0.125)[0] == 960
 
 
+def test_it_comes_sooner_where_the_job_may_have_failed_by_then():
+    assert stepped(Interval("auto", 600.0), 2000, seconds=0.125)[0] == 240  # 30 s, a twentieth
+    assert stepped(Interval("auto", 60.0), 2000, seconds=0.125)[0] == 24
+    assert stepped(Interval("auto", 60.0), 200, seconds=1.0)[0] == 20
+
+
 def test_then_its_cost_counts_whatever_its_steps_have_been():
     auto = Interval("auto", DAY)
     stepped(auto, 120, 2.0)
@@ -91,6 +97,7 @@ def test_what_is_no_interval_is_refused(override, words):
     with pytest.raises(UsageError) as refused:
         load(override)
     assert all(word in str(refused.value) for word in words)
+    assert load("checkpoint.mtbf=12:00:00").checkpoint.mtbf == "12:00:00"  # a time of day, to TOML
     assert load("checkpoint.every_steps=auto").checkpoint.every_steps == "auto"
     assert load("checkpoint.every_steps=10").checkpoint.every_steps == 10
 

@@ -138,6 +138,7 @@ def test_a_run_that_has_no_time_for_another_step_is_saved_before(world, prepared
     run = settings(prepared, base / "run", **{"run.time_limit": "00:01"})  # has passed before the first step
     results = train.train(run, world)
     assert (results["step"], results["stopped"], results["exit_code"]) == (1, "the time limit", 75)
+    assert settings(prepared, base / "run", **{"run.time_limit": "00:11:30"}).run.time_limit == "00:11:30"
     with pytest.raises(UsageError, match=r'run.time_limit: "soon" is no time such as 12:00:00'):
         settings(prepared, base / "run", **{"run.time_limit": "soon"})
 

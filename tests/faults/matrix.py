@@ -452,7 +452,8 @@ def soaked(folder, name, start, survives=False):
     deadline, kills, job, draw = time.monotonic() + 60 * folder.minutes, 0, None, random.Random(5)
     while (left := deadline - time.monotonic()) > 0:
         if job is None or job.poll() is not None:
-            job = start(run_file, "--resume", "checkpoint.every_steps=200", "parallel.sharding=none")
+            how = "checkpoint.every_steps=auto", "checkpoint.mtbf=00:01:00", "parallel.sharding=none"
+            job = start(run_file, "--resume", *how)
         with contextlib.suppress(subprocess.TimeoutExpired):
             job.communicate(timeout=min(60.0, left))
             continue
