@@ -35,7 +35,7 @@ demo: venv
 	launch hpcllm evaluate $(DEMO) --output $(DEMO)/eval_results.json --overwrite; \
 	launch hpcllm predict $(DEMO) --text "Return the [MASK] of the list." \
 	    --text "Raise an [MASK] if the file does not exist." --text "This [MASK] is called when the thread ends."; \
-	echo; echo "Model: $$(ls -d $(DEMO)/checkpoint-* | tail -n 1) (transformers' from_pretrained loads it)"; \
+	echo; echo "Model: $(DEMO)/latest (transformers' from_pretrained loads it)"; \
 	echo "Log of every step: $(DEMO)/metrics.jsonl   Scores: $(DEMO)/eval_results.json   Shards: corpus/demo/"
 
 test: venv
