@@ -169,7 +169,8 @@ def digests(path, numbers=None, block_bytes=None, keep=True):
                 left -= got
             found[number] = made.hexdigest()
             if not keep:
-                os.posix_fadvise(file.fileno(), number * block_bytes, block_bytes, os.POSIX_FADV_DONTNEED)
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(file.fileno(), number * block_bytes, block_bytes, os.POSIX_FADV_DONTNEED)
     return found
 
 

@@ -170,25 +170,45 @@ def finish(hidden, path, step, placed, words, state, known):
 
 def point(output_dir):
     """Have `latest` lead to the newest checkpoint, where the file system has links. Root only."""
-    found, link, new = find(output_dir), *(Path(output_dir) / name for name in (LATEST, f".{LATEST}.tmp"))
+    link, new = (Path(output_dir) / name for name in (LATEST, f".{LATEST}.tmp"))
     with contextlib.suppress(OSError):
-        if not found:
+        if not (found := find(output_dir)):
             link.unlink(missing_ok=True)
             return
         new.unlink(missing_ok=True)
         new.symlink_to(found[-1].name)
-        new.replace(link)
+        try:
+            new.replace(link)
+        finally:
+            new.unlink(missing_ok=True)  # where it is a folder: of a run that was copied by what follows links
         files.sync_folder(output_dir)
 
 
 def set_aside(damaged):
     """Give checkpoint folders that are not what was written other names, those that are still there. Root only."""
-    for folder in filter(Path.exists, damaged):
+    for folder in filter(Path.exists, damaged):  # somebody may have moved it away
         name = folder.with_name(f"damaged-{folder.name}")
         if name.exists():
             files.remove_folder(name)
         folder.rename(name)
         point(folder.parent)
+
+
+def doubt(path):
+    """(the newest checkpoint's path or None, whether that of `path` is whole) after a rank has not read it as written.
+
+    If root reads something else too it gets another name; it stays where it cannot be read. Root only.
+    """
+    with files.failing_as_io(path):
+        try:
+            verify(path)
+            whole = True
+        except (DataError, IOFailure) as error:
+            whole = False
+            if isinstance(error, DataError):
+                set_aside([path])
+        found = find(path.parent)
+        return found[-1] if found else None, whole
 
 
 def delete_older(output_dir, keep, best):

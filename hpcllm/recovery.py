@@ -19,7 +19,7 @@ import traceback
 
 import torch
 
-from . import checkpoint, deadline, files, monitor, optimizer, run_folder, saving, sources, stopping
+from . import best, checkpoint, deadline, files, monitor, optimizer, run_folder, saving, sources, stopping
 from .errors import CannotCreate, DataError, TooFewRanks, UsageError
 from .log import due
 from .mpi import alone, launcher, on_root, regroup, remain, survive, together, watch
@@ -348,6 +348,8 @@ class Survival:
         if newest:
             state |= on_root(self._comm, checkpoint.read_state, newest)
             state["best"] = on_root(self._comm, run_folder.best_there_is, newest.parent, state.get("best"))
+            keeping = newest.parent, run.config.checkpoint.keep, best.step(state)
+            on_root(self._comm, checkpoint.delete_older, *keeping)
         restart = run.state["restart"]
         run.state.clear()
         run.state.update(state, restart=restart)

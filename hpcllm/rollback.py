@@ -15,8 +15,9 @@ def go_back(run, first):
     there is no such checkpoint, or after train.max_rollbacks. Collective.
     """
     state, spikes, output = run.state, run.spikes, run.config.run.output_dir
-    with contextlib.suppress(IOFailure):  # of one that may not be needed
-        run.saver.settle()
+    for rest in (run.saver.finish, run.saver.settle):  # of one that may not be needed
+        with contextlib.suppress(IOFailure):  # which root may meet alone, at the end of either
+            rest()
     why = f"step {state['step']}: losses have jumped, or are no numbers, since step {first}"
     if spikes.rollbacks >= run.plan.max_rollbacks:
         raise Diverged(
@@ -32,8 +33,7 @@ def go_back(run, first):
         checkpoint.load_optimizer(path, run.placed, run.adjust)
     left, seen = state["step"], state["samples"]
     state |= {name: known[name] for name in ("step", "useful_s", "best")} | {"nonfinite": 0}
-    run.checked = None
-    run.saver.start_from(path)
+    run.saver.newest, run.checked = path, None
     spikes.went_back(known.get("spikes"), known["samples"], seen)
     told = {"to": state["step"], "first": first, "left_out": [known["samples"], seen], "rollbacks": spikes.rollbacks}
     run.journal.event("rollback", step=left, **told)

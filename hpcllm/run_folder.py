@@ -17,7 +17,7 @@ from .config import load
 from .errors import CannotCreate, DataError, Fruitless, MissingInput, UsageError
 
 _OURS = ("config.toml", records.METRICS, records.EVENTS, "results.json", heartbeat.NAME, stopping.SAVE, stopping.STOP,
-         stopping.GROW, checkpoint.LATEST)  # fmt: skip
+         stopping.GROW)  # fmt: skip
 _LOCK = "lock"
 # The file system may take so long to learn that the node of a job that held the lock is dead.
 _PATIENCE_S = 300.0
@@ -277,6 +277,8 @@ def run_config(path):
 
 
 def _run_config(folder):
+    if folder.is_symlink():  # `latest`, which leads elsewhere the next moment
+        folder = folder.resolve()
     if not (folder / "trainer_state.json").is_file():
         found = checkpoint.find(folder)
         if not found:

@@ -7,7 +7,8 @@ other that they are done with the sums at the edge of a step (`monitor.Clock.col
 of what was written, for its digests, and root gives the folder its name. The threads here never call MPI.
 
 Older checkpoints are deleted only when all of the new one has been read back, which the ranks share out too: digests
-are mostly taken from memory, and what a disk has made of it is known to nobody before.
+are mostly taken from memory, and what a disk has made of it is known to nobody before. (What went through the page
+cache may come from there.)
 
 What is not finite is never written: where a rank finds such a number in what it has to write, there is no checkpoint of
 that step.
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 
 from . import blocks, checkpoint, files
-from .errors import DataError, Refusal
+from .errors import Refusal
 from .mpi import agree, on_root, together
 
 # What a rank tells the others of what it has in hand.
@@ -37,40 +38,36 @@ class Saver:
 
     comm: of all ranks; tokenizer_dir, keep: as in the run file; newest: path of the newest checkpoint that is complete;
     completed: called for each with (step, path, seconds that this rank worked at it, how many its training waited);
-    unfit: called with the step of one that is not written, since not all numbers are finite; damaged: called with the
-    DataError and the path of one that does not read as it was written, which gets another name.
-    Every method but `hold` and `report` is collective.
+    unfit: called with the step of one that is not written, since not all numbers are finite; doubted: called with an
+    error, the same on all ranks, and the path of one that could not be read back, or is not what was written and has
+    another name now, or whose elders could not be deleted.
+    Every method but `hold`, `report` and `abandon` is collective.
     """
 
     def __init__(
         self, comm, placed, optimizer, output_dir, tokenizer_dir, keep, newest=None, completed=None, unfit=None,
-        damaged=None,
+        doubted=None,
     ):  # fmt: skip
         self._comm, self._output, self._placed, self._optimizer = comm, Path(output_dir), placed, optimizer
-        self._keep = keep
-        self.start_from(newest)
+        self._keep, self.newest = keep, newest
         with together(comm):  # now: the folder may be gone by the time it is wanted
             self._words = checkpoint.tokenizer_files(tokenizer_dir) if comm.rank == 0 else None
-        self._completed, self._unfit, self._damaged = completed, unfit, damaged
+        self._completed, self._unfit, self._doubted = completed, unfit, doubted
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hpcllm-save")
         self._path = self._at_work = self._then = None
+        self._whole, self._settling_s = True, 0.0
         self._copied, self._memory = threading.Event(), blocks.Memory()
 
-    def start_from(self, newest):
-        """The newest checkpoint is another, which has been read: path `newest`, or None. Nothing is under way."""
-        self.newest = self._good = newest
-
     def begin(self, step, state, best=None, copy=True):
-        """Start to write `checkpoint-<step>`; returns while that goes on.
+        """Start to write `checkpoint-<step>`, once what is under way is settled; returns while that goes on.
 
         state: JSON-able dict that `checkpoint.read_state` gives back; best: step of a checkpoint that is kept in any
         case; copy: False writes from the model itself, in whose way `hold` then is until all is written, without the
         memory for a copy of what this rank writes. Raises IOFailure, the same on every rank, where the disk has no
         room; what was there stays.
         """
-        self.finish()
-        began, self._worked_s = time.monotonic(), 0.0
         self.settle()
+        began, self._worked_s = time.monotonic(), 0.0
         self._placed.reshard()
         contents = checkpoint.contents(self._placed, self._optimizer)
         outlines = {file: checkpoint.outline(self._placed, held) for file, held in contents.items()}
@@ -86,7 +83,7 @@ class Saver:
             raise
         self._then = "digest"
         self._at_work = self._pool.submit(self._timed, self._write, ready, outlines)
-        self._waited_s = time.monotonic() - began
+        self._waited_s, self._settling_s = self._settling_s + time.monotonic() - began, 0.0
 
     @property
     def under_way(self):
@@ -118,11 +115,11 @@ class Saver:
             try:
                 agree(self._comm, self._at_work and self._at_work.exception())  # which waits for those still at work
             except Refusal as error:
-                unread = self._path is None and isinstance(error, DataError)
+                complete, reading = self._path is None, self._then == "delete"
                 self._drop()
-                if not unread:
+                if not complete:
                     raise
-                self._pass_over(error)
+                self._doubt(error, reading)
             return
         if largest == _UNFIT:
             self._drop()
@@ -146,6 +143,7 @@ class Saver:
             return
         if self._then == "tell":
             self.newest, self._path, self._at_work, self._then = self._path, None, None, "read"
+            self._whole = True
             if self._completed:
                 self._completed(self._step, self.newest, self._worked_s, self._waited_s)
             return
@@ -155,7 +153,7 @@ class Saver:
             self._at_work = self._pool.submit(checkpoint.verify, self.newest, share)
             return
         if self._then == "delete":
-            self._then, self._good = "rest", self.newest
+            self._then = "rest"
             how = self._output, self._keep, self._best
             self._at_work = self._pool.submit(checkpoint.delete_older, *how) if self._comm.rank == 0 else None
             return
@@ -167,25 +165,27 @@ class Saver:
             shutil.rmtree(self._hidden, ignore_errors=True)
         self._path = self._at_work = self._then = None
 
-    def _pass_over(self, error):
-        """The newest checkpoint is not what was written: those that were there stay."""
-        bad, self.newest = self.newest, self._good
-        on_root(self._comm, checkpoint.set_aside, [bad])
-        if self._damaged:
-            self._damaged(error, bad)
+    def _doubt(self, error, reading):
+        """Something is wrong with the newest checkpoint, seen while `reading` it, or with older ones: they stay."""
+        doubted = self.newest
+        if reading:
+            self.newest, self._whole = on_root(self._comm, checkpoint.doubt, doubted)
+        if self._doubted:
+            self._doubted(error, doubted)
 
     def settle(self):
         """As `finish`, and wait until what is complete has been read back and older ones are gone.
 
-        Returns whether the newest that was written is what was written.
+        Returns whether the newest that was written reads as it was written.
         """
         self.finish()
-        newest = self.newest
+        began = time.monotonic()
         while self._then is not None:
             if self._at_work is not None:
                 self._at_work.exception()  # waits
             self.advance(max(self._comm.allgather(self.report())))
-        return self.newest == newest
+        self._settling_s += time.monotonic() - began
+        return self._whole
 
     def finish(self):
         """Wait for what is being written, if anything is; `newest` is that then. Raises as `advance`."""
@@ -279,12 +279,12 @@ def _finite_bytes(part):
 def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):
     """Write `checkpoint-<step>` below `output_dir`, then delete all but the newest `keep`, and that of step `best`.
 
-    Returns its path once it is complete. See `Saver`. Collective over `comm`.
+    Returns its path once it is complete and read back, None where it does not read as it was written. See `Saver`.
+    Collective over `comm`.
     """
     saver = Saver(comm, placed, optimizer, output_dir, tokenizer_dir, keep)
     saver.begin(step, state, best, copy=False)
-    saver.settle()
-    return saver.newest
+    return saver.newest if saver.settle() else None
 
 
 def salvage(comm, output_dir, step, placed, optimizer, tokenizer_dir, state):

@@ -24,6 +24,7 @@ from . import (
     optimizer,
     recovery,
     replicas,
+    revision,
     rollback,
     run_folder,
     saving,
@@ -197,6 +198,7 @@ class Run:
         self.requests = stopping.Requests(folder, world.is_root, limit, save_s)
         start = {"ranks": world.size, "hosts": world.hosts, "library": world.library}
         start |= {"spares": world.spares} if world.spares else {}
+        start |= {"git": revision.of_code()} if world.is_root else {}
         start |= {"layout": self.placed.mesh.layout.describe(), "job": deadline.job(), "ends": self.requests.end}
         self.journal.event("start", step=state["step"], max_steps=plan.max_steps, **start)
         if damaged:
@@ -217,7 +219,7 @@ class Run:
         """A saving.Saver of what is placed; newest: path of the newest checkpoint, or None."""
         config = self.config
         keeping = config.run.output_dir, config.data.tokenizer_dir, config.checkpoint.keep
-        how = {"newest": newest, "completed": self.saved, "unfit": self.unfit, "damaged": self.damaged}
+        how = {"newest": newest, "completed": self.saved, "unfit": self.unfit, "doubted": self.doubted}
         return saving.Saver(self.world.comm, self.placed, self.adjust, *keeping, **how)
 
     def watch_ranks(self):
@@ -405,6 +407,7 @@ class Run:
         """Begin a checkpoint, which is complete on return if this `waits`."""
         if self.plan.check_replicas_every_steps:
             self.check_replicas()
+        self.saver.settle()  # which may tell that the best one is gone
         self.interval.began()
         self.saver.begin(self.state["step"], self.kept(), best.step(self.state), copy=not waits)
         if waits:
@@ -444,13 +447,14 @@ class Run:
         if told:
             log.interval(self, self.interval.saved(*map(max, zip(*told, strict=True))))
 
-    def damaged(self, error, path):
-        """A checkpoint does not read as it was written."""
-        self.journal.event("damaged", step=checkpoint.step_of(path), paths=[str(path)])
-        self.progress.say(
-            f"{error}; it is called damaged-{path.name} now, and older checkpoints stay; newest checkpoint: "
-            f"{self.saver.newest or 'none'}"
-        )
+    def doubted(self, error, path):
+        """A checkpoint is not what was written, or not known to be, or older ones cannot be deleted."""
+        state, folder = self.state, self.config.run.output_dir
+        if best.step(state) == checkpoint.step_of(path):
+            state["best"] = on_root(self.world.comm, run_folder.best_there_is, folder, state["best"])
+            self.best = copy.deepcopy(state["best"])
+        self.progress.say(f"{error}; older checkpoints stay; newest checkpoint: {self.saver.newest or 'none'}")
+        self.journal.event("doubted", step=checkpoint.step_of(path), path=str(path), why=str(error))
 
     def unfit(self, step):
         """A checkpoint is not written, since not all of its numbers are finite."""

@@ -1,5 +1,6 @@
 """Checkpoints that are written while training goes on: the same bytes, of the moment they were asked for."""
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ from test_stopping import records
 from test_train import settings, shared
 
 from hpcllm import blocks, checkpoint, saving, train
-from hpcllm.errors import IOFailure
+from hpcllm.errors import DataError, IOFailure
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 
@@ -178,8 +179,8 @@ def test_older_ones_stay_while_the_newest_does_not_read_as_it_was_written(world,
     world.comm.Barrier()
     names = {path.name for path in (base / "run").glob("*checkpoint-*")}
     assert names == {"checkpoint-40", "checkpoint-50", "damaged-checkpoint-30"}
-    (told,) = records(world, base / "run", "damaged")
-    assert told["step"] == 30 and told["paths"] == [str(base / "run" / "checkpoint-30")]
+    (told,) = records(world, base / "run", "doubted")
+    assert told["step"] == 30 and told["path"] == str(base / "run" / "checkpoint-30") and "SHA-256" in told["why"]
 
 
 @pytest.mark.mpi()
@@ -195,6 +196,44 @@ def test_a_run_whose_last_checkpoint_is_not_what_was_written_is_not_over(world, 
     assert train.train(settings(prepared, base / "run", **how), world, resume=True)["step"] == 6
     world.comm.Barrier()
     assert (base / "run" / "latest").resolve().name == "checkpoint-6"
+
+
+def test_a_best_checkpoint_that_is_not_what_was_written_is_the_best_no_more(tmp_path):
+    for step, known in ((10, 10), (20, 10), (30, 30)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / checkpoint.COMPLETE).touch()
+        (folder / checkpoint.STATE).write_text(json.dumps({"step": step, "best": {"step": known}}))
+    newest, whole = checkpoint.doubt(tmp_path / "checkpoint-30")
+    assert newest == tmp_path / "checkpoint-20" and not whole and (tmp_path / "damaged-checkpoint-30").is_dir()
+    told = []
+    run = SimpleNamespace(
+        state={"best": {"step": 30}},
+        config=SimpleNamespace(run=SimpleNamespace(output_dir=tmp_path)),
+        world=SimpleNamespace(comm=MPI.COMM_SELF),
+        progress=SimpleNamespace(say=told.append),
+        saver=SimpleNamespace(newest=newest),
+        journal=SimpleNamespace(event=lambda name, **details: told.append((name, details["step"]))),
+    )
+    train.Run.doubted(run, DataError("its contents are not what was written"), tmp_path / "checkpoint-30")
+    assert run.state["best"] == run.best == {"step": 10} and told[1] == ("doubted", 30)
+    run.state["best"] = {"step": 40}  # about to be saved
+    train.Run.doubted(run, DataError("its contents are not what was written"), tmp_path / "checkpoint-30")
+    assert run.state["best"] == {"step": 40}
+
+
+def test_what_root_reads_as_it_was_written_keeps_its_name(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint-10"
+    folder.mkdir()
+    (folder / checkpoint.COMPLETE).touch()
+    monkeypatch.setattr(checkpoint, "verify", lambda path: None)
+    assert checkpoint.doubt(folder) == (folder, True)
+
+    def unread(path):
+        raise IOFailure("Input/output error")
+
+    monkeypatch.setattr(checkpoint, "verify", unread)
+    assert checkpoint.doubt(folder) == (folder, False)
 
 
 @pytest.mark.mpi()
