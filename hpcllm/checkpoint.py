@@ -197,7 +197,7 @@ def set_aside(damaged):
 def doubt(path):
     """(the newest checkpoint's path or None, whether that of `path` is whole) after a rank has not read it as written.
 
-    If root reads something else too it gets another name; it stays where it cannot be read. Root only.
+    If root reads something else too it gets another name, if that can be. Root only.
     """
     with files.failing_as_io(path):
         try:
@@ -206,7 +206,8 @@ def doubt(path):
         except (DataError, IOFailure) as error:
             whole = False
             if isinstance(error, DataError):
-                set_aside([path])
+                with contextlib.suppress(OSError):
+                    set_aside([path])
         found = find(path.parent)
         return found[-1] if found else None, whole
 

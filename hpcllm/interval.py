@@ -30,7 +30,7 @@ class Interval:
 
     def __init__(self, every, mtbf_s):
         self._auto, self._every, self._mtbf_s = every == "auto", 0 if every == "auto" else every, mtbf_s
-        self._steps, self._during = [], []  # seconds of steps; of those while a checkpoint was being written
+        self._steps, self._during = [], []  # seconds of steps; of those while one was being written or read back
         self._costs, self._writes = [], []
         self._since, self._passed_s = 0, 0.0
 

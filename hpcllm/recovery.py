@@ -367,6 +367,7 @@ def _tidy(folder):
         with contextlib.suppress(CannotCreate):  # of a root whose death the file system does not know yet: `Run.saved`
             run_folder.lock(folder, _UNLOCKED_S)
             checkpoint.remove_unfinished(folder)
+        checkpoint.point(folder)
         found = checkpoint.find(folder)
         return found[-1] if found else None
 

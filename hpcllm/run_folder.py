@@ -264,10 +264,10 @@ def best_there_is(output_dir, wanted):
     with files.failing_as_io(output_dir):
         found = checkpoint.find(output_dir) if wanted else []
     names = [path.name for path in found]
-    for one in (wanted, checkpoint.read_state(found[-1]).get("best")) if found else ():
-        if one and f"checkpoint-{one['step']}" in names:
-            return one
-    return None
+    if wanted and f"checkpoint-{wanted['step']}" in names:
+        return wanted
+    known = found and checkpoint.read_state(found[-1]).get("best")
+    return known if known and f"checkpoint-{known['step']}" in names else None
 
 
 def run_config(path):

@@ -14,6 +14,7 @@ What is not finite is never written: where a rank finds such a number in what it
 that step.
 """
 
+import contextlib
 import itertools
 import math
 import shutil
@@ -39,8 +40,8 @@ class Saver:
     comm: of all ranks; tokenizer_dir, keep: as in the run file; newest: path of the newest checkpoint that is complete;
     completed: called for each with (step, path, seconds that this rank worked at it, how many its training waited);
     unfit: called with the step of one that is not written, since not all numbers are finite; doubted: called with an
-    error, the same on all ranks, and the path of one that could not be read back, or is not what was written and has
-    another name now, or whose elders could not be deleted.
+    error, the same on all ranks, and the path of one that a rank could not read back, or has not read as it was
+    written, or whose elders could not be deleted.
     Every method but `hold`, `report` and `abandon` is collective.
     """
 
@@ -166,12 +167,21 @@ class Saver:
         self._path = self._at_work = self._then = None
 
     def _doubt(self, error, reading):
-        """Something is wrong with the newest checkpoint, seen while `reading` it, or with older ones: they stay."""
+        """Something is wrong with the newest checkpoint, seen while `reading` it, or with older ones."""
         doubted = self.newest
         if reading:
             self.newest, self._whole = on_root(self._comm, checkpoint.doubt, doubted)
+            if self._whole:  # to root, who has read all of it
+                with contextlib.suppress(Refusal):  # on all ranks
+                    on_root(self._comm, checkpoint.delete_older, self._output, self._keep, self._best)
         if self._doubted:
             self._doubted(error, doubted)
+
+    def skip_reading(self):
+        """As `finish`, and what has not begun to be read back is not; the next start reads it."""
+        self.finish()
+        if self._then == "read":
+            self._then = None
 
     def settle(self):
         """As `finish`, and wait until what is complete has been read back and older ones are gone.
@@ -205,6 +215,9 @@ class Saver:
         """
         self._pool.shutdown(wait=False)
         if self._path is None:
+            if self._then == "rest" and self._at_work is not None:
+                self._at_work.exception()  # waits: who comes next must not meet what is half deleted
+            self._then = None
             return None
         self._copied.wait()  # what a copy is made of may change from now on
         if self._then == "tell" and self._at_work is not None:

@@ -35,7 +35,7 @@ from . import (
     utilisation,
 )
 from .data import batches
-from .errors import CannotCreate, Corrupted, Diverged, IOFailure, UsageError
+from .errors import CannotCreate, Corrupted, DataError, Diverged, IOFailure, UsageError
 from .interval import Interval
 from .log import due
 from .mpi import choose, on_root, together
@@ -292,11 +292,6 @@ class Run:
             done = done or best.hopeless(state, plan)
         if done:
             self.save_last()
-            if not self.saver.settle():
-                raise IOFailure(
-                    f"{self.config.run.output_dir}: the last checkpoint does not read as it was written; once the disk "
-                    f"can be trusted, go on with --resume; newest checkpoint: {self.saver.newest or 'none'}"
-                ).known_to_all()
         elif improved or wish or (self.interval.due(state["step"]) and not self.spikes.under_way):
             self.save(waits=not self.config.checkpoint.asynchronous)
         self.settle()
@@ -451,9 +446,12 @@ class Run:
         """A checkpoint is not what was written, or not known to be, or older ones cannot be deleted."""
         state, folder = self.state, self.config.run.output_dir
         if best.step(state) == checkpoint.step_of(path):
-            state["best"] = on_root(self.world.comm, run_folder.best_there_is, folder, state["best"])
+            known = state["best"]
+            state["best"] = None
+            with contextlib.suppress(DataError, IOFailure):  # on all ranks
+                state["best"] = on_root(self.world.comm, run_folder.best_there_is, folder, known)
             self.best = copy.deepcopy(state["best"])
-        self.progress.say(f"{error}; older checkpoints stay; newest checkpoint: {self.saver.newest or 'none'}")
+        self.progress.say(f"{error}; newest checkpoint: {self.saver.newest or 'none'}")
         self.journal.event("doubted", step=checkpoint.step_of(path), path=str(path), why=str(error))
 
     def unfit(self, step):
@@ -465,6 +463,7 @@ class Run:
         """End early, saved; an evaluation that was due is made up for when the run goes on. Returns the results."""
         state = self.state
         state["unmeasured"] = due(state["step"], self.plan.eval_every_steps)
+        self.saver.skip_reading()
         self.save_last()
         log.stopped(self, wish)
         where = {"step": state["step"], "samples": state["samples"], "checkpoint": str(self.saver.newest)}
@@ -473,6 +472,11 @@ class Run:
     def results(self):
         """What the run has come to, written into its folder."""
         config, state, world, training = self.config, self.state, self.world, self.sources.training
+        if not self.saver.settle():
+            raise IOFailure(
+                f"{config.run.output_dir}: the last checkpoint does not read as it was written; once the disk can be "
+                f"trusted, go on with --resume; newest checkpoint: {self.saver.newest or 'none'}"
+            ).known_to_all()
         if not self.scores:  # of a run that ended between its last checkpoint and its results
             self.measure()
         self.progress.close()

@@ -1,5 +1,6 @@
 """The commit that hpcllm runs from, found without git."""
 
+import os
 import subprocess
 from types import SimpleNamespace
 
@@ -17,7 +18,10 @@ def _not_known():
 
 def git(folder, *words):
     who = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
-    done = subprocess.run(["git", *who, "-C", folder, *words], check=True, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}  # no one's signatures and hooks
+    command = ["git", *who, "-C", folder, *words]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return done.stdout.strip()
 
 
