@@ -184,6 +184,24 @@ def test_older_ones_stay_while_the_newest_does_not_read_as_it_was_written(world,
 
 
 @pytest.mark.mpi()
+@pytest.mark.parametrize("error", [DataError, IOFailure])
+def test_what_one_rank_reads_otherwise_than_root_is_told_and_no_more(world, prepared, tmp_path, monkeypatch, error):
+    base, verify = shared(world, tmp_path), checkpoint.verify
+
+    def otherwise(path, share=None):
+        if share and world.rank == world.size - 1 and path.name in ("checkpoint-30", "checkpoint-50"):
+            raise error("seen by one rank")
+        return verify(path, share)
+
+    monkeypatch.setattr(checkpoint, "verify", otherwise)
+    how = {"checkpoint.every_steps": 10, "train.max_steps": 50}
+    assert train.train(settings(prepared, base / "run", **how), world)["step"] == 50
+    told = records(world, base / "run", "doubted")
+    assert [(one["step"], one["why"]) for one in told] == [(30, "seen by one rank"), (50, "seen by one rank")]
+    assert {path.name for path in (base / "run").glob("*checkpoint-*")} == {"checkpoint-40", "checkpoint-50"}
+
+
+@pytest.mark.mpi()
 def test_a_run_whose_last_checkpoint_is_not_what_was_written_is_not_over(world, prepared, tmp_path, spoiling):
     base = shared(world, tmp_path)
     how = {"checkpoint.every_steps": 2, "train.max_steps": 6}
