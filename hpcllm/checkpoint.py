@@ -172,11 +172,11 @@ def point(output_dir):
     """Have `latest` lead to the newest checkpoint, where the file system has links. Root only."""
     link, new = (Path(output_dir) / name for name in (LATEST, f".{LATEST}.tmp"))
     with contextlib.suppress(OSError):
-        if not (found := find(output_dir)):
+        if not (last := newest(output_dir)):
             link.unlink(missing_ok=True)
             return
         new.unlink(missing_ok=True)
-        new.symlink_to(found[-1].name)
+        new.symlink_to(last.name)
         try:
             new.replace(link)
         finally:
@@ -208,8 +208,7 @@ def doubt(path):
             if isinstance(error, DataError):
                 with contextlib.suppress(OSError):
                     set_aside([path])
-        found = find(path.parent)
-        return found[-1] if found else None, whole
+        return newest(path.parent), whole
 
 
 def delete_older(output_dir, keep, best):
@@ -229,6 +228,11 @@ def find(output_dir):
         if number.isdigit() and (path / COMPLETE).is_file():
             found.append((int(number), path))
     return [path for _, path in sorted(found)]
+
+
+def newest(output_dir):
+    """The newest complete checkpoint below `output_dir`, or None."""
+    return next(reversed(find(output_dir)), None)
 
 
 def step_of(path):

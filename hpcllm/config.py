@@ -50,8 +50,13 @@ def _as_text(value):
     return value.isoformat() if isinstance(value, datetime.time) else value
 
 
+def _a_duration(text):
+    deadline.seconds(text)
+    return text
+
+
 PathText = Annotated[str, AfterValidator(_a_path)]
-Duration = Annotated[str, BeforeValidator(_as_text)]
+Duration = Annotated[str, BeforeValidator(_as_text), AfterValidator(_a_duration)]
 
 
 class Section(BaseModel):
@@ -83,13 +88,6 @@ class Run(Section):
     max_fruitless_starts: int = Field(5, ge=0)
     """Starts with --resume in a row without a new checkpoint after which the next is refused, with exit code 93, since
     it would burn the allocation; 0: never."""
-
-    @field_validator("time_limit")
-    @classmethod
-    def a_time(cls, text):
-        if text is not None:
-            deadline.seconds(text)
-        return text
 
 
 class Data(Section):

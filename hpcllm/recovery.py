@@ -368,8 +368,7 @@ def _tidy(folder):
             run_folder.lock(folder, _UNLOCKED_S)
             checkpoint.remove_unfinished(folder)
         checkpoint.point(folder)
-        found = checkpoint.find(folder)
-        return found[-1] if found else None
+        return checkpoint.newest(folder)
 
 
 def sentence(dead, hosts, step, left, seconds, committed, joined=()):

@@ -55,6 +55,8 @@ class Saver:
             self._words = checkpoint.tokenizer_files(tokenizer_dir) if comm.rank == 0 else None
         self._completed, self._unfit, self._doubted = completed, unfit, doubted
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hpcllm-save")
+        # `_then`: what comes next, the same on all ranks. "digest", "commit", "tell" while `_path` is being written;
+        # "read", "delete", "rest" when it is complete, and None.
         self._path = self._at_work = self._then = None
         self._whole, self._settling_s = True, 0.0
         self._copied, self._memory = threading.Event(), blocks.Memory()
@@ -191,9 +193,7 @@ class Saver:
         self.finish()
         began = time.monotonic()
         while self._then is not None:
-            if self._at_work is not None:
-                self._at_work.exception()  # waits
-            self.advance(max(self._comm.allgather(self.report())))
+            self.advance(self._waited_for())
         self._settling_s += time.monotonic() - began
         return self._whole
 
@@ -201,12 +201,16 @@ class Saver:
         """Wait for what is being written, if anything is; `newest` is that then. Raises as `advance`."""
         began = time.monotonic()
         while self._path is not None:
-            if self._at_work is not None:
-                self._at_work.exception()  # waits
-            largest = max(self._comm.allgather(self.report()))
+            largest = self._waited_for()
             self._waited_s += time.monotonic() - began
             began = time.monotonic()
             self.advance(largest)
+
+    def _waited_for(self):
+        """The largest of all ranks' `report`, when each has done what it has in hand."""
+        if self._at_work is not None:
+            self._at_work.exception()  # waits
+        return max(self._comm.allgather(self.report()))
 
     def abandon(self):
         """Give up what is under way, ranks having died: returns its path, None where nothing is. Not collective.

@@ -13,6 +13,7 @@ from test_train import settings, shared
 
 from hpcllm import blocks, checkpoint, saving, train
 from hpcllm.errors import DataError, IOFailure
+from tests.faults.rows import flip
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 
@@ -158,11 +159,8 @@ def spoiling(monkeypatch):
         def spoilt(hidden, path, *arguments):
             finish(hidden, path, *arguments)
             if path.name in names:
-                with open(path / "model.safetensors", "r+b") as file:
-                    file.seek(-2, 2)
-                    last = file.read(1)
-                    file.seek(-2, 2)
-                    file.write(bytes([last[0] ^ 16]))
+                weights = path / "model.safetensors"
+                flip(weights, weights.stat().st_size - 2, 16)
 
         monkeypatch.setattr(checkpoint, "finish", spoilt)
 
