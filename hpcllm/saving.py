@@ -10,7 +10,7 @@ Older checkpoints are deleted only when all of the new one has been read back, w
 are mostly taken from memory, and what a disk has made of it is known to nobody before. (What went through the page
 cache may come from there.)
 
-What is not finite is never written: where a rank finds such a number in what it has to write, there is no checkpoint of
+What is not finite is never kept: where a rank finds such a number in what it has to write, there is no checkpoint of
 that step.
 """
 
@@ -250,15 +250,16 @@ class Saver:
         return wanted, copies
 
     def _write(self, ready, outlines):
-        """Write what `_gather` returns. False, and nothing written, where a number is not finite."""
+        """Write what `_gather` returns. False, the rest being left out, where a number is not finite."""
         try:
             with files.failing_as_io(self._path):
-                wanted, copies = ready.result()
+                (wanted, copies), known = ready.result(), {}
                 for file, segments in wanted.items():
-                    parts = copies.get(file) or itertools.chain(*(segment.parts for segment in segments))
-                    if outlines[file].dtypes == {torch.float32} and not all(map(_finite_bytes, parts)):
+                    fit = _finite_bytes if outlines[file].dtypes == {torch.float32} else None
+                    known[file] = blocks.write(self._hidden / file, segments, copies.get(file), fit)
+                    if known[file] is None:
                         return False
-                return {file: blocks.write(self._hidden / file, wanted[file], copies.get(file)) for file in wanted}
+                return known
         finally:
             self._copied.set()
 
@@ -289,8 +290,8 @@ def _with_digests(hidden, known, left):
     return {file: known[file] | blocks.digests(hidden / file, left[file]) for file in known}
 
 
-def _finite_bytes(part):
-    return finite(part.view(torch.float32))
+def _finite_bytes(memory):
+    return finite(memory.view(torch.float32))
 
 
 def save(comm, output_dir, step, placed, optimizer, tokenizer_dir, state, keep, best=None):

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import random
+import time
 
 import pytest
 import torch
@@ -160,3 +161,31 @@ def test_what_fails_for_a_moment_is_written_again_all_of_it(tmp_path, monkeypatc
         contents
     )
     assert (tmp_path / "file").read_bytes() == contents.numpy().tobytes()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("ahead", [True, False])
+def test_memory_is_not_used_again_before_it_is_on_the_disk_and_digested(tmp_path, monkeypatch, ahead):
+    contents, pwrite, digest = made_up(100_000, 9), os.pwrite, blocks._digest
+    empty(tmp_path / "file", len(contents))
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: time.sleep(0.02) or pwrite(*arguments))
+    for late in (0.0, 0.04):  # the disk is the slower one, then the digests
+        monkeypatch.setattr(blocks, "_digest", lambda memory, late=late: time.sleep(late) or digest(memory))
+        wanted = blocks.segments([(0, contents)])
+        copies = blocks.Memory().take(wanted) if ahead else None
+        assert blocks.write(tmp_path / "file", wanted, copies) == expected(contents)
+        assert (tmp_path / "file").read_bytes() == contents.numpy().tobytes()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("ahead", [True, False])
+def test_bytes_that_are_not_fit_are_not_written_nor_what_follows(tmp_path, ahead):
+    contents = made_up(100_000, 10)
+    contents[contents == 7] = 8
+    contents[50_000] = 7  # in the fourth block
+    empty(tmp_path / "file", len(contents))
+    wanted = blocks.segments([(0, contents)])
+    copies = blocks.Memory().take(wanted) if ahead else None
+    assert blocks.write(tmp_path / "file", wanted, copies, lambda memory: not (memory == 7).any()) is None
+    assert (tmp_path / "file").read_bytes() == contents[: 3 << 14].numpy().tobytes() + bytes(100_000 - (3 << 14))
+    assert blocks.write(tmp_path / "file", wanted, copies, lambda memory: True) == expected(contents)
