@@ -10,8 +10,10 @@ durable (fsync) and in a new folder of DIR, which is removed again:
     DCP                    torch.distributed.checkpoint.save: ranks share out what they all have
     hpcllm, ahead          what a step waits: `begin` and, with no forward and backward to hide it, the whole copy
     DCP, async_save        what its call takes, in a process of its own for the writing (async_checkpointer_type)
+    a forward and backward of 256 tokens a rank, of another copy of the model; nothing is saved
+    ..., beside it         the same two, with that before the optimizer may step: what it takes longer by than it alone
 
-Seconds of the slowest rank: medians (and least to most) of the rounds. "until complete" of the two that go on beside
+Seconds of the slowest rank: medians (and least to most) of the rounds. "until complete" of those that go on beside
 training: from the call to the checkpoint's end, nothing else running.
 """
 
@@ -26,6 +28,7 @@ from pathlib import Path
 
 from . import jobs
 
+ALONE = "a forward and backward"
 SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 
 
@@ -55,10 +58,12 @@ def child(folder, rounds):
     for parameter in placed.parameters():
         parameter.grad = torch.zeros_like(parameter)
     ours.step()
+    other = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
     names = [name for name, _ in net.named_parameters()]
     moments = dict(zip(names, theirs.state.values(), strict=True))
     state = {"model": dict(net.named_parameters()), "optimizer": moments}
     saver = saving.Saver(world.comm, placed, ours, folder, folder, 1)
+    batch = torch.randint(net.config.vocab_size, (4, 64))
 
     def hpcllm_waits(path, step):
         saver.begin(step, {}, copy=False)
@@ -85,8 +90,23 @@ def child(folder, rounds):
     def dcp_ahead(path, step):
         return dcp.async_save(state, checkpoint_id=path).result
 
+    def compute(path, step):
+        other(input_ids=batch, labels=batch).loss.backward()
+
+    def hpcllm_beside(path, step):
+        saver.begin(step, {})
+        compute(path, step)
+        saver.hold()
+        return saver.finish
+
+    def dcp_beside(path, step):
+        rest = dcp_ahead(path, step)
+        compute(path, step)
+        return rest
+
     ways = {"hpcllm": hpcllm_waits, "torch.save": torch_save, "DCP": dcp_save}
-    ways |= {"hpcllm, ahead": hpcllm_ahead, "DCP, async_save": dcp_ahead}
+    ways |= {"hpcllm, ahead": hpcllm_ahead, "DCP, async_save": dcp_ahead, ALONE: compute}
+    ways |= {"hpcllm, ahead, beside it": hpcllm_beside, "DCP, async_save, beside it": dcp_beside}
     waited, complete = ({way: [] for way in ways} for _ in range(2))
     for turn in range(rounds + 1):  # the first warms up
         for number, (way, run) in enumerate(ways.items()):
@@ -114,14 +134,15 @@ def child(folder, rounds):
         count = sum(parameter.numel() for parameter in net.parameters())
         print(f"{count / 1e6:.0f} M parameters, {12 * count / 1e9:.2f} GB, {world.size} ranks, {jobs.versions()}\n")
         print("| way | training waits, s | to hpcllm's | until complete, s |\n|---|---:|---:|---:|")
+        alone = statistics.median(waited[ALONE])
+        for way in (way for way in ways if way.endswith("beside it")):
+            waited[way] = [took - alone for took in waited[way]]
+        base = None
         for way in ways:
-            base = statistics.median(waited["hpcllm" if way in ("hpcllm", "torch.save", "DCP") else "hpcllm, ahead"])
-            cells = [
-                jobs.spread(waited[way]),
-                f"{statistics.median(waited[way]) / base:.2f}",
-                jobs.spread(complete[way]),
-            ]
-            print(f"| {way} | {' | '.join(cells)} |")
+            if way.startswith(("hpcllm", ALONE)):  # those that follow are compared with it
+                base = statistics.median(waited[way])
+            ratio = f"{statistics.median(waited[way]) / base:.2f}"
+            print(f"| {way} | {jobs.spread(waited[way])} | {ratio} | {jobs.spread(complete[way])} |")
 
 
 def main():
