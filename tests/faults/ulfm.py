@@ -6,8 +6,8 @@ For each case, 4 ranks train a BERT of 60,000 parameters `--times` times under m
 moment some are killed. The table tells: runs that came to their end (exit code 0, all steps, a complete checkpoint);
 steps that had been agreed on and were lost; steps whose loss is not that of a run that nothing happened to, to float
 order; seconds from the kill to the next step that the others have agreed on. Of the first `--exact` runs of a case the
-weights are compared, on one host and byte by byte, with those of a run that was continued, from the step in question,
-on as many ranks as were left. Ends with 1 where something does not hold.
+weights are compared, byte by byte, with those of a run that was continued, from the step in question, on as many ranks
+as were left, each on the host it was on. Ends with 1 where something does not hold.
 
 --spares: so many more ranks wait, and take the places of those that are killed (`resilience.spares`); one of these is
 killed as well then, in the case "a spare".
@@ -39,6 +39,7 @@ DYING = jobs.ROOT / "tests" / "dying.py"
 RANKS, STEPS = 4, 40
 CASES = {"a rank": (2,), "rank 0": (0,), "two ranks": (1, 2), "three ranks": (0, 1, 3), "all of a host": (2, 3)}
 A_SPARE = {"a spare": (RANKS,)}
+EVERY = CASES | A_SPARE
 SURVIVING = ("--with-ft", "ulfm", "--mca", "coll", "^han")
 # Float order: losses of about 6, of which sums of four and of three ranks round differently.
 TOLERANCE = 1e-4
@@ -61,20 +62,25 @@ exec nsenter --net=/run/netns/hpcllm-$host unshare --uts --mount --propagation p
 class OneHost:
     """Jobs on this machine."""
 
-    options, environment, cases = (), types.MappingProxyType({}), ("a rank", "rank 0", "two ranks", "three ranks")
+    environment, cases = types.MappingProxyType({}), ("a rank", "rank 0", "two ranks", "three ranks")
 
-    def command(self, words):
-        return words
+    def command(self, ranks, words, gone=()):
+        """Words that start `python WORDS` on `ranks` ranks, on the places of those that are not in `gone`."""
+        where = self._places(gone)
+        return [*find_mpirun(), *SURVIVING, *where, "-np", str(ranks), sys.executable, *map(str, words)]
+
+    def _places(self, gone):
+        return ()
 
     def kill(self, case, pids):
-        for rank in (CASES | A_SPARE)[case]:
+        for rank in EVERY[case]:
             os.kill(pids[rank], signal.SIGKILL)
 
 
 class TwoHosts(OneHost):
     """Jobs on f1 and f2, two hosts that are network namespaces; mpirun runs on f1."""
 
-    options, cases = ("--host", "f1:2,f2:2"), tuple(CASES)
+    cases = tuple(CASES)
 
     def __init__(self, folder):
         self._agent, hosts = Path(folder) / "agent", Path(folder) / "hosts"
@@ -91,8 +97,12 @@ class TwoHosts(OneHost):
             for link in ("lo", "eth0"):
                 _ip("-n", f"hpcllm-f{number}", "link", "set", link, "up")
 
-    def command(self, words):
-        return [str(self._agent), "f1", "exec", *words]
+    def command(self, ranks, words, gone=()):
+        return [str(self._agent), "f1", "exec", *super().command(ranks, words, gone)]
+
+    def _places(self, gone):
+        left = {host: sum(rank not in gone for rank in its) for host, its in (("f1", (0, 1)), ("f2", (2, 3)))}
+        return "--host", ",".join(f"{host}:{count}" for host, count in left.items() if count)
 
     def down(self):
         for number in (1, 2):
@@ -121,8 +131,7 @@ def once(hosts, folder, case, number, draw, spares=0):
     """One run in which some are killed; returns a dict of what came of it."""
     name, ranks = f"{case.replace(' ', '-')}-{number}", RANKS + spares
     run_file, note = folder.run_file(name, STEPS, 10), folder.base / f"{name}.note"
-    words = [*find_mpirun(), *SURVIVING, *hosts.options, "-np", str(ranks), sys.executable, str(DYING), "--", "train"]
-    command = hosts.command([*words, str(run_file), f"resilience.spares={spares}"])
+    command = hosts.command(ranks, [DYING, "--", "train", run_file, f"resilience.spares={spares}"])
     environment = clean_environment(DYING_NOTE=str(note), **hosts.environment)
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, cwd=jobs.ROOT, **pipes) as job:
@@ -174,12 +183,13 @@ def judge(folder, result, reference):
     }
 
 
-def compared(folder, result, found):
-    """Bytes in which the run differs from one that was continued on fewer ranks from the step in question."""
+def compared(hosts, folder, result, found, gone):
+    """Bytes in which the run differs from one that was continued without the ranks `gone` from the step in question."""
     name = f"{result['name']}-steady"
-    for ranks, step in ((RANKS, found["from"]), (found["left"], STEPS)):
-        how = ["--resume", "parallel.sharding=none", "checkpoint.every_steps=0"]
-        folder.train(folder.run_file(name, step, 10), *how, ranks=ranks, check=True)
+    how, environment = ["--resume", "parallel.sharding=none", "checkpoint.every_steps=0"], hosts.environment
+    for ranks, dead, step in ((RANKS, (), found["from"]), (found["left"], gone, STEPS)):
+        command = hosts.command(ranks, ["-m", "hpcllm", "train", folder.run_file(name, step, 10), *how], dead)
+        subprocess.run(command, env=clean_environment(**environment), cwd=jobs.ROOT, check=True, capture_output=True)
     return differing(folder.base / result["name"], folder.base / name, STEPS)
 
 
@@ -216,8 +226,8 @@ def table(hosts, folder, args):
             found.append(judge(folder, result, reference))
             if not found[-1]["finished"]:
                 print(f"{case}, run {number}: exit code {result['rc']}\n{result['said'][-4000:]}", file=sys.stderr)
-            elif number < args.exact and not args.two_hosts:  # between hosts sums go another way
-                differences.append(compared(folder, result, found[-1]))
+            elif number < args.exact and not (args.two_hosts and args.spares):  # a spare is on a host of its own
+                differences.append(compared(hosts, folder, result, found[-1], EVERY[case]))
         seconds = [one["seconds"] for one in found if one["seconds"] is not None]
         lost = max((one["lost"] for one in found if one["lost"] is not None), default="-")
         finished, wrong = sum(one["finished"] for one in found), sum(one["wrong"] for one in found)
