@@ -28,7 +28,7 @@ from benchmarks import jobs
 from benchmarks.restart import differing_bytes
 from hpcllm import checkpoint
 from hpcllm.errors import DataError
-from tests.launching import clean_environment, find_mpirun
+from tests.launching import clean_environment
 
 JOB = jobs.ROOT / "tests" / "faults" / "job.py"
 RUN = """
@@ -487,10 +487,10 @@ def soak_survived(folder):
     from tests.faults import ulfm
 
     def start(*words):
-        command = [*find_mpirun(), *ulfm.SURVIVING, "-np", str(folder.ranks), sys.executable, "-m", "hpcllm", "train"]
+        command = ulfm.OneHost().command(folder.ranks, ["-m", "hpcllm", "train", *words])
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         environment = clean_environment(HPCLLM_PROGRESS="lines", OMP_NUM_THREADS="1")
-        return subprocess.Popen([*command, *map(str, words)], env=environment, cwd=jobs.ROOT, **pipes)
+        return subprocess.Popen(command, env=environment, cwd=jobs.ROOT, **pipes)
 
     return soaked(folder, "soak-survived", start, survives=True)
 

@@ -186,10 +186,13 @@ def judge(folder, result, reference):
 def compared(hosts, folder, result, found, gone):
     """Bytes in which the run differs from one that was continued without the ranks `gone` from the step in question."""
     name = f"{result['name']}-steady"
-    how, environment = ["--resume", "parallel.sharding=none", "checkpoint.every_steps=0"], hosts.environment
+    how = ["--resume", "parallel.sharding=none", "checkpoint.every_steps=0"]
     for ranks, dead, step in ((RANKS, (), found["from"]), (found["left"], gone, STEPS)):
         command = hosts.command(ranks, ["-m", "hpcllm", "train", folder.run_file(name, step, 10), *how], dead)
-        subprocess.run(command, env=clean_environment(**environment), cwd=jobs.ROOT, check=True, capture_output=True)
+        environment, pipes = clean_environment(**hosts.environment), {"capture_output": True, "text": True}
+        done = subprocess.run(command, env=environment, cwd=jobs.ROOT, timeout=600, **pipes)
+        if done.returncode:
+            sys.exit(f"{name}: exit code {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
     return differing(folder.base / result["name"], folder.base / name, STEPS)
 
 
