@@ -3,9 +3,7 @@
 import os
 import time
 
-# Who starts ranks: mpirun of Open MPI (PRRTE) and MPICH (Hydra), Slurm's daemon of a job step, the others' names.
-_LAUNCHERS = {"mpirun", "mpiexec", "prterun", "prted", "orterun", "orted", "mpiexec.hydra", "hydra_pmi_proxy"}
-_LAUNCHERS |= {"slurmstepd", "flux-shell"}  # of one job step; daemons of a node, which live on, are none
+from .mpi import process
 
 
 class Parts:
@@ -16,14 +14,11 @@ class Parts:
     """
 
     def __init__(self):
-        began, parent, _ = _process(os.getpid())
+        began = process.look(os.getpid()).began_s
         self.seconds, self._last = {}, began
-        try:
-            launched, _, name = _process(parent)
-        except OSError:  # where users may not see each other's processes
-            name = None
-        if name in _LAUNCHERS:
-            self.seconds["launch"] = began - launched
+        above = next(process.ancestors(), None)
+        if above is not None and above.name in process.LAUNCHERS:
+            self.seconds["launch"] = began - above.began_s
         self.end("python")
 
     def end(self, part):
@@ -40,12 +35,4 @@ class Parts:
 
 def age_s():
     """Seconds since this process began."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - _process(os.getpid())[0]
-
-
-def _process(number):
-    """(start in seconds of CLOCK_BOOTTIME, parent, name) of a process; proc(5)."""
-    with open(f"/proc/{number}/stat", encoding="utf-8", errors="replace") as file:
-        head, _, rest = file.read().rpartition(")")
-    fields = rest.split()
-    return int(fields[19]) / os.sysconf("SC_CLK_TCK"), int(fields[1]), head.partition("(")[2]
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - process.look(os.getpid()).began_s

@@ -3,9 +3,9 @@
 import os
 import sys
 
-from .mpi import launcher
+from .mpi import launcher, process
 
-_LAUNCHERS = ("mpirun", "prterun", "orterun", "mpiexec", "mpiexec.hydra", "srun")
+_LAUNCHERS = process.LAUNCHERS | {"srun"}
 
 
 def find():
@@ -27,16 +27,14 @@ def find():
 
 def _launcher_has_terminal():
     """True where the standard output of the launcher above this process is a terminal (root runs on its host)."""
-    try:
-        process = os.getppid()
-        while process > 1:
-            with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
-                name, rest = file.read().split("(", 1)[1].rsplit(")", 1)
-            if name in _LAUNCHERS and not os.readlink(f"/proc/{process}/fd/1").startswith(("pipe:", "socket:")):
-                return os.readlink(f"/proc/{process}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
-            process = int(rest.split()[1])
-    except (OSError, ValueError, IndexError):
-        pass
+    for above in process.ancestors():
+        if above.name in _LAUNCHERS:
+            try:
+                output = os.readlink(f"/proc/{above.number}/fd/1")
+            except OSError:
+                return False
+            if not output.startswith(("pipe:", "socket:")):
+                return output.startswith(("/dev/pts/", "/dev/tty"))
     return False
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from hpcllm import startup, utilisation
 from hpcllm.data import batches
+from hpcllm.mpi import process
 from hpcllm.plan import machines
 from hpcllm.plan.count import count
 
@@ -124,9 +125,9 @@ def test_the_start_is_told_from_the_launcher_on(tmp_path):
 
 
 def test_parts_add_up(monkeypatch):
-    monkeypatch.setattr(
-        startup, "_process", lambda number: (10.0, 1, "python") if number == os.getpid() else (3, 0, "x")
-    )
+    monkeypatch.setattr(os, "sysconf", lambda _: 100)
+    own, above = (process.Process(1, name, "R", 1, born) for name, born in (("python", 1000), ("x", 300)))
+    monkeypatch.setattr(process, "look", lambda number: own if number == os.getpid() else above)
     now = iter([12.0, 13.5, 14.0, 14.25])
     monkeypatch.setattr(time, "clock_gettime", lambda _: next(now))
     parts = startup.Parts()

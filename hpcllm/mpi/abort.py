@@ -14,6 +14,8 @@ Not seen: `raise SystemExit(n)` written out, which says on purpose "only this pr
 `sys.exit` imported by name before `hpcllm.mpi.join`. Signals are left as they are (training notes some, see
 `hpcllm.stopping`): a rank that one kills is noticed by the launcher, and named by `watch`, which is also for what does
 not fail but hangs. Children made by fork behave as if nothing had been installed.
+
+Under `mpirun --with-ft` it is not MPI_Abort that ends the others but `alarm`.
 """
 
 import array
@@ -48,6 +50,8 @@ _READ_S = 0.2
 _KILLED_S = 8.0
 # A spare looks so often whether it is needed; the others wait for it.
 _LOOK_S = 0.02
+# Tag of the word by which those who leave tell spares so.
+_ENDED = 1
 _exit_at_once = os._exit
 _abandoned = []
 
@@ -96,8 +100,12 @@ def install():
 def joined(world, local):
     """From now on errors end all ranks of `world`; `local`: communicator of this host's ranks. Collective."""
     again = _State.world is not None
+    if launcher.fault_tolerant():
+        from . import alarm
+
+        alarm.set_up(world, local)
     _State.farewell, _State.statuses = world.comm.Dup(), None
-    _State.board = _open_board(local)
+    _State.board = open_board(local)
     # MPICH's processes map all of a host's when they start, and leave them behind when one of them is killed. (Open
     # MPI's are opened when first needed, and its mpirun removes them.)
     remove_segments("mpich_shm_")
@@ -135,7 +143,7 @@ def leave_together(code, sentence=None):
 def leave_with_others(woken):
     """Sleep until all others come to their end, and end with their exit code; returns once `woken()` is true.
 
-    For spares, who have nothing else to do. `woken` is asked fifty times a second.
+    For spares, who have nothing else to do. `woken` is asked fifty times a second; it may call `leave_if_told`.
     """
     codes = array.array("i", [0] * _State.world.size)
     request = _State.farewell.Iallgather(array.array("i", [0]), codes)
@@ -148,6 +156,30 @@ def leave_with_others(woken):
         except _mpi_error():
             request = None  # of somebody who has died; those that are left will say how to go on
         time.sleep(_LOOK_S)
+
+
+def leave_if_told():
+    """End as the others have, if one of them has told of it (`_tell`)."""
+    _State.farewell.Ack_failed(_State.farewell.size)  # or nothing could be heard from anybody
+    if _State.farewell.Iprobe(tag=_ENDED):
+        word = array.array("i", [0])
+        _State.farewell.Recv(word, tag=_ENDED)
+        outlived()
+        leave_together(word[0])
+
+
+def _tell(code):
+    """Tell the others that this rank ends with `code`, since a farewell in which one has died tells them nothing.
+
+    For spares, to whom all who leave look dead. The first rank that is left speaks.
+    """
+    from mpi4py import MPI
+
+    farewell = _State.farewell
+    gone = MPI.Group.Translate_ranks(farewell.Get_failed(), None, farewell.group)
+    if set(range(farewell.rank)) <= set(gone):
+        for other in set(range(farewell.rank + 1, farewell.size)) - set(gone):
+            farewell.Send(array.array("i", [code]), other, _ENDED)
 
 
 def _mpi_error():
@@ -164,11 +196,21 @@ def has_outlived():
 def _leave_without_finalizing(code):
     """The end of a rank whose job has lost others: when the rest has come to its end too, without MPI_Finalize."""
     write("")
-    with contextlib.suppress(Exception):  # another one has gone before
-        _all_leave(code, float("inf"))
+    _farewell(code)
     progress.leave_job()
     remove_segments()
     _exit_at_once(code)
+
+
+def _farewell(code):
+    """Wait until all others have come to their end; False if one has died instead."""
+    try:
+        _all_leave(code, float("inf"))
+    except _mpi_error():
+        with contextlib.suppress(_mpi_error()):
+            _tell(code)
+        return False
+    return True
 
 
 def _say_once(sentence):
@@ -226,6 +268,11 @@ def end_all(code):
         from mpi4py import MPI
 
         remove_segments()
+        if launcher.fault_tolerant():
+            from . import alarm
+
+            alarm.ring()
+            _exit_at_once(code)
         # Not the world's own communicator: MPICH's mpiexec would often return 9 (the others' SIGKILL) for `code`.
         MPI.COMM_WORLD.Abort(code)
     _exit_at_once(code)  # some libraries return from MPI_Abort before the signal arrives
@@ -246,7 +293,8 @@ def _outside_the_program():
 def exit_at_once(status):
     """os._exit: while MPI is up it ends the job, and not every launcher says which rank that was."""
     if _alive() and first_of_host():
-        write(f"hpcllm: {_name()} leaves by os._exit({status}), which ends the job\n")
+        ends = "" if launcher.fault_tolerant() else ", which ends the job"
+        write(f"hpcllm: {_name()} leaves by os._exit({status}){ends}\n")
         time.sleep(_READ_S)
     _exit_at_once(status)
 
@@ -286,15 +334,16 @@ def _last_word(code):
 
 def _goodbye():
     """A rank that has come to its end waits here (and not, as in MPI_Finalize, with a busy core) for the others."""
-    if _State.outlived and _alive():
-        _leave_without_finalizing(0)
-    if _alive():
-        try:
-            _all_leave(_State.code, float("inf"))
-        except _mpi_error():  # one has died at the very end, for which MPI_Finalize may wait
-            _leave_without_finalizing(_State.code)
-        if _State.world.size == 1:
-            remove_segments()  # Open MPI leaves that of a process without mpirun even after MPI_Finalize
+    if not _alive():
+        return
+    if _State.outlived or not _farewell(_State.code):  # one has died, for which MPI_Finalize may wait
+        _leave_without_finalizing(_State.code)
+    if launcher.fault_tolerant():
+        from . import alarm
+
+        alarm.put_away()
+    if _State.world.size == 1:
+        remove_segments()  # Open MPI leaves that of a process without mpirun even after MPI_Finalize
 
 
 # ---- uncaught exceptions
@@ -348,7 +397,7 @@ def _fail(kind, error, trace, where=""):
     end_all(code)
 
 
-def _open_board(local):
+def open_board(local):
     """A file that the ranks of one host have open and that has no name any more; None where that cannot be had."""
     name = None
     if local.rank == 0:

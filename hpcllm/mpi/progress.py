@@ -17,6 +17,8 @@ import time
 import zlib
 from dataclasses import dataclass, field
 
+from . import process
+
 HISTORY = 64
 # Operations between two ranks: they have no place in the order of their group's collectives.
 BETWEEN_TWO = frozenset({"send", "recv", "wait"})
@@ -103,31 +105,6 @@ def _unspell(text):
     return tuple(ranks)
 
 
-def process_state(pid, born):
-    """("runs" | "stopped" | "gone") of the process `pid` that started at clock tick `born`, from /proc."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return "gone"
-    if int(fields[19]) != born or fields[0] in "ZX":
-        return "gone"
-    return "stopped" if fields[0] in "Tt" else "runs"
-
-
-def _born(pid):
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        return int(file.read().rpartition(")")[2].split()[19])
-
-
-def _namespace():
-    """Which numbering of processes this one lives in; two containers on one host may each have their own."""
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0
-
-
 class Place:
     """This rank's place in one group: the number of its last collective, and where that is written.
 
@@ -173,9 +150,9 @@ class Memory:
     def process(self, slot):
         """(pid, its state) of the rank in `slot`."""
         head = self.words[slot * _SLOT : slot * _SLOT + _HEAD]
-        if head[_NAMESPACE] != _namespace() or not head[_PID]:
+        if head[_NAMESPACE] != process.namespace() or not head[_PID]:
             return head[_PID], "unknown"
-        return head[_PID], process_state(head[_PID], head[_BORN])
+        return head[_PID], process.state(head[_PID], head[_BORN])
 
     def leaving(self, slot):
         return bool(self.words[slot * _SLOT + _LEAVING])
@@ -238,8 +215,8 @@ class Log:
         # Of this process, for its own watchdog: number -> (place, sequence, start in ns, name, peer).
         self.open = {}
         words, pid = self._words, os.getpid()
-        words[_RANK], words[_PID], words[_NAMESPACE] = rank, pid, _namespace()
-        words[_BORN] = _born(pid)
+        words[_RANK], words[_PID], words[_NAMESPACE] = rank, pid, process.namespace()
+        words[_BORN] = process.look(pid).born
         _logs.append(self)
 
     def beat(self):

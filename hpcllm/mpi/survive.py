@@ -206,6 +206,7 @@ def wait(job, size):
         if gone.Get_size() >= size:
             places = MPI.Group.Translate_ranks(job.group, list(range(size)), gone)
             if MPI.UNDEFINED not in places:
+                abort.leave_if_told()
                 abort.end_all(_KILLED)  # and nobody is left whose place could be taken
         return False
 

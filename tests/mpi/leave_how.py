@@ -14,6 +14,7 @@ how, who = sys.argv[1:3]
 world = hpcllm.mpi.init("cpu") if how.startswith("torch") else hpcllm.mpi.join()
 leaves = who == "all" or (who == "one" and world.rank == 1)
 os.write(1, f"started {os.getpid()}\n".encode())  # in one piece, whatever other ranks print
+first = world.comm.bcast(os.getpid())
 world.comm.Barrier()
 
 
@@ -35,6 +36,20 @@ if leaves:
         if how == "terminate":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
+        if how == "end":
+            hpcllm.mpi.end_all(9)
+        if how == "orphan":
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(30)
+        if how == "stopped":
+            os.kill(first, signal.SIGSTOP)
+            hpcllm.mpi.end_all(9)
+        if how == "slow":
+            from hpcllm.mpi import alarm
+
+            kill = alarm._kill
+            alarm._kill = lambda: (time.sleep(0.5), kill())  # the others have heard by then
+            hpcllm.mpi.end_all(9)
         if how == "exit":
             sys.exit(int(sys.argv[3]))
         if how == "message":
@@ -78,5 +93,7 @@ if leaves:
 if how in ("caught", "fork", "torch_unwaited", "torch_destroyed") and who == "all":
     time.sleep(0.3 * world.rank)
     sys.exit(0)
+if how == "orphan":
+    time.sleep(30)  # a call of MPI would notice
 world.comm.Barrier()
 print("past the barrier", flush=True)

@@ -3,13 +3,14 @@
 import builtins
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from launching import clean_environment
+from launching import clean_environment, surviving
 
 import hpcllm.mpi
 
@@ -22,8 +23,8 @@ LIMIT_S = 5.0
 def leave(mpirun):
     """leave(how, who, ...) runs the job on 4 ranks and returns it, its output in `said`, having checked its end."""
 
-    def run(how, who, *arguments, n=4):
-        result = mpirun(n, [JOB, how, who, *arguments], timeout=60)
+    def run(how, who, *arguments, n=4, options=()):
+        result = mpirun(n, [JOB, how, who, *arguments], timeout=60, options=options)
         result.said = result.stdout + result.stderr
         pids = [int(pid) for pid in re.findall(r"started (\d+)", result.stdout)]
         assert len(pids) == n, result.said
@@ -158,6 +159,28 @@ def test_leaving_together_is_quiet(leave):
     assert result.returncode == 7
     assert result.stderr.count("that was all") == 1
     assert "MPI_ABORT" not in result.said.upper()
+
+
+@pytest.mark.parametrize(("how", "who", "code"), [
+    ("raise", "one", 1), ("late", "all", 1), ("thread", "one", 1), ("alone", "one", 65), ("exit", "one", 3),
+    ("refuse", "all", 65),
+])  # fmt: skip
+def test_where_deaths_are_survived_errors_end_the_job_as_ever(leave, how, who, code):
+    assert leave(how, who, "3", options=surviving()).returncode == code
+
+
+def test_all_may_end_all_at_once_where_deaths_are_survived(leave):
+    for _ in range(4):  # two calls of MPI_Abort at once made mpirun crash, or never end, about every other time
+        assert leave("end", "all", n=3, options=surviving()).returncode == 9
+
+
+def test_where_deaths_are_survived_ranks_end_with_mpirun_and_those_that_hang_with_the_others(leave):
+    assert leave("orphan", "one", options=surviving()).returncode == -signal.SIGKILL
+    assert leave("stopped", "one", options=surviving()).returncode == 9
+
+
+def test_the_rank_that_ends_the_job_is_not_ended_by_those_that_hear_of_it(leave):
+    assert leave("slow", "one", options=surviving()).returncode == 9
 
 
 @pytest.mark.parametrize("how", ["torch_unwaited", "torch_destroyed"])
