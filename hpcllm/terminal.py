@@ -5,7 +5,8 @@ import sys
 
 from .mpi import launcher, process
 
-_LAUNCHERS = process.LAUNCHERS | {"srun"}
+# Those that write where the user looks; their daemons do not.
+_LAUNCHERS = ("mpirun", "prterun", "orterun", "mpiexec", "mpiexec.hydra", "srun")
 
 
 def find():

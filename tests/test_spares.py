@@ -101,6 +101,10 @@ def test_who_dies_in_the_farewell_leaves_nobody_waiting(dying_job, tmp_path, spa
     ended_well(done, tmp_path / "dying")
 
 
+def test_a_spare_that_is_left_over_leaves_with_the_others(dying_job, tmp_path):
+    ended_well(dying_job("dying", 5, ["clip:6:1"], **TWO), tmp_path / "dying")
+
+
 def test_spares_are_refused_where_they_could_not_come_in(dying_job, tmp_path):
     refused = dying_job("refused", 2, (), ft=False, **ONE)
     assert refused.returncode == 2

@@ -36,6 +36,8 @@ import traceback
 from ..errors import Refusal
 from . import launcher, progress
 
+# As a shell says it: ended by SIGKILL. That of a job in which a rank was; job scripts start such a job again.
+KILLED_CODE = 137
 # A rank that leaves with an error waits this long for the others to leave too, before it ends them.
 _TOGETHER_S = 1.0
 # Processes that MPI does not join wait this long for each other before they refuse to go on.
@@ -78,6 +80,7 @@ class _State:
     board = None  # descriptor of the file in which the ranks of this host note that one has spoken
     farewell = None  # a communicator for nothing but leaving
     statuses = None  # (request, exit codes of all ranks): the farewell under way
+    survives = False  # a rank that dies does not end the job
     outlived = False  # ranks have died, and this one goes on
     code = 0  # with which `leave_together` has said that the program ends
     process = None  # process id in which `install` ran
@@ -100,7 +103,7 @@ def install():
 def joined(world, local):
     """From now on errors end all ranks of `world`; `local`: communicator of this host's ranks. Collective."""
     again = _State.world is not None
-    if launcher.fault_tolerant():
+    if launcher.fault_tolerant() and not again:
         from . import alarm
 
         alarm.set_up(world, local)
@@ -113,6 +116,16 @@ def joined(world, local):
     if not again:
         # MPI is finalised after the functions registered here.
         atexit.register(_goodbye)
+
+
+def survive_deaths():
+    """From now on the death of a rank is somebody else's business (`survive`) and does not end the job."""
+    _State.survives = True
+
+
+def survives():
+    """Whether that is so."""
+    return _State.survives
 
 
 def outlived():
@@ -143,7 +156,7 @@ def leave_together(code, sentence=None):
 def leave_with_others(woken):
     """Sleep until all others come to their end, and end with their exit code; returns once `woken()` is true.
 
-    For spares, who have nothing else to do. `woken` is asked fifty times a second; it may call `leave_if_told`.
+    For spares, who have nothing else to do. `woken` is asked fifty times a second.
     """
     codes = array.array("i", [0] * _State.world.size)
     request = _State.farewell.Iallgather(array.array("i", [0]), codes)
@@ -155,10 +168,13 @@ def leave_with_others(woken):
                 leave_together(max(codes))
         except _mpi_error():
             request = None  # of somebody who has died; those that are left will say how to go on
+        if request is None:
+            with contextlib.suppress(_mpi_error()):
+                _leave_if_told()
         time.sleep(_LOOK_S)
 
 
-def leave_if_told():
+def _leave_if_told():
     """End as the others have, if one of them has told of it (`_tell`)."""
     _State.farewell.Ack_failed(_State.farewell.size)  # or nothing could be heard from anybody
     if _State.farewell.Iprobe(tag=_ENDED):
@@ -179,7 +195,8 @@ def _tell(code):
     gone = MPI.Group.Translate_ranks(farewell.Get_failed(), None, farewell.group)
     if set(range(farewell.rank)) <= set(gone):
         for other in set(range(farewell.rank + 1, farewell.size)) - set(gone):
-            farewell.Send(array.array("i", [code]), other, _ENDED)
+            with contextlib.suppress(MPI.Exception):  # it has left as well
+                farewell.Send(array.array("i", [code]), other, _ENDED)
 
 
 def _mpi_error():
@@ -207,7 +224,7 @@ def _farewell(code):
     try:
         _all_leave(code, float("inf"))
     except _mpi_error():
-        with contextlib.suppress(_mpi_error()):
+        if _State.survives:
             _tell(code)
         return False
     return True
@@ -271,8 +288,8 @@ def end_all(code):
         if launcher.fault_tolerant():
             from . import alarm
 
-            alarm.ring()
-            _exit_at_once(code)
+            if alarm.ring():
+                _exit_at_once(code)
         # Not the world's own communicator: MPICH's mpiexec would often return 9 (the others' SIGKILL) for `code`.
         MPI.COMM_WORLD.Abort(code)
     _exit_at_once(code)  # some libraries return from MPI_Abort before the signal arrives
@@ -319,7 +336,11 @@ def _last_word(code):
     status = 0 if code is None else code & 0xFF if isinstance(code, int) else 1
     if status == 0 or not _alive():
         return code
-    codes = _all_leave(status, _TOGETHER_S)
+    _State.code = status
+    try:
+        codes = _all_leave(status, _TOGETHER_S)
+    except _mpi_error():  # one has died instead
+        codes = None
     if not isinstance(code, int):
         # Printed by the first of those that end with an error.
         if codes is None or _State.world.rank == min(r for r, other in enumerate(codes) if other != 0):
@@ -336,8 +357,10 @@ def _goodbye():
     """A rank that has come to its end waits here (and not, as in MPI_Finalize, with a busy core) for the others."""
     if not _alive():
         return
-    if _State.outlived or not _farewell(_State.code):  # one has died, for which MPI_Finalize may wait
+    if _State.outlived:
         _leave_without_finalizing(_State.code)
+    if not _farewell(_State.code):  # one has died, for which MPI_Finalize may wait
+        _leave_without_finalizing(_State.code or (0 if _State.survives else KILLED_CODE))
     if launcher.fault_tolerant():
         from . import alarm
 

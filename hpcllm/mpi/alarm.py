@@ -21,32 +21,48 @@ from . import abort, process
 
 # The thread looks so often.
 _LOOK_S = 0.1
+# Before anybody is killed, what has been revoked gets so long to reach the other hosts: they tell each other.
+_SPREAD_S = 0.2
 # The rank that ends all waits so long for those of other hosts to be gone.
 _REACHED_S = 3.0
+# Nobody waits longer for another process, or thread, that was to end this one.
+_PATIENCE_S = 2 * _REACHED_S
 
 
 class _State:
-    comm = None  # whose end is that of the job; None when MPI is about to be finalised
+    comm = None  # whose end is that of the job; None without ULFM, and when MPI is about to be finalised
     processes = ()  # the other processes of this host: number, clock tick of their start
     board = None  # descriptor of a file of this host; who kills the others has it locked until its own end
-    watcher = None
     lock = threading.Lock()  # held by who is within MPI here
 
 
+def refusal(library):
+    """Why no rank can end the others here, None where it can. library: of MPI, in words. Not collective.
+
+    Most calls of ULFM seem to succeed on an MPI without it; Revoke alone tells.
+    """
+    own = MPI.COMM_SELF.Dup()  # of this rank alone: there is nobody who might still be making it
+    try:
+        own.Revoke()
+    except (NotImplementedError, MPI.Exception):
+        return f"needs an MPI library with ULFM, which {library} is not"
+    finally:
+        own.Free()
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        return "needs an MPI that was started with MPI_THREAD_MULTIPLE"
+    return None
+
+
 def set_up(world, local):
-    """From now on `ring` ends all ranks of `world`. local: communicator of this host's ranks. Collective."""
+    """From now on `ring` ends all ranks of `world`. local: communicator of this host's ranks. Collective, once."""
+    if refusal(world.library):
+        return
     here = process.look(os.getpid())
     me = here.number, here.born, process.namespace()
-    processes = [one[:2] for one in local.allgather(me) if one != me and one[2] == me[2]]
-    board, comm = abort.open_board(local), MPI.Intracomm.Dup(world.comm)  # which nobody but this module revokes
-    _look()  # at what is replaced
-    with _State.lock:
-        if _State.board is not None:
-            os.close(_State.board)
-        _State.comm, _State.processes, _State.board = comm, processes, board
-    if _State.watcher is None and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-        _State.watcher = threading.Thread(target=_watch, name="hpcllm alarm", daemon=True)
-        _State.watcher.start()
+    _State.processes = [one[:2] for one in local.allgather(me) if one != me and one[2] == me[2]]
+    _State.board = abort.open_board(local)
+    _State.comm = MPI.Intracomm.Dup(world.comm)  # which nobody but this module revokes
+    threading.Thread(target=_watch, name="hpcllm alarm", daemon=True).start()
 
 
 def put_away():
@@ -56,24 +72,41 @@ def put_away():
 
 
 def ring():
-    """End all other processes of the job; the caller ends this one then, with the exit code of the job."""
-    with contextlib.suppress(MPI.Exception), _State.lock:
-        if _State.comm is None:
-            return
-        others = _State.comm.size - 1
-        _claim()
-        _State.comm.Revoke()
+    """End all other processes of the job; the caller ends this one then, with the exit code of the job.
+
+    False where that cannot be.
+    """
+    comm = _State.comm
+    if comm is None:
+        return False
+    _State.lock.acquire(timeout=_PATIENCE_S)  # and never given back: the thread has nothing to do any more
+    _claim()
+    with contextlib.suppress(MPI.Exception):
+        comm.Revoke()
+        _progress(lambda: False, _SPREAD_S)
         _kill()
-        deadline = time.monotonic() + _REACHED_S
-        while _State.comm.Get_failed().Get_size() < others and time.monotonic() < deadline:
-            MPI.COMM_SELF.Iprobe()  # who calls nothing sends nothing
-            time.sleep(0.01)
+        _progress(lambda: comm.Get_failed().Get_size() == comm.size - 1, _REACHED_S)
+    return True
+
+
+def _progress(done, seconds):
+    """Let MPI send and hear, for so long or until `done()`; who calls nothing does neither."""
+    deadline = time.monotonic() + seconds
+    while not done() and time.monotonic() < deadline:
+        MPI.COMM_SELF.Iprobe()
+        time.sleep(0.01)
 
 
 def _claim():
-    """True in the one process of this host that ends the others; they wait here for their end. False: nobody can."""
-    if _State.board is not None:
-        fcntl.lockf(_State.board, fcntl.LOCK_EX)
+    """Be the one process of this host that ends the others; they wait here for their end. False: nobody can be."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while _State.board is not None and time.monotonic() < deadline:
+        try:
+            fcntl.lockf(_State.board, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(0.01)
+        else:
+            break
     return _State.board is not None
 
 
@@ -90,9 +123,11 @@ def _look():
     with _State.lock:
         if _State.comm is None or MPI.Is_finalized():
             return
-        MPI.COMM_SELF.Iprobe()  # who calls nothing hears of nothing
+        MPI.COMM_SELF.Iprobe()
         if not _State.comm.Is_revoked():
             return
+        with contextlib.suppress(MPI.Exception):
+            _progress(lambda: False, _SPREAD_S)
         if _claim():
             _kill()
         abort.remove_segments()

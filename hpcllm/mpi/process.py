@@ -35,7 +35,7 @@ def look(number):
 def ancestors():
     """The `Process`es above this one, its parent first, as far as they can be seen."""
     number = os.getppid()
-    while number > 1:
+    while number:
         try:
             above = look(number)
         except OSError:

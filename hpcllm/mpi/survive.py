@@ -15,7 +15,7 @@ import weakref
 
 from mpi4py import MPI
 
-from . import abort, launcher, watch
+from . import abort, alarm, launcher
 
 # Communicators that a death has to wake the ranks in.
 _known = weakref.WeakValueDictionary()
@@ -23,8 +23,8 @@ _known = weakref.WeakValueDictionary()
 _MADE_S = 0.2
 # An error, which may be the first sign of a death, waits so long for Open MPI to name the dead.
 _NAMED_S = 1.0
-# As a shell says it: ended by SIGKILL. Job scripts start such a job again.
-_KILLED = 137
+# Where all have gone, what they have said about it before gets so long to arrive.
+_TOLD_S = 1.0
 _DEATHS = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
 
 
@@ -78,20 +78,11 @@ def known(comm):
 
 
 def refusal(world):
-    """Why ranks of `world` cannot survive the death of others, None where they can. Collective.
-
-    Most calls of ULFM seem to succeed on an MPI without it; Revoke alone tells.
-    """
-    why = None
+    """Why ranks of `world` cannot survive the death of others, None where they can. Collective."""
     if not launcher.fault_tolerant():
         why = "needs Open MPI 5 and a job that was started with mpirun --with-ft ulfm"
     else:
-        own = MPI.COMM_SELF.Dup()  # of this rank alone: there is nobody who might still be making it
-        try:
-            own.Revoke()
-        except (NotImplementedError, MPI.Exception):
-            why = f"needs an MPI library with ULFM, which {world.library} is not"
-        own.Free()
+        why = alarm.refusal(world.library)
     if why is None and len(world.hosts) > 1 and not launcher.without_han():
         why = (
             f"needs mpirun --mca coll ^han on {len(world.hosts)} hosts: with coll/han, Open MPI hands out sums that "
@@ -102,7 +93,7 @@ def refusal(world):
 
 def arm():
     """From now on a rank that dies does not end the job: whoever calls this calls `shrink` when one has died."""
-    watch.survive_deaths()
+    abort.survive_deaths()
 
 
 def commit(comm, well=True):
@@ -198,7 +189,10 @@ def wait(job, size):
     size: so many ranks of `job`, the first ones, are no spares. Leaves with the others where these end.
     """
 
+    alone_since = None
+
     def woken():
+        nonlocal alone_since
         MPI.COMM_SELF.Iprobe()  # who calls nothing hears of nothing
         if job.Is_revoked():
             return True
@@ -206,8 +200,9 @@ def wait(job, size):
         if gone.Get_size() >= size:
             places = MPI.Group.Translate_ranks(job.group, list(range(size)), gone)
             if MPI.UNDEFINED not in places:
-                abort.leave_if_told()
-                abort.end_all(_KILLED)  # and nobody is left whose place could be taken
+                alone_since = alone_since or time.monotonic()
+                if time.monotonic() - alone_since > _TOLD_S:
+                    abort.end_all(abort.KILLED_CODE)  # and nobody is left whose place could be taken
         return False
 
     abort.leave_with_others(woken)

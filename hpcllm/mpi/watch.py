@@ -45,7 +45,6 @@ _YIELD_S = 60.0
 
 class _State:
     watchdog = None
-    survives = False
 
 
 def timeout_s(environ=os.environ):
@@ -101,11 +100,6 @@ def forget():
     if _State.watchdog is not None:
         _State.watchdog.stop()
         _State.watchdog = None
-
-
-def survive_deaths():
-    """From now on the death of a rank is somebody else's business (`survive`) and does not end the job."""
-    _State.survives = True
 
 
 def place(name, ranks, timeout):
@@ -241,7 +235,7 @@ class Watchdog:
     # ---- a rank of this host is gone
 
     def _lost(self):
-        self._gone = {slot for slot in self._gone if not self._memory.leaving(slot) and not _State.survives}
+        self._gone = {slot for slot in self._gone if not self._memory.leaving(slot) and not abort.survives()}
         if not self._gone or not self.log.open or self._memory.leaving(self._memory.mine):
             return
         dead = [slot for slot in self._memory.readable if self._memory.process(slot)[1] == "gone"]
@@ -330,7 +324,7 @@ class Watchdog:
         try:
             return say()
         except MPI.Exception:
-            if not _State.survives:
+            if not abort.survives():
                 raise
             self._talk = None
             return {}

@@ -38,6 +38,8 @@ if leaves:
             time.sleep(5)
         if how == "end":
             hpcllm.mpi.end_all(9)
+        if how == "vanish":
+            os.kill(os.getpid(), signal.SIGKILL)
         if how == "orphan":
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(30)
@@ -90,6 +92,8 @@ if leaves:
             torch.distributed.destroy_process_group()
     finally:
         note_end()
+if how == "vanish":
+    sys.exit(0)
 if how in ("caught", "fork", "torch_unwaited", "torch_destroyed") and who == "all":
     time.sleep(0.3 * world.rank)
     sys.exit(0)
