@@ -22,19 +22,16 @@ import array
 import atexit
 import builtins
 import contextlib
-import errno
-import fcntl
 import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
 
 from ..errors import Refusal
-from . import launcher, progress
+from . import launcher, progress, speak
 
 # As a shell says it: ended by SIGKILL. That of a job in which a rank was; job scripts start such a job again.
 KILLED_CODE = 137
@@ -77,7 +74,6 @@ class Exit(SystemExit):
 
 class _State:
     world = None  # the World once MPI is up
-    board = None  # descriptor of the file in which the ranks of this host note that one has spoken
     farewell = None  # a communicator for nothing but leaving
     statuses = None  # (request, exit codes of all ranks): the farewell under way
     survives = False  # a rank that dies does not end the job
@@ -108,7 +104,7 @@ def joined(world, local):
 
         alarm.set_up(world, local)
     _State.farewell, _State.statuses = world.comm.Dup(), None
-    _State.board = open_board(local)
+    speak.set_up(local)
     # MPICH's processes map all of a host's when they start, and leave them behind when one of them is killed. (Open
     # MPI's are opened when first needed, and its mpirun removes them.)
     remove_segments("mpich_shm_")
@@ -212,7 +208,7 @@ def has_outlived():
 
 def _leave_without_finalizing(code):
     """The end of a rank whose job has lost others: when the rest has come to its end too, without MPI_Finalize."""
-    write("")
+    speak.write("")
     _farewell(code)
     progress.leave_job()
     remove_segments()
@@ -236,21 +232,11 @@ def _say_once(sentence):
     else:
         speaks = launcher.speaks()
     if speaks and sentence:
-        write(f"{sentence}\n")
+        speak.write(f"{sentence}\n")
     if _State.world is None and launcher.find()[1] > 1:
         # No MPI, so each process is on its own: give all of them time to come here before the launcher, seeing the
         # first one end with an error, kills the rest.
         time.sleep(_ALONE_S)
-
-
-def write(text):
-    """One write, so that lines of other ranks cannot fall between."""
-    try:
-        sys.stdout.flush()
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):
-        pass  # a closed pipe must not keep the job alive
 
 
 def _alive():
@@ -279,7 +265,7 @@ def remove_segments(kinds=("mpich_shm_", "sm_segment.")):
 def end_all(code):
     """End the processes of all ranks at once, from any rank or thread, with exit code `code`. Does not return."""
     progress.leave_job()
-    write("")
+    speak.write("")
     time.sleep(_READ_S)
     if _alive():
         from mpi4py import MPI
@@ -309,9 +295,9 @@ def _outside_the_program():
 
 def exit_at_once(status):
     """os._exit: while MPI is up it ends the job, and not every launcher says which rank that was."""
-    if _alive() and first_of_host():
+    if _alive() and speak.first_of_host():
         ends = "" if launcher.fault_tolerant() else ", which ends the job"
-        write(f"hpcllm: {_name()} leaves by os._exit({status}){ends}\n")
+        speak.write(f"hpcllm: {_name()} leaves by os._exit({status}){ends}\n")
         time.sleep(_READ_S)
     _exit_at_once(status)
 
@@ -344,11 +330,13 @@ def _last_word(code):
     if not isinstance(code, int):
         # Printed by the first of those that end with an error.
         if codes is None or _State.world.rank == min(r for r, other in enumerate(codes) if other != 0):
-            write(f"{code}\n")
+            speak.write(f"{code}\n")
         code = status
     if codes is None:
-        if first_of_host():
-            write(f"hpcllm: {_name()} has left with exit code {status}, the others have not; all are being ended\n")
+        if speak.first_of_host():
+            speak.write(
+                f"hpcllm: {_name()} has left with exit code {status}, the others have not; all are being ended\n"
+            )
         end_all(status)
     return code
 
@@ -409,61 +397,12 @@ def _fail(kind, error, trace, where=""):
         head = f"hpcllm: {_name()}{where}"
     else:
         head = f"hpcllm: {socket.gethostname()}"
-    if not first_of_host():
+    if not speak.first_of_host():
         time.sleep(_KILLED_S if world is not None else 0)
     elif isinstance(error, Refusal):
-        write(f"{head}: {error}\n")
+        speak.write(f"{head}: {error}\n")
         time.sleep(0 if world is not None else _TOGETHER_S)  # holding the claim
     else:
         text = "".join(traceback.format_exception(kind, error, trace))
-        write(f"{head}: uncaught {kind.__name__}; all ranks are being ended\n{text}")
+        speak.write(f"{head}: uncaught {kind.__name__}; all ranks are being ended\n{text}")
     end_all(code)
-
-
-def open_board(local):
-    """A file that the ranks of one host have open and that has no name any more; None where that cannot be had."""
-    name = None
-    if local.rank == 0:
-        try:
-            handle, name = tempfile.mkstemp(prefix="hpcllm-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-            os.close(handle)
-        except OSError:
-            pass
-    name = local.bcast(name)
-    board = None
-    if name:
-        with contextlib.suppress(OSError):
-            board = os.open(name, os.O_RDWR)
-    local.Barrier()
-    if local.rank == 0 and name:
-        os.unlink(name)
-    return board
-
-
-_claim = socket.socket(socket.AF_UNIX)
-
-
-def _first_child_of_launcher():
-    """The same before MPI is up: a launcher's processes on one host are children of one parent."""
-    if launcher.find()[0] is None:
-        return True
-    try:
-        _claim.bind(f"\0hpcllm-{os.getppid()}".encode())  # a name without a file, held until this process ends
-    except OSError as error:
-        return error.errno != errno.EADDRINUSE
-    return True
-
-
-def first_of_host():
-    """True in the first process of this host that asks, also when that process has ended since."""
-    if _State.world is None:
-        return _first_child_of_launcher()
-    if _State.board is None:
-        return True
-    fcntl.lockf(_State.board, fcntl.LOCK_EX)
-    try:
-        first = os.pread(_State.board, 1, 0) == b""
-        os.pwrite(_State.board, b"x", 0)
-        return first
-    finally:
-        fcntl.lockf(_State.board, fcntl.LOCK_UN)

@@ -17,7 +17,7 @@ import time
 
 from mpi4py import MPI
 
-from . import abort, process
+from . import abort, process, speak
 
 # The thread looks so often.
 _LOOK_S = 0.1
@@ -60,7 +60,7 @@ def set_up(world, local):
     here = process.look(os.getpid())
     me = here.number, here.born, process.namespace()
     _State.processes = [one[:2] for one in local.allgather(me) if one != me and one[2] == me[2]]
-    _State.board = abort.open_board(local)
+    _State.board = speak.open_board(local)
     _State.comm = MPI.Intracomm.Dup(world.comm)  # which nobody but this module revokes
     threading.Thread(target=_watch, name="hpcllm alarm", daemon=True).start()
 

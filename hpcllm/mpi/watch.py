@@ -24,7 +24,7 @@ import threading
 import time
 
 from ..errors import UsageError
-from . import abort, progress, report
+from . import abort, progress, report, speak
 
 TIMEOUT_CODE = 124  # as timeout(1) does
 DEFAULT_S = 600.0
@@ -245,14 +245,14 @@ class Watchdog:
         operation = None if number is None else self.log.operation(number)
         if operation is None:
             return
-        if abort.first_of_host():
+        if speak.first_of_host():
             name, size, host = self._world.rank, self._world.size, self._world.host
             told = "; ".join(
                 f"rank {self._memory.rank(slot)} of {size} on {host} (pid {self._memory.process(slot)[0]}) is gone"
                 for slot in sorted(self._gone)
             )
             where = report.called(self._memory.read(self._memory.mine, host), operation)
-            abort.write(f"hpcllm: {told} without a word, while rank {name} waits in {where}\n")
+            speak.write(f"hpcllm: {told} without a word, while rank {name} waits in {where}\n")
         deadline = time.monotonic() + _LAUNCHER_S
         while number in self.log.open:
             if time.monotonic() > deadline:
@@ -267,7 +267,7 @@ class Watchdog:
         operation = self.log.operation(number)
         if operation is None or time.monotonic() < self._quiet_until:
             return
-        if not self._claimed and not abort.first_of_host():
+        if not self._claimed and not speak.first_of_host():
             # The first one has the word; should it come to nothing, this rank takes it.
             self._quiet_until, self._claimed = time.monotonic() + _YIELD_S, True
             return
@@ -280,7 +280,7 @@ class Watchdog:
         states = elsewhere | here
         rank, size = self._world.rank, self._world.size
         verdict = report.judge(states, rank, operation, size, silent_s)
-        abort.write(report.text(states, rank, operation, size, verdict, TIMEOUT_CODE, silent_s))
+        speak.write(report.text(states, rank, operation, size, verdict, TIMEOUT_CODE, silent_s))
         abort.end_all(TIMEOUT_CODE)
 
     def _host(self):
