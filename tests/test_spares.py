@@ -92,7 +92,7 @@ def test_spares_leave_with_the_others_however_these_end(dying_job, tmp_path):
     assert refused.returncode == 66 and refused.stderr.count("hpcllm: error:") == 1, refused.stderr
     assert "have not" not in refused.stderr
     fatal = dying_job("fatal", 3, ["clip:1:1"], **ONE)
-    assert "done" not in fatal.stdout and fatal.returncode == 1, fatal.stdout + fatal.stderr
+    assert "done" not in fatal.stdout and fatal.returncode == 137, fatal.stdout + fatal.stderr
 
 
 @pytest.mark.parametrize("spares", [0, 1])

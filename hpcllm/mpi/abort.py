@@ -78,7 +78,7 @@ class _State:
     statuses = None  # (request, exit codes of all ranks): the farewell under way
     survives = False  # a rank that dies does not end the job
     outlived = False  # ranks have died, and this one goes on
-    code = 0  # with which `leave_together` has said that the program ends
+    code = 0  # with which the program ends, as far as it is known
     process = None  # process id in which `install` ran
 
 
@@ -348,6 +348,8 @@ def _goodbye():
     if _State.outlived:
         _leave_without_finalizing(_State.code)
     if not _farewell(_State.code):  # one has died, for which MPI_Finalize may wait
+        if not _State.survives and launcher.fault_tolerant():
+            time.sleep(_TOGETHER_S)  # an error may have ended it, and is about to end this rank, with its own code
         _leave_without_finalizing(_State.code or (0 if _State.survives else KILLED_CODE))
     if launcher.fault_tolerant():
         from . import alarm
@@ -389,11 +391,17 @@ def _thread_excepthook(before):
 def _fail(kind, error, trace, where=""):
     """Print the one traceback of the job, or wait for the rank that does, and end all ranks."""
     code = error.code if isinstance(error, Refusal) else 130 if issubclass(kind, KeyboardInterrupt) else 1
+    survived = launcher.fault_tolerant()
     if issubclass(kind, FailedElsewhere):
         time.sleep(_SECONDARY_S)
     world = _State.world
     if world is not None:
-        time.sleep(_TURN_S * min(world.hosts.index(world.host), _LAST_TURN))
+        # Where mpirun does not end the others, host 0 waits too: it may be what `alarm` does that has raised.
+        time.sleep(_TURN_S * min(world.hosts.index(world.host) + survived, _LAST_TURN))
+        if survived and code == 1 and not _State.survives:
+            from . import alarm
+
+            code = KILLED_CODE if alarm.deaths() else code
         head = f"hpcllm: {_name()}{where}"
     else:
         head = f"hpcllm: {socket.gethostname()}"

@@ -4,8 +4,8 @@ MPI_Abort does not: Open MPI 5.0.11 takes that rank for dead and lets the others
 one that never ends, and where two ranks call it at once mpirun crashes or hangs. So the rank that ends the job revokes
 a communicator that is there for nothing else, which reaches all hosts, and leaves with the exit code: mpirun returns
 the first one that is not 0, and counts none for processes that a signal has ended. A thread of every process looks
-whether the communicator has been revoked, and kills the processes of its host, those that hang too. As it calls MPI
-for that, it also ends with mpirun, which a process that only computes outlives otherwise.
+whether the communicator has been revoked, and kills the processes of its host, those that hang too, unless all of
+them do. As it calls MPI for that, it also ends with mpirun, which a process that only computes outlives otherwise.
 """
 
 import contextlib
@@ -63,6 +63,13 @@ def set_up(world, local):
     _State.board = speak.open_board(local)
     _State.comm = MPI.Intracomm.Dup(world.comm)  # which nobody but this module revokes
     threading.Thread(target=_watch, name="hpcllm alarm", daemon=True).start()
+
+
+def deaths():
+    """Whether ranks of the job have died, as far as is known here."""
+    with contextlib.suppress(MPI.Exception):
+        return _State.comm is not None and _State.comm.Get_failed().Get_size() > 0
+    return False
 
 
 def put_away():

@@ -24,7 +24,7 @@ import threading
 import time
 
 from ..errors import UsageError
-from . import abort, progress, report, speak
+from . import abort, launcher, progress, report, speak
 
 TIMEOUT_CODE = 124  # as timeout(1) does
 DEFAULT_S = 600.0
@@ -256,7 +256,7 @@ class Watchdog:
         deadline = time.monotonic() + _LAUNCHER_S
         while number in self.log.open:
             if time.monotonic() > deadline:
-                abort.end_all(1)
+                abort.end_all(abort.KILLED_CODE if launcher.fault_tolerant() else 1)
             time.sleep(0.05)
         self._gone = set()
 

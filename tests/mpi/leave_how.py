@@ -38,6 +38,8 @@ if leaves:
             time.sleep(5)
         if how == "end":
             hpcllm.mpi.end_all(9)
+        if how == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
         if how == "vanish":
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "orphan":

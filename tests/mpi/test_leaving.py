@@ -163,7 +163,7 @@ def test_leaving_together_is_quiet(leave):
 
 @pytest.mark.parametrize(("how", "who", "code"), [
     ("raise", "one", 1), ("late", "all", 1), ("thread", "one", 1), ("alone", "one", 65), ("exit", "one", 3),
-    ("refuse", "all", 65), ("vanish", "one", 137),
+    ("refuse", "all", 65), ("vanish", "one", 137), ("crash", "one", 137),
 ])  # fmt: skip
 def test_where_deaths_are_survived_errors_end_the_job_as_ever(leave, how, who, code):
     assert leave(how, who, "3", options=surviving()).returncode == code
