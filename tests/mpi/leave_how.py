@@ -12,7 +12,7 @@ from hpcllm.errors import DataError
 
 how, who = sys.argv[1:3]
 world = hpcllm.mpi.init("cpu") if how.startswith("torch") else hpcllm.mpi.join()
-leaves = who == "all" or (who == "one" and world.rank == 1)
+leaves = who == "all" or world.rank == {"one": 1, "last": world.size - 1}.get(who)
 os.write(1, f"started {os.getpid()}\n".encode())  # in one piece, whatever other ranks print
 first = world.comm.bcast(os.getpid())
 world.comm.Barrier()
@@ -38,6 +38,9 @@ if leaves:
             time.sleep(5)
         if how == "end":
             hpcllm.mpi.end_all(9)
+        if how == "after":  # the others have come to their end
+            time.sleep(1)
+            raise ValueError(f"provoked on rank {world.rank}")
         if how == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
         if how == "vanish":
@@ -94,7 +97,7 @@ if leaves:
             torch.distributed.destroy_process_group()
     finally:
         note_end()
-if how == "vanish":
+if how in ("vanish", "after"):
     sys.exit(0)
 if how in ("caught", "fork", "torch_unwaited", "torch_destroyed") and who == "all":
     time.sleep(0.3 * world.rank)

@@ -13,6 +13,7 @@ import pytest
 from launching import clean_environment, surviving
 
 import hpcllm.mpi
+from tests.faults.ulfm import TwoHosts
 
 JOB = Path(__file__).with_name("leave_how.py")
 MPICH = Path(__file__).parents[2] / ".venv-mpich"
@@ -21,20 +22,25 @@ LIMIT_S = 5.0
 
 @pytest.fixture
 def leave(mpirun):
-    """leave(how, who, ...) runs the job on 4 ranks and returns it, its output in `said`, having checked its end."""
+    """leave(how, who, ...) runs the job on 4 ranks and returns it as `all_gone` does."""
 
     def run(how, who, *arguments, n=4, options=()):
         result = mpirun(n, [JOB, how, who, *arguments], timeout=60, options=options)
-        result.said = result.stdout + result.stderr
-        pids = [int(pid) for pid in re.findall(r"started (\d+)", result.stdout)]
-        assert len(pids) == n, result.said
-        deadline = time.monotonic() + 5
-        while any(os.path.exists(f"/proc/{pid}") for pid in pids):
-            assert time.monotonic() < deadline, f"{how} {who}: processes are left"
-            time.sleep(0.05)
-        return result
+        return all_gone(result, n)
 
     return run
+
+
+def all_gone(result, n):
+    """`result`, its output in `said`; none of its n processes is left."""
+    result.said = result.stdout + result.stderr
+    pids = [int(pid) for pid in re.findall(r"started (\d+)", result.stdout)]
+    assert len(pids) == n, result.said
+    deadline = time.monotonic() + 5
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < deadline, f"processes are left: {result.said}"
+        time.sleep(0.05)
+    return result
 
 
 def one_traceback(result, rank):
@@ -167,6 +173,25 @@ def test_leaving_together_is_quiet(leave):
 ])  # fmt: skip
 def test_where_deaths_are_survived_errors_end_the_job_as_ever(leave, how, who, code):
     assert leave(how, who, "3", options=surviving()).returncode == code
+
+
+@pytest.fixture
+def two_hosts(tmp_path):
+    surviving()
+    try:
+        hosts = TwoHosts(tmp_path)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs network namespaces, which root makes: {error}")
+    yield hosts
+    hosts.down()
+
+
+@pytest.mark.parametrize("who", ["one", "last"])
+@pytest.mark.parametrize("how", ["raise", "after", "end"])
+def test_an_error_on_one_of_two_hosts_ends_both_with_its_code(two_hosts, how, who):
+    command, environment = two_hosts.command(4, [JOB, how, who]), clean_environment(**two_hosts.environment)
+    result = all_gone(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60), 4)
+    assert (result.returncode, result.said.count("Traceback")) == ((9, 0) if how == "end" else (1, 1)), result.said
 
 
 def test_all_may_end_all_at_once_where_deaths_are_survived(leave):
