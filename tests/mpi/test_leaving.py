@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import clean_environment, surviving
+from launching import all_gone, clean_environment, surviving
 
 import hpcllm.mpi
 from tests.faults.ulfm import TwoHosts
@@ -29,18 +29,6 @@ def leave(mpirun):
         return all_gone(result, n)
 
     return run
-
-
-def all_gone(result, n):
-    """`result`, its output in `said`; none of its n processes is left."""
-    result.said = result.stdout + result.stderr
-    pids = [int(pid) for pid in re.findall(r"started (\d+)", result.stdout)]
-    assert len(pids) == n, result.said
-    deadline = time.monotonic() + 5
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
-        assert time.monotonic() < deadline, f"processes are left: {result.said}"
-        time.sleep(0.05)
-    return result
 
 
 def one_traceback(result, rank):

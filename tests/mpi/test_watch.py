@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from launching import all_gone
 
 from hpcllm.errors import UsageError
 from hpcllm.mpi import check, progress, report, watch
@@ -29,13 +30,7 @@ def hang(mpirun):
         environment = {"HPCLLM_TIMEOUT_S": str(timeout_s), **env}
         result = mpirun(n, [JOB, how, *arguments], timeout=120, env=environment)
         over = time.time()
-        result.said = result.stdout + result.stderr
-        pids = [int(pid) for pid in re.findall(r"started (\d+)", result.said)]
-        assert len(pids) == n, result.said
-        deadline = time.monotonic() + 10
-        while any(os.path.exists(f"/proc/{pid}") for pid in pids):
-            assert time.monotonic() < deadline, f"{how}: processes are left"
-            time.sleep(0.05)
+        all_gone(result, n)
         new = set(os.listdir("/dev/shm")) - before
         assert [name for name in new if name.startswith(("mpich_shm", "hpcllm"))] == []
         failed = re.search(r"failing at ([\d.]+)", result.said)
