@@ -48,12 +48,12 @@ def find_mpirun():
     return [path, "--oversubscribe", "--bind-to", "none"] if "Open MPI" in version or "prte" in version else [path]
 
 
-def all_gone(result, n):
-    """`result`, its output in `said`: of its n processes, which have said "started PID", none is left."""
+def all_gone(result, n, within_s):
+    """`result`, its output in `said`: of its n processes, which have said "started PID", none is left in that time."""
     result.said = result.stdout + result.stderr
     pids = [int(pid) for pid in re.findall(r"started (\d+)", result.said)]
     assert len(pids) == n, result.said
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + within_s
     while any(os.path.exists(f"/proc/{pid}") for pid in pids):
         assert time.monotonic() < deadline, f"processes are left: {result.said}"
         time.sleep(0.05)

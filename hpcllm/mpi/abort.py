@@ -99,9 +99,7 @@ def install():
 def joined(world, local):
     """From now on errors end all ranks of `world`; `local`: communicator of this host's ranks. Collective."""
     again = _State.world is not None
-    if launcher.fault_tolerant() and not again:
-        from . import alarm
-
+    if (alarm := _alarm()) and not again:
         alarm.set_up(world, local)
     _State.farewell, _State.statuses = world.comm.Dup(), None
     speak.set_up(local)
@@ -112,6 +110,15 @@ def joined(world, local):
     if not again:
         # MPI is finalised after the functions registered here.
         atexit.register(_goodbye)
+
+
+def _alarm():
+    """The module `alarm` where it may be what ends the other ranks, None where MPI_Abort does."""
+    if not launcher.fault_tolerant():
+        return None
+    from . import alarm
+
+    return alarm
 
 
 def survive_deaths():
@@ -271,11 +278,8 @@ def end_all(code):
         from mpi4py import MPI
 
         remove_segments()
-        if launcher.fault_tolerant():
-            from . import alarm
-
-            if alarm.ring():
-                _exit_at_once(code)
+        if (alarm := _alarm()) and alarm.ring():
+            _exit_at_once(code)
         # Not the world's own communicator: MPICH's mpiexec would often return 9 (the others' SIGKILL) for `code`.
         MPI.COMM_WORLD.Abort(code)
     _exit_at_once(code)  # some libraries return from MPI_Abort before the signal arrives
@@ -348,12 +352,10 @@ def _goodbye():
     if _State.outlived:
         _leave_without_finalizing(_State.code)
     if not _farewell(_State.code):  # one has died, for which MPI_Finalize may wait
-        if not _State.survives and launcher.fault_tolerant():
+        if _alarm() and not _State.survives:
             time.sleep(_TOGETHER_S)  # an error may have ended it, and is about to end this rank, with its own code
         _leave_without_finalizing(_State.code or (0 if _State.survives else KILLED_CODE))
-    if launcher.fault_tolerant():
-        from . import alarm
-
+    if alarm := _alarm():
         alarm.put_away()
     if _State.world.size == 1:
         remove_segments()  # Open MPI leaves that of a process without mpirun even after MPI_Finalize
@@ -391,17 +393,15 @@ def _thread_excepthook(before):
 def _fail(kind, error, trace, where=""):
     """Print the one traceback of the job, or wait for the rank that does, and end all ranks."""
     code = error.code if isinstance(error, Refusal) else 130 if issubclass(kind, KeyboardInterrupt) else 1
-    survived = launcher.fault_tolerant()
     if issubclass(kind, FailedElsewhere):
         time.sleep(_SECONDARY_S)
     world = _State.world
     if world is not None:
         # Where mpirun does not end the others, host 0 waits too: it may be what `alarm` does that has raised.
-        time.sleep(_TURN_S * min(world.hosts.index(world.host) + survived, _LAST_TURN))
-        if survived and code == 1 and not _State.survives:
-            from . import alarm
-
-            code = KILLED_CODE if alarm.deaths() else code
+        alarm = _alarm()
+        time.sleep(_TURN_S * min(world.hosts.index(world.host) + (alarm is not None), _LAST_TURN))
+        if alarm and code == 1 and not _State.survives and alarm.deaths():
+            code = KILLED_CODE
         head = f"hpcllm: {_name()}{where}"
     else:
         head = f"hpcllm: {socket.gethostname()}"

@@ -26,7 +26,7 @@ def leave(mpirun):
 
     def run(how, who, *arguments, n=4, options=()):
         result = mpirun(n, [JOB, how, who, *arguments], timeout=60, options=options)
-        return all_gone(result, n)
+        return all_gone(result, n, within_s=5)
 
     return run
 
@@ -178,7 +178,8 @@ def two_hosts(tmp_path):
 @pytest.mark.parametrize("how", ["raise", "after", "end"])
 def test_an_error_on_one_of_two_hosts_ends_both_with_its_code(two_hosts, how, who):
     command, environment = two_hosts.command(4, [JOB, how, who]), clean_environment(**two_hosts.environment)
-    result = all_gone(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60), 4)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    all_gone(result, 4, within_s=5)
     assert (result.returncode, result.said.count("Traceback")) == ((9, 0) if how == "end" else (1, 1)), result.said
 
 
