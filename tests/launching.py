@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,9 +14,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+# Open MPI 5's mpirun with process number P does not start ("The PMIx server's listener thread failed to start") where
+# the folder ompi.P of an earlier one is left, as by those that tests kill: numbers come again in a suite of an hour.
+_session_folders = tempfile.TemporaryDirectory(prefix="hpcllm-mpirun-", ignore_cleanup_errors=True)
+
 
 def clean_environment(**extra):
-    """The environment for a new job: without what a running MPI library has left in this one."""
+    """The environment for one new job: without what a running MPI library has left in this one."""
     left_by_mpi = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "HYDI_", "MPI_LOCAL", "MPIR_", "SLURM_")
     env = {k: v for k, v in os.environ.items() if not k.startswith(left_by_mpi)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_CPU"):
@@ -24,6 +29,7 @@ def clean_environment(**extra):
         for name in ("OMPI_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT"):
             env[name] = env[f"{name}_CONFIRM"] = "1"
     env.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HPCLLM_PROGRESS="lines", PYTHONPATH=str(ROOT))
+    env["PRTE_MCA_prte_local_tmpdir_base"] = tempfile.mkdtemp(dir=_session_folders.name)
     env.update(extra)
     return env
 
