@@ -34,9 +34,8 @@ def _load(run_file, settings):
 
 def newest(run_file, *settings):
     """The step of the newest complete checkpoint in the folder of a run, 0 if there is none."""
-    found = Path(folder(run_file, *settings)).glob("checkpoint-*/.complete")
-    steps = [file.parent.name.removeprefix("checkpoint-") for file in found]
-    return max((int(step) for step in steps if step.isdecimal()), default=0)
+    found = records.newest_checkpoint(folder(run_file, *settings))
+    return found[0] if found else 0
 
 
 def starts(run_file, *settings):

@@ -7,6 +7,7 @@ out. Without torch, and quick on long runs: what nobody asks for is not parsed.
 import bisect
 import json
 import os
+from pathlib import Path
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 _BEGINS = b'{"event": "'
@@ -60,6 +61,13 @@ def _lines(path, size=None):
     return lines[1:] if start else lines  # the first one may be a piece, or is what is before the line break
 
 
+def newest_checkpoint(folder):
+    """(step, path) of the newest complete checkpoint that is in the folder of a run; None if there is none."""
+    found = [file.parent for file in Path(folder).glob("checkpoint-*/.complete")]
+    steps = [(path.name.removeprefix("checkpoint-"), path) for path in found]
+    return max(((int(step), path) for step, path in steps if step.isdecimal()), default=None)
+
+
 class Events:
     """The events of events.jsonl in their order, each a dict with at least event, restart and time.
 
@@ -77,7 +85,7 @@ class Events:
 
     def named(self, name):
         """All of one name, in order, parsed as they are taken."""
-        return filter(None, (_event(self._lines[number]) for number in self._where.get(name, ())))
+        return self._parsed(self._where.get(name, ()))
 
     def first(self, name):
         """The first one of a name; None if there is none."""
@@ -86,8 +94,11 @@ class Events:
     def last(self, name=None, *having):
         """The last one, of a name or of all, that has the keys `having`; None if there is none."""
         numbers = self._where.get(name, []) if name else range(len(self._lines))
-        events = filter(None, (_event(self._lines[number]) for number in reversed(numbers)))
-        return next((event for event in events if all(key in event for key in having)), None)
+        return next((event for event in self._parsed(reversed(numbers)) if all(key in event for key in having)), None)
+
+    def newest(self, name, most):
+        """The last `most` of a name, the newest first, parsed as they are taken."""
+        return self._parsed(reversed(self._where.get(name, [])[-most:]))
 
     def counts(self):
         """{name: how many}, in the order in which the names first came."""
@@ -97,6 +108,9 @@ class Events:
         """How many of `name` came after the last one of `other`; all where there is none."""
         numbers, since = self._where.get(name, []), self._where.get(other, [-1])[-1]
         return len(numbers) - bisect.bisect_right(numbers, since)
+
+    def _parsed(self, numbers):
+        return filter(None, (_event(self._lines[number]) for number in numbers))
 
 
 def _event(line):

@@ -71,9 +71,15 @@ def status(folder, now=None):
     if evaluations:
         found["eval"] = {name: value for name, value in evaluations[-1].items() if name.startswith("eval_")}
         found["eval"]["step"] = evaluations[-1]["step"]
-    saved = events.last("checkpoint", "step", "path")
-    if saved:
-        found["checkpoint"] = {name: saved.get(name) for name in ("step", "path", "time", "seconds")}
+    if saved := records.newest_checkpoint(folder):  # what was written may have been found to be damaged since
+        step, path = saved
+        told = next((event for event in events.newest("checkpoint", _NEWEST) if event.get("step") == step), {})
+        found["checkpoint"] = {
+            "step": step,
+            "path": str(path),
+            "time": told.get("time"),
+            "seconds": told.get("seconds"),
+        }
     return found
 
 

@@ -62,8 +62,11 @@ def test_all_readers_survive_bad_lines_and_agree(tmp_path):
     # What is no whole event may count as a start, which none of them reads.
     assert monitor.history(tmp_path)[2] == 2.0
     assert card.node_hours(tmp_path / "events.jsonl", 10) == 0.0
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / ".complete").touch()
     found = status.status(tmp_path, 6.0)
     assert (found["checkpoint"]["step"], found["step"], found["state"]) == (10, 0, "runs")
+    assert found["checkpoint"]["seconds"] == 2.0
 
 
 def test_a_step_is_told_in_the_heartbeat_at_most_once_a_second_and_ends_at_once(tmp_path, monkeypatch):

@@ -33,7 +33,11 @@ def write(folder, steps, events, now):
 def test_a_run_at_work_says_how_long_it_will_take(tmp_path):
     now = time.time()
     saved = {"event": "checkpoint", "step": 400, "path": "run/checkpoint-400", "seconds": 1.5, "restart": 0}
-    write(tmp_path / "run", 450, [saved | {"time": now - 100.0}], now)
+    later = saved | {"step": 440, "path": "run/checkpoint-440", "time": now - 20.0}  # is gone, found to be damaged
+    write(tmp_path / "run", 450, [saved | {"time": now - 100.0}, later], now)
+    for name in ("checkpoint-90", "checkpoint-400", ".checkpoint-450", "damaged-checkpoint-440"):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / ".complete").touch()
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 451, "lo')  # is being written
     found = status.status(tmp_path / "run", now)
@@ -46,7 +50,7 @@ def test_a_run_at_work_says_how_long_it_will_take(tmp_path):
         "loss        4.5500, learning rate 1.000e-03",
         "rate        2.000 s a step, 500 tokens/s, MFU 0.250, 1.0 GiB a rank",
         "goodput     0.904",
-        "checkpoint  step 400, written in 1.5 s: run/checkpoint-400",
+        f"checkpoint  step 400, written in 1.5 s: {tmp_path}/run/checkpoint-400",
         "left        18 min to the last step, 2 h 0 min to the end of the job",
     ]
     late = status.status(tmp_path / "run", now + 3600)
