@@ -50,37 +50,44 @@ def _on(device, values):
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in values.items()}
 
 
-def evaluate(placed, source, width, precision, prefix="eval"):
+def evaluate(placed, source, width, precision, prefix="eval", between=None):
     """How good `placed` (parallel.apply.Placed) is on all of `source`, {f"{prefix}_{metric}": number}, and a report.
 
     width: samples per forward. The report is (text table, confusion matrix or None) of tasks that have scores of their
     own, None where answers are text, of which there are mean loss per target (nats), perplexity and accuracy.
+    between: called after every few batches, by all ranks after the same ones; what it raises breaks this off.
     Collective.
     """
     placed.train(False)
-    scores, report = (_labelled if hasattr(source.task, "scores") else _text)(placed, source, width, precision)
-    placed.train()
-    placed.reshard()
+    work = _labelled if hasattr(source.task, "scores") else _text
+    try:
+        scores, report = work(placed, source, _results(placed, source, width, precision, between))
+    finally:
+        placed.train()
+        placed.reshard()
     return {f"{prefix}_{name}": value for name, value in scores.items()}, report
 
 
-def _results(placed, source, width, precision):
+def _results(placed, source, width, precision, between):
     """Yield (batch, what the task says of it, on ranks of the last stage) for this rank's part of `source`."""
     data, nothing = placed.mesh.data, source.nothing()
     work = of_task(source, placed, precision, score=True)
     batches = source.validation(data.rank, data.size, width)
     # Enough at a time to keep a pipeline full.
-    while window := list(itertools.islice(batches, 4 * placed.mesh.layout.pipeline)):
+    windows = iter(lambda: list(itertools.islice(batches, 4 * placed.mesh.layout.pipeline)), [])
+    for number, window in enumerate(windows):
+        if between and number:
+            between()
         window = [batch if batch.samples else nothing for batch in window if batch.samples or placed.divided]
         results = placed.runner.run(window, work)
         yield from itertools.zip_longest(window, results)  # no results but of the last stage
 
 
-def _text(placed, source, width, precision):
+def _text(placed, source, results):
     """Sums of the batches meet at the end, and are added up and rounded once: the same at any number of ranks."""
     once = placed.mesh.place["context"] == 0  # what a batch counts, not its parts
     losses, counts = [], torch.zeros(3, dtype=torch.int64)  # right, targets, samples
-    for batch, result in _results(placed, source, width, precision):
+    for batch, result in results:
         if result is not None and batch.samples:
             losses.append(result[0].item())
             counts += torch.tensor([int(result[1]), once * int(batch.targets), once * batch.samples])
@@ -109,10 +116,10 @@ def _sum(numbers):
     return math.fsum(number for each in numbers for number in each)
 
 
-def _labelled(placed, source, width, precision):
+def _labelled(placed, source, results):
     """Answers meet, and metrics are of all of them in the examples' order: the same at any number of ranks."""
     mine, losses = {}, []
-    for batch, result in _results(placed, source, width, precision):
+    for batch, result in results:
         if result is not None and batch.samples:
             losses.append((result[0].item(), source.task.weight(batch.labels, None)))
             found = source.task.answers(batch, result[1].cpu(), source)

@@ -66,6 +66,12 @@ class Clock:
         values["imbalance"] = values["compute_s"] * self._group.size() / computed.item()
         return total.item(), values, *map(int, slowest[len(names) :].tolist())
 
+    def largest(self, *numbers):
+        """The largest of each number over ranks. Collective."""
+        everybodys = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(everybodys, op=dist.ReduceOp.MAX, group=self._group)
+        return everybodys.tolist()
+
 
 def memory_bytes():
     """Largest memory this rank has used: device memory on a GPU, resident memory otherwise."""

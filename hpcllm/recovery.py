@@ -333,8 +333,8 @@ class Survival:
 
     def _save_what_is_left(self, comm):
         run, state = self._run, self._run.state
-        unmeasured = run.settled < state["step"] and due(state["step"], run.plan.eval_every_steps)
-        kept = run.kept() | {"unmeasured": unmeasured}
+        due_now = run.settled < state["step"] and due(state["step"], run.plan.eval_every_steps)
+        kept = run.kept() | {"unmeasured": due_now or state.get("unmeasured", False)}
         folder, tokenizer_dir = run.config.run.output_dir, run.config.data.tokenizer_dir
         return saving.salvage(comm, folder, self.committed, run.placed, run.adjust, tokenizer_dir, kept)
 

@@ -1,7 +1,8 @@
 """When a run saves or ends before its last step: at a signal, at the job's time limit, for a file SAVE, STOP or GROW.
 
 Ranks hear of it at different moments, and of most things only some do. What each has heard is a number, and the largest
-of all ranks counts: it comes with the sums at the edge of a step (`monitor.Clock.collect`), so all act in one step.
+of all ranks counts: it comes with the sums at the edge of a step (`monitor.Clock.collect`), so all act in one step. An
+evaluation, which may take longer than a job that is being ended has, is broken off (`Ear`).
 """
 
 import contextlib
@@ -22,6 +23,7 @@ _NOTHING, _SAVE, _STOP, _LIMIT, _SIGNAL, _GROW = 0, 1, 2, 3, 100, 1000
 _MOST_RANKS = 10**8
 _LOOK_EVERY_S = 1.0  # for files: thousands of quick steps are not to ask a parallel file system thousands of times
 _ASK_EVERY_S, _ASK_SELDOM_S = 60.0, 600.0  # whether the limit has been moved, when the end is near, and when it is not
+_HEAR_EVERY_S = 0.5  # in an evaluation
 _SPARE, _MARGIN_S = 1.5, 10.0  # steps and saves may take so many times as long as any has; for leaving
 
 _heard = set()
@@ -61,6 +63,36 @@ def wish(number):
     return known.get(number)
 
 
+class Asked(Exception):
+    """The run is to end, in the middle of what the next start does again. wish: the Wish."""
+
+    def __init__(self, wish):
+        super().__init__(wish.why)
+        self.wish = wish
+
+
+class Ear:
+    """Called by all ranks alike between the parts of what takes long, it has them hear twice a second.
+
+    heard: returns this rank's number; largest: monitor.Clock.largest; act: called with a `wish` of the ranks.
+    """
+
+    def __init__(self, heard, largest, act):
+        self._heard, self._largest, self._act = heard, largest, act
+        self._since, self._parts, self._left = time.monotonic(), 1, 1
+
+    def __call__(self):
+        self._left -= 1
+        if self._left:
+            return
+        part_s = (time.monotonic() - self._since) / self._parts
+        number, part_s = self._largest(self._heard(), part_s)
+        if found := wish(int(number)):
+            self._act(found)
+        self._parts = self._left = max(1, min(2 * self._parts, int(_HEAR_EVERY_S / max(part_s, 1e-6))))
+        self._since = time.monotonic()
+
+
 class Requests:
     """What this rank hears. looks: it is the one that looks at the run's `folder` and at the clock.
 
@@ -91,10 +123,11 @@ class Requests:
         """A "step", "save" or "evaluation" has taken so long."""
         self.longest[what] = max(self.longest[what], seconds)
 
-    def heard(self, evaluates=False, saves=1):
+    def heard(self, evaluates=False, saves=1, only_ends=False):
         """The number for what this rank has heard.
 
-        evaluates: an evaluation follows this step or the next; saves: how many saves ending now would wait for.
+        evaluates: an evaluation follows this step or the next; saves: how many saves ending now would wait for;
+        only_ends: what does not end the run waits until it is asked for.
         """
         if _heard:
             return _SIGNAL + max(_heard)
@@ -112,8 +145,9 @@ class Requests:
             (self._folder / GROW).unlink()
             return _GROW + wanted
         with contextlib.suppress(OSError):
-            (self._folder / SAVE).unlink()
-            return _SAVE
+            if not only_ends:
+                (self._folder / SAVE).unlink()
+                return _SAVE
         return _NOTHING
 
     def lead_s(self, evaluates=False, saves=1):

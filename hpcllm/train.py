@@ -246,11 +246,23 @@ class Run:
 
     def steps(self, parts=None):
         """As `go`; ranks that have lost others call it again."""
+        try:
+            self.until_over(parts)
+        except stopping.Asked as asked:
+            return self.stop(asked.wish)
+        try:
+            return self.results()
+        except stopping.Asked as asked:  # all else is saved
+            return self.leave(asked.wish)
+
+    def until_over(self, parts):
+        """Steps, and what is due after them. Raises stopping.Asked where the run is to end before its last one."""
         plan, state = self.plan, self.state
         if self.owes:
             self.save(waits=not self.config.checkpoint.asynchronous)
             self.owes = False
-        if state.pop("unmeasured", False):  # there was no time for it when the run was asked to end
+        # There was no time for it when the run was asked to end.
+        if state.pop("unmeasured", False) and self.settled == state["step"]:
             self.measure()
             if self.better():
                 self.save(waits=True)
@@ -270,9 +282,8 @@ class Run:
             if due(state["step"], plan.check_replicas_every_steps):
                 self.check_replicas()
             if wish and wish.ends and state["step"] < plan.max_steps:
-                return self.stop(wish)
+                raise stopping.Asked(wish)
             done = self.after_step(wish)
-        return self.results()
 
     def granted(self, wish):
         """`wish`, or None where the run is to go on with no more ranks than it has."""
@@ -366,19 +377,33 @@ class Run:
             ).known_to_all()
 
     def measure(self):
-        """Evaluate on the validation data, where there are any."""
+        """Evaluate on the validation data, where there are any. Raises stopping.Asked."""
         if not self.sources.validation:
             return
-        began, plan = time.monotonic(), self.plan
-        scores, self.told = evaluate.evaluate(
-            self.placed, self.sources.validation, plan.micro_batch_size, plan.precision
-        )
+        began = time.monotonic()
+        self.state["unmeasured"] = True
+        scores, self.told = self.evaluated(self.sources.validation, "eval")
         scores = self.world.comm.bcast(scores, root=0)  # what follows is decided by them, on every rank
         if self.survival:
             self.survival.agree()
+        self.state["unmeasured"] = False
         self.scores = scores
         log.scores(self, self.scores)
         self.requests.took("evaluation", time.monotonic() - began)
+
+    def evaluated(self, source, prefix):
+        """What `evaluate.evaluate` says of `source`. Raises stopping.Asked where the run is to end meanwhile."""
+
+        def heard():
+            return self.requests.heard(saves=1 + self.saver.under_way, only_ends=True)
+
+        def act(wish):
+            if self.granted(wish):
+                raise stopping.Asked(wish)
+
+        ear = stopping.Ear(heard, self.clock.largest, act)
+        how = self.plan.micro_batch_size, self.plan.precision
+        return evaluate.evaluate(self.placed, source, *how, prefix, ear)
 
     def better(self):
         """Whether the newest scores are the best so far, which `state` then says."""
@@ -461,11 +486,18 @@ class Run:
 
     def stop(self, wish):
         """End early, saved; an evaluation that was due is made up for when the run goes on. Returns the results."""
-        state = self.state
-        state["unmeasured"] = due(state["step"], self.plan.eval_every_steps)
         self.saver.skip_reading()
-        self.save_last()
+        state, newest = self.state, self.saver.newest
+        if self.settled < state["step"] and due(state["step"], self.plan.eval_every_steps):
+            state["unmeasured"] = True
+        if self.settled < state["step"] or newest is None or checkpoint.step_of(newest) != state["step"]:
+            self.save_last()
+        return self.leave(wish)
+
+    def leave(self, wish):
+        """As `stop`, of what is saved."""
         log.stopped(self, wish)
+        state = self.state
         where = {"step": state["step"], "samples": state["samples"], "checkpoint": str(self.saver.newest)}
         return {**where, "stopped": wish.why, "exit_code": wish.code}
 
@@ -504,8 +536,7 @@ class Run:
             if source:
                 found, report = self.scores, self.told
                 if prefix == "test" or not found:
-                    how = self.plan.micro_batch_size, self.plan.precision
-                    found, report = evaluate.evaluate(self.placed, source, *how, prefix)
+                    found, report = self.evaluated(source, prefix)
                 on_root(world.comm, evaluate.write, folder, prefix, found, report, source.meaning)
                 if report:
                     self.progress.say(f"{prefix}: {source.stream.folder}\n{report[0]}")

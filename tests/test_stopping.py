@@ -1,5 +1,6 @@
 """A run that is asked to end early: all ranks at the same step, saved, and afterwards as if nobody had asked."""
 
+import itertools
 import json
 import os
 import resource
@@ -14,7 +15,7 @@ import torch
 from launching import clean_environment, find_mpirun
 from test_train import losses, settings, shared, weights
 
-from hpcllm import checkpoint, deadline, stopping, train
+from hpcllm import checkpoint, deadline, evaluate, stopping, train
 from hpcllm.errors import DataError, Fruitless, IOFailure, UsageError
 
 
@@ -39,6 +40,26 @@ def asks_at(monkeypatch, world):
             return one_step(*arguments)
 
         monkeypatch.setattr(train, "one_step", counting)
+
+    return ask
+
+
+@pytest.fixture
+def asks_in_evaluation(monkeypatch, world):
+    """A function: from then on the last rank hears `number`, or does `number()`, in the `count`th evaluation."""
+
+    def ask(number, count):
+        of_task, evaluations = evaluate.of_task, []
+
+        def counting(*arguments, score=False):
+            evaluations.extend([None] * score)
+            if score and len(evaluations) == count and world.rank == world.size - 1:
+                number() if callable(number) else stopping._heard.add(number)
+            return of_task(*arguments, score=score)
+
+        monkeypatch.setattr(evaluate, "of_task", counting)
+        monkeypatch.setattr(stopping, "_LOOK_EVERY_S", 0.0)
+        return evaluations
 
     return ask
 
@@ -72,6 +93,77 @@ def test_a_signal_that_one_rank_hears_stops_all_and_the_run_goes_on_bit_for_bit(
     # Evaluations that there was no time for have been made up for; none came twice.
     for key in ("loss", "eval_loss"):
         assert losses(base / "stopped", key) == losses(base / "whole", key), key
+
+
+@pytest.mark.mpi()
+@pytest.mark.parametrize("step", [4, 6])
+def test_an_evaluation_is_broken_off_for_a_signal_and_made_up_for(world, prepared, tmp_path, asks_in_evaluation, step):
+    base = shared(world, tmp_path)
+    changes = {"train.eval_every_steps": 2, "checkpoint.every_steps": 2}
+    reference = settings(prepared, base / "whole", **changes)
+    expected = train.train(reference, world)
+    run = settings(prepared, base / "stopped", **changes)
+    asks_in_evaluation(signal.SIGTERM, step // 2)
+    for once_more in (False, True):  # that evaluation is the first thing the next start does
+        results = train.train(run, world, resume=once_more)
+        assert (results["step"], results["stopped"], results["exit_code"]) == (step, "SIGTERM", 75)
+        assert [record["step"] for record in records(world, base / "stopped", "checkpoint")][-1] == step
+        assert losses(base / "stopped", "eval_loss") == losses(base / "whole", "eval_loss")[: step // 2 - 1]
+    assert len(records(world, base / "stopped", "checkpoint")) == step // 2  # the second start had nothing to save
+    stopping._heard.clear()
+    finished = train.train(run, world, resume=True)
+    of_another_folder = {"checkpoint": finished["checkpoint"]}
+    assert finished == {**expected, **of_another_folder}
+    ours, theirs = weights(run.run.output_dir, 6), weights(reference.run.output_dir, 6)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for key in ("loss", "eval_loss"):
+        assert losses(base / "stopped", key) == losses(base / "whole", key), key
+
+
+@pytest.mark.mpi()
+def test_a_signal_after_the_last_checkpoint_leaves_the_evaluation_to_the_next_start(
+    world, prepared, tmp_path, asks_in_evaluation, monkeypatch
+):
+    base = shared(world, tmp_path)
+    run = settings(prepared, base / "run")
+    expected = train.train(run, world)
+    world.comm.Barrier()
+    if world.is_root:
+        (base / "run" / "results.json").unlink()
+    world.comm.Barrier()
+    evaluations = asks_in_evaluation(signal.SIGUSR1, 1)
+    results = train.train(run, world, resume=True)
+    assert (results["step"], results["stopped"], results["exit_code"]) == (6, "SIGUSR1", 75)
+    assert len(evaluations) == 1 and [record["step"] for record in records(world, base / "run", "checkpoint")] == [6]
+    monkeypatch.undo()
+    stopping._heard.clear()
+    assert train.train(run, world, resume=True) == expected
+
+
+@pytest.mark.mpi()
+def test_a_file_save_waits_for_an_evaluation_that_is_under_way(world, prepared, tmp_path, asks_in_evaluation):
+    base = shared(world, tmp_path)
+    run = settings(prepared, base / "run", **{"checkpoint.keep": 9, "train.eval_every_steps": 4})
+    asks_in_evaluation((base / "run" / stopping.SAVE).touch, 1)
+    assert "stopped" not in train.train(run, world)
+    assert [record["step"] for record in records(world, base / "run", "checkpoint")] == [5, 6]
+    assert len(losses(base / "run", "eval_loss")) == 2
+
+
+def test_ranks_hear_twice_a_second_between_parts_of_any_length(monkeypatch):
+    now, heard, acts = [0.0], [], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    ear = stopping.Ear(lambda: heard.append(now[0]) or 0, lambda number, part_s: (number, 1.25 * part_s), acts.append)
+    for part_s, parts in ((3.0, 4), (0.01, 400), (1e-9, 1000)):
+        for _ in range(parts):
+            now[0] += part_s
+            ear()
+    assert heard[:4] == [3.0, 6.0, 9.0, 12.0]  # where a part is long, after each
+    gaps = [late - early for early, late in itertools.pairwise(heard) if 13.0 < early < 15.0]
+    assert all(0.35 < gap <= 0.5 for gap in gaps) and len(gaps) >= 4
+    assert len(heard) < 30 and not acts
+    stopping.Ear(lambda: 115, lambda number, part_s: (max(number, 110.0), part_s), acts.append)()
+    assert acts == [stopping.Wish("SIGTERM")]
 
 
 @pytest.mark.mpi()

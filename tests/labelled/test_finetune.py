@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from small_runs import LAYOUTS, alone_and_together, load, opened, records, share
 from transformers import AutoConfig, AutoModel, pipeline
 
 import hpcllm.mpi
-from hpcllm import config, evaluate, model, run_folder, sources, train
+from hpcllm import config, evaluate, model, run_folder, sources, stopping, train
 from hpcllm.errors import DataError, UsageError
 from hpcllm.parallel.apply import whole
 from hpcllm.tasks import TASKS
@@ -184,6 +185,36 @@ def test_the_best_checkpoint_is_the_result_and_a_run_without_hope_ends(world, la
         (base / "run" / "results.json").unlink()
     world.comm.Barrier()
     assert train.train(run, world, resume=True) == results
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("number", [2, 4, 5])
+def test_evaluations_that_a_signal_breaks_off_change_neither_the_best_nor_the_result(
+    world, labelled, tmp_path, monkeypatch, number
+):
+    base, of_task, evaluations = shared(world, tmp_path), evaluate.of_task, []
+
+    def signalled(*arguments, score=False):  # the last rank, in evaluation `number`: of the validation data, the
+        evaluations.extend([None] * score)  # last one included, and of the test data
+        if score and len(evaluations) == number and world.rank == world.size - 1:
+            stopping._heard.add(signal.SIGUSR2)
+        return of_task(*arguments, score=score)
+
+    changes = {"train.max_steps": 20, "train.eval_every_steps": 5, "train.metric_for_best_model": "loss"}
+    changes |= {"checkpoint.keep": 2, "train.learning_rate": 0.02, "train.micro_batch_size": 1}
+    expected = train.train(settings(labelled, base / "whole", "single", **changes), world)
+    run = settings(labelled, base / "run", "single", **changes)
+    monkeypatch.setattr(evaluate, "of_task", signalled)
+    try:
+        results = train.train(run, world)
+    finally:
+        stopping._heard.clear()
+    assert (results["step"], results["exit_code"]) == (min(5 * number, 20), 75)
+    finished = train.train(run, world, resume=True)
+    assert finished == {**expected, "checkpoint": finished["checkpoint"]}
+    assert Path(finished["checkpoint"]).name == Path(expected["checkpoint"]).name
+    told = records(base / "whole", "eval_loss")
+    assert records(base / "run", "eval_loss") == told + told[-1:] * (number == 5)  # comes again for the results
 
 
 @pytest.mark.mpi
