@@ -21,7 +21,6 @@ import torch
 
 from . import best, checkpoint, deadline, files, monitor, optimizer, run_folder, saving, sources, stopping
 from .errors import CannotCreate, DataError, TooFewRanks, UsageError
-from .log import due
 from .mpi import alone, launcher, on_root, regroup, remain, survive, together, watch
 from .parallel import host
 from .parallel import mesh as meshes
@@ -332,9 +331,8 @@ class Survival:
         return comm.bcast(path)
 
     def _save_what_is_left(self, comm):
-        run, state = self._run, self._run.state
-        due_now = run.settled < state["step"] and due(state["step"], run.plan.eval_every_steps)
-        kept = run.kept() | {"unmeasured": due_now or state.get("unmeasured", False)}
+        run = self._run
+        kept = run.kept() | {"unmeasured": run.owes_scores}
         folder, tokenizer_dir = run.config.run.output_dir, run.config.data.tokenizer_dir
         return saving.salvage(comm, folder, self.committed, run.placed, run.adjust, tokenizer_dir, kept)
 

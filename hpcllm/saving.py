@@ -55,9 +55,9 @@ class Saver:
             self._words = checkpoint.tokenizer_files(tokenizer_dir) if comm.rank == 0 else None
         self._completed, self._unfit, self._doubted = completed, unfit, doubted
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hpcllm-save")
-        # `_then`: what comes next, the same on all ranks. "digest", "commit", "tell" while `_path` is being written;
-        # "read", "delete", "rest" when it is complete, and None.
-        self._path = self._at_work = self._then = None
+        # Of what is under way, the same on all ranks: its path as long as it is not complete, and where in `_course` it
+        # is, None when that is over. `_at_work`: what this rank's thread has to do for it.
+        self._path = self._course = self._stage = self._at_work = None
         self._whole, self._settling_s = True, 0.0
         self._copied, self._memory = threading.Event(), blocks.Memory()
 
@@ -84,14 +84,34 @@ class Saver:
             ready.exception()  # waits: what a copy is made of may change from now on
             self._path = None
             raise
-        self._then = "digest"
-        self._at_work = self._pool.submit(self._timed, self._write, ready, outlines)
+        self._course = self._stages(ready, outlines)
+        self._go_on()
         self._waited_s, self._settling_s = self._settling_s + time.monotonic() - began, 0.0
+
+    def _stages(self, ready, outlines):
+        """What becomes of a checkpoint: yields (stage, what this rank does in it, None for nothing), and is sent what
+        came of that when all ranks have done theirs. Collective in between."""
+        known = yield "write", (self._timed, self._write, ready, outlines)
+        left = _unread(self._comm, self._hidden, known)
+        known = yield "digest", (self._timed, self._digest, known, left)
+        known = self._comm.gather(known, root=0)
+        is_root = self._comm.rank == 0
+        yield "commit", (self._timed, self._commit, known) if is_root else None
+        self.newest, self._path, self._whole = self._path, None, True
+        if self._completed:
+            self._completed(self._step, self.newest, self._worked_s, self._waited_s)
+        yield "complete", None
+        yield "read", (checkpoint.verify, self.newest, (self._comm.rank, self._comm.size))
+        yield "delete", (checkpoint.delete_older, self._output, self._keep, self._best) if is_root else None
+
+    def _go_on(self, done=None):
+        self._stage, work = self._course.send(done)
+        self._at_work = work and self._pool.submit(*work)
 
     @property
     def under_way(self):
         """True while a checkpoint is being written, or read back."""
-        return self._then is not None
+        return self._stage is not None
 
     def hold(self):
         """Wait until what is being saved may change: to be called before the optimizer's step."""
@@ -112,61 +132,35 @@ class Saver:
 
     def advance(self, largest):
         """Go on where all ranks are ready. Raises what failed on any, on all; the checkpoints that were there stay."""
-        if self._then is None or largest == _BUSY:
+        if not self.under_way or largest == _BUSY:
             return
         if largest == _FAILED:
             try:
                 agree(self._comm, self._at_work and self._at_work.exception())  # which waits for those still at work
             except Refusal as error:
-                complete, reading = self._path is None, self._then == "delete"
+                complete, reading = self._path is None, self._stage == "read"
                 self._drop()
                 if not complete:
                     raise
                 self._doubt(error, reading)
-            return
-        if largest == _UNFIT:
+        elif largest == _UNFIT:
             self._drop()
             if self._unfit:
                 self._unfit(self._step)
-            return
-        if self._then == "digest":
-            self._then = "commit"
-            known = self._at_work.result()
+        else:
             try:
-                left = _unread(self._comm, self._hidden, known)
+                self._go_on(self._at_work and self._at_work.result())
+            except StopIteration:
+                self._course = self._stage = self._at_work = None
             except Refusal:
                 self._drop()
                 raise
-            self._at_work = self._pool.submit(self._timed, self._digest, known, left)
-            return
-        if self._then == "commit":
-            self._then = "tell"
-            known = self._comm.gather(self._at_work.result(), root=0)
-            self._at_work = self._pool.submit(self._timed, self._commit, known) if self._comm.rank == 0 else None
-            return
-        if self._then == "tell":
-            self.newest, self._path, self._at_work, self._then = self._path, None, None, "read"
-            self._whole = True
-            if self._completed:
-                self._completed(self._step, self.newest, self._worked_s, self._waited_s)
-            return
-        if self._then == "read":
-            self._then = "delete"
-            share = self._comm.rank, self._comm.size
-            self._at_work = self._pool.submit(checkpoint.verify, self.newest, share)
-            return
-        if self._then == "delete":
-            self._then = "rest"
-            how = self._output, self._keep, self._best
-            self._at_work = self._pool.submit(checkpoint.delete_older, *how) if self._comm.rank == 0 else None
-            return
-        self._then = self._at_work = None
 
     def _drop(self):
         """Give up what is under way, nobody being at work at it."""
         if self._path is not None and self._comm.rank == 0:
             shutil.rmtree(self._hidden, ignore_errors=True)
-        self._path = self._at_work = self._then = None
+        self._path = self._course = self._stage = self._at_work = None
 
     def _doubt(self, error, reading):
         """Something is wrong with the newest checkpoint, seen while `reading` it, or with older ones."""
@@ -182,8 +176,8 @@ class Saver:
     def skip_reading(self):
         """As `finish`, and what has not begun to be read back is not; the next start reads it."""
         self.finish()
-        if self._then == "read":
-            self._then = None
+        if self._stage == "complete":
+            self._drop()
 
     def settle(self):
         """As `finish`, and wait until what is complete has been read back and older ones are gone.
@@ -192,7 +186,7 @@ class Saver:
         """
         self.finish()
         began = time.monotonic()
-        while self._then is not None:
+        while self.under_way:
             self.advance(self._waited_for())
         self._settling_s += time.monotonic() - began
         return self._whole
@@ -218,15 +212,11 @@ class Saver:
         A checkpoint of which root has all the pieces is completed. Who owns the folder next removes the rest.
         """
         self._pool.shutdown(wait=False)
-        if self._path is None:
-            if self._then == "rest" and self._at_work is not None:
-                self._at_work.exception()  # waits: who comes next must not meet what is half deleted
-            self._then = None
-            return None
-        self._copied.wait()  # what a copy is made of may change from now on
-        if self._then == "tell" and self._at_work is not None:
-            self._at_work.exception()  # waits
-        path, self._path, self._then = self._path, None, None
+        if self._path is not None:
+            self._copied.wait()  # what a copy is made of may change from now on
+        if self._stage in ("commit", "delete") and self._at_work is not None:
+            self._at_work.exception()  # waits: who comes next must not meet what is half done
+        path, self._path, self._stage = self._path, None, None
         return path
 
     def _timed(self, work, *arguments):

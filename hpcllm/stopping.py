@@ -123,21 +123,28 @@ class Requests:
         """A "step", "save" or "evaluation" has taken so long."""
         self.longest[what] = max(self.longest[what], seconds)
 
-    def heard(self, evaluates=False, saves=1, only_ends=False):
+    def heard(self, evaluates=False, saves=1):
         """The number for what this rank has heard.
 
-        evaluates: an evaluation follows this step or the next; saves: how many saves ending now would wait for;
-        only_ends: what does not end the run waits until it is asked for.
+        evaluates: an evaluation follows this step or the next; saves: how many saves ending now would wait for.
         """
+        return self._heard(self.lead_s(evaluates, saves))
+
+    def heard_meanwhile(self, saves):
+        """As `heard`, in the middle of what is no step; what does not end the run waits until that is over."""
+        return self._heard(self.lead_s(saves=saves, steps=0), only_ends=True)
+
+    def _heard(self, lead_s, only_ends=False):
         if _heard:
             return _SIGNAL + max(_heard)
         if not self._looks:
             return _NOTHING
-        if self._short_of_time(self.lead_s(evaluates, saves)):
+        if self._short_of_time(lead_s):
             return _LIMIT
         if time.monotonic() - self._looked < _LOOK_EVERY_S:
             return _NOTHING
-        self._looked = time.monotonic()
+        if not only_ends:
+            self._looked = time.monotonic()
         if stop_file(self._folder):
             return _STOP
         with contextlib.suppress(OSError):  # none, or none that can be read and removed now: it is looked for again
@@ -150,9 +157,9 @@ class Requests:
                 return _SAVE
         return _NOTHING
 
-    def lead_s(self, evaluates=False, saves=1):
+    def lead_s(self, evaluates=False, saves=1, steps=1):
         """Seconds that the next step, what follows it, saving and leaving may take."""
-        parts = [self.longest["step"], self.longest["save"] * saves, self.longest["evaluation"] * evaluates]
+        parts = [self.longest["step"] * steps, self.longest["save"] * saves, self.longest["evaluation"] * evaluates]
         return _SPARE * sum(parts) + _MARGIN_S
 
     def _short_of_time(self, lead_s):

@@ -259,12 +259,15 @@ class Run:
         """Steps, and what is due after them. Raises stopping.Asked where the run is to end before its last one."""
         plan, state = self.plan, self.state
         if self.owes:
+            state["unmeasured"] = self.owes_scores
             self.save(waits=not self.config.checkpoint.asynchronous)
             self.owes = False
         # There was no time for it when the run was asked to end.
         if state.pop("unmeasured", False) and self.settled == state["step"]:
             self.measure()
-            if self.better():
+            improved = self.better()
+            self.settle()
+            if improved:
                 self.save(waits=True)
         done = state["step"] == plan.max_steps or best.hopeless(state, plan)
         if self.settled < state["step"]:
@@ -395,7 +398,7 @@ class Run:
         """What `evaluate.evaluate` says of `source`. Raises stopping.Asked where the run is to end meanwhile."""
 
         def heard():
-            return self.requests.heard(saves=1 + self.saver.under_way, only_ends=True)
+            return self.requests.heard_meanwhile((not self.is_saved) + self.saver.under_way)
 
         def act(wish):
             if self.granted(wish):
@@ -484,13 +487,24 @@ class Run:
         self.journal.event("unfit", step=step)
         self.progress.say(f"step {step}: not saved, for weights or the optimizer's state are no longer finite")
 
+    @property
+    def is_saved(self):
+        """Whether the newest checkpoint has all that there is to keep."""
+        step, newest = self.state["step"], self.saver.newest
+        return self.settled == step and newest is not None and checkpoint.step_of(newest) == step
+
+    @property
+    def owes_scores(self):
+        """Whether an evaluation that is due has not been made."""
+        step, plan = self.state["step"], self.plan
+        now = self.settled < step and (step == plan.max_steps or due(step, plan.eval_every_steps))
+        return now or self.state.get("unmeasured", False)
+
     def stop(self, wish):
         """End early, saved; an evaluation that was due is made up for when the run goes on. Returns the results."""
         self.saver.skip_reading()
-        state, newest = self.state, self.saver.newest
-        if self.settled < state["step"] and due(state["step"], self.plan.eval_every_steps):
-            state["unmeasured"] = True
-        if self.settled < state["step"] or newest is None or checkpoint.step_of(newest) != state["step"]:
+        if not self.is_saved:
+            self.state["unmeasured"] = self.owes_scores
             self.save_last()
         return self.leave(wish)
 

@@ -287,6 +287,19 @@ def test_more_time_is_noticed_before_a_run_ends_for_want_of_it(tmp_path, monkeyp
     assert stopping.wish(stopping.Requests(tmp_path, False, ask=lambda known: 0.0).heard()) is None  # root's business
 
 
+def test_an_evaluation_leaves_time_for_what_comes_after_it_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    requests = stopping.Requests(tmp_path, True, ask=lambda known: 1020.0)
+    requests.took("step", 60.0)
+    requests.took("save", 20.0)
+    assert stopping.wish(requests.heard_meanwhile(saves=0)) is None  # all is saved
+    assert stopping.wish(requests.heard_meanwhile(saves=1)).why == "the time limit"
+    (tmp_path / stopping.SAVE).touch()
+    assert requests.heard_meanwhile(saves=0) == stopping._NOTHING and (tmp_path / stopping.SAVE).exists()
+    (tmp_path / stopping.STOP).touch()
+    assert stopping.wish(requests.heard_meanwhile(saves=0)).code == 0
+
+
 def program(folder, name, text):
     (folder / name).write_text(f"#!/bin/sh\n{text}\n")
     (folder / name).chmod(0o755)
