@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 
+from . import imports
 from .arguments import parser
 from .errors import CannotCreate, Refusal, UsageError
 from .mpi import launcher, leave_together
@@ -17,7 +18,9 @@ from .mpi import launcher, leave_together
 
 def prepare(args):
     from . import mpi
-    from .data.prepare import prepare
+
+    with imports.undisturbed():
+        from .data.prepare import prepare
 
     names = ("output", "tokenizer", "tokenizer_kind", "vocab_size", "jsonl_field", "document_separator")
     names += ("validation_fraction", "shard_tokens", "overwrite")
@@ -65,9 +68,10 @@ def _refuse_others(args):
 
 
 def prepare_labelled(args, world):
-    from .data.labelled import Reading
-    from .data.prepare_labelled import prepare_labelled, table
-    from .names import KIND
+    with imports.undisturbed():
+        from .data.labelled import Reading
+        from .data.prepare_labelled import prepare_labelled, table
+        from .names import KIND
 
     names = ("output", "tokenizer", "validation", "test", "validation_fraction", "label_separator", "max_tokens")
     names += ("chat_template", "stride", "shard_tokens", "overwrite")
@@ -108,8 +112,9 @@ def train(args):
     parts.end("mpi")
     settings = mpi.on_root(world.comm, config.load, args.run_file, args.overrides)
     mpi.on_root(world.comm, files.require_writable, settings.run.output_dir, "run.output_dir")
-    from . import recovery
-    from .train import train
+    with imports.undisturbed():
+        from . import recovery
+        from .train import train
 
     parts.end("imports")
     recovery.check_spares(settings, world)
@@ -155,7 +160,8 @@ def plan(args):
         hosts = [f"node {node}" for node in range(args.nodes) for _ in range(args.ranks_per_node)]
 
     def drawn():
-        from .plan import show_mesh  # imports torch, which only this rank needs
+        with imports.undisturbed():
+            from .plan import show_mesh  # imports torch, which only this rank needs
 
         return show_mesh(settings, hosts)
 
@@ -173,8 +179,9 @@ def plan_layout(args):
             raise UsageError("plan: --gpu needs --nodes and --gpus-per-node, which count from 1")
         settings = config.load(args.run_file, args.overrides)
         check_output(args.output, args.overwrite)
-        from . import files
-        from .plan import plan
+        with imports.undisturbed():
+            from . import files
+            from .plan import plan
 
         text, fastest = plan(settings, args.nodes, args.gpus_per_node, args.gpu, args.measured)
         if launcher.speaks():
@@ -199,15 +206,16 @@ def evaluate(args):
     from . import mpi
 
     world = mpi.join()
-    from . import attention, files, model
-    from .evaluate import evaluate
-    from .metrics import picture
-    from .parallel.apply import whole
-    from .run_folder import run_config
-    from .sources import open_source, read_tokenizer
-
     for path, option in ((args.output, "--output"), (args.plot, "--plot")):
         mpi.on_root(world.comm, check_output, path, args.overwrite, option)
+    with imports.undisturbed():
+        from . import attention, files, model
+        from .evaluate import evaluate
+        from .metrics import picture
+        from .parallel.apply import whole
+        from .run_folder import run_config
+        from .sources import open_source, read_tokenizer
+
     settings, folder = mpi.on_root(world.comm, run_config, args.checkpoint)
     data = args.data or settings.data.validation
     if data is None:
@@ -245,8 +253,11 @@ def predict(args):
     if args.input and (args.text or not args.output):
         raise UsageError("--input has rows, whose answers go to the file --output; --text is printed").known_to_all()
     world = mpi.join()
-    from . import files
-    from .predict import predict_file, predict_texts, show
+    if not args.input:
+        mpi.on_root(world.comm, check_output, args.output, args.overwrite)
+    with imports.undisturbed():
+        from . import files
+        from .predict import predict_file, predict_texts, show
 
     options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     options |= {"question": args.task, "precision": args.precision, "tensor": args.tensor}
@@ -258,7 +269,6 @@ def predict(args):
         if world.is_root:
             print(json.dumps(summary, indent=2))
         return
-    mpi.on_root(world.comm, check_output, args.output, args.overwrite)
     world = mpi.init(args.device)
     answers = predict_texts(world, args.checkpoint, args.text, **options)
     if args.output:
@@ -273,8 +283,9 @@ def export(args):
     from . import mpi
 
     world = mpi.join()
-    from . import export, to_onnx
-    from .run_folder import run_config
+    with imports.undisturbed():
+        from . import export, to_onnx
+        from .run_folder import run_config
 
     max_shard_bytes = mpi.on_root(world.comm, export.size, args.max_shard_size)
     mpi.on_root(world.comm, export.check, args.output, args.overwrite)
@@ -296,7 +307,8 @@ def doctor(args):
 
     start = time.monotonic()
     world = mpi.join()
-    from . import doctor
+    with imports.undisturbed():
+        from . import doctor
 
     mpi.on_root(world.comm, doctor.check, args.folder, args.plot, args.exclude_file)
     world = mpi.init("cpu")  # GPUs are looked at, also where ranks would have to share one
@@ -324,8 +336,6 @@ def main(arguments=None):
     os.environ.update(HF_HUB_OFFLINE=offline, TRANSFORMERS_OFFLINE=offline, TOKENIZERS_PARALLELISM="false")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    from . import imports
-
     imports.remember()
     commands = {
         "prepare": prepare,
