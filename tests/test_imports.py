@@ -53,3 +53,13 @@ def test_where_nothing_can_be_kept_it_is_found_out_each_time(tmp_path, place):
     (tmp_path / "file").write_text("")
     told = imported("remember", tmp_path / "file" if place == "file" else "/proc/none")
     assert told["looked_into"] > 1500 and told["where"]["GPT2LMHeadModel"]
+
+
+def test_the_garbage_collector_looks_at_what_comes_after_imports_alone():
+    program = (
+        "import gc\nfrom hpcllm import imports\n"
+        "try:\n    with imports.undisturbed():\n        assert not gc.isenabled()\n        import no_such_module\n"
+        "except ImportError:\n    print(gc.isenabled(), gc.get_freeze_count() > 5000, len(gc.get_objects()) < 500)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "True True True\n", done.stdout + done.stderr
