@@ -11,8 +11,9 @@ def go_back(run, first):
     """Have `run` go on from the newest checkpoint before step `first`, with the samples after those it has seen.
 
     Weights, optimizer, step and best metric are those of the checkpoint, which is written again, for the position in
-    the data that it has now: so a start with --resume goes the same way. Raises Diverged, the same on every rank, where
-    there is no such checkpoint, or after train.max_rollbacks. Collective.
+    the data that it has now: so a start with --resume goes the same way. An evaluation that it owes is owed again.
+    Raises Diverged, the same on every rank, where there is no such checkpoint, or after train.max_rollbacks.
+    Collective.
     """
     state, spikes, output = run.state, run.spikes, run.config.run.output_dir
     for rest in (run.saver.finish, run.saver.settle):  # of one that may not be needed
@@ -33,6 +34,7 @@ def go_back(run, first):
         checkpoint.load_optimizer(path, run.placed, run.adjust)
     left, seen = state["step"], state["samples"]
     state |= {name: known[name] for name in ("step", "useful_s", "best")} | {"nonfinite": 0}
+    state["unmeasured"] = known.get("unmeasured", False)
     run.saver.newest, run.checked = path, None
     spikes.went_back(known.get("spikes"), known["samples"], seen)
     told = {"to": state["step"], "first": first, "left_out": [known["samples"], seen], "rollbacks": spikes.rollbacks}

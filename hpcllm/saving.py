@@ -92,14 +92,13 @@ class Saver:
         """What becomes of a checkpoint: yields (stage, what this rank does in it, None for nothing), and is sent what
         came of that when all ranks have done theirs. Collective in between."""
         known = yield "write", (self._timed, self._write, ready, outlines)
+        del ready, outlines  # which may hold tensors
         left = _unread(self._comm, self._hidden, known)
         known = yield "digest", (self._timed, self._digest, known, left)
         known = self._comm.gather(known, root=0)
         is_root = self._comm.rank == 0
         yield "commit", (self._timed, self._commit, known) if is_root else None
         self.newest, self._path, self._whole = self._path, None, True
-        if self._completed:
-            self._completed(self._step, self.newest, self._worked_s, self._waited_s)
         yield "complete", None
         yield "read", (checkpoint.verify, self.newest, (self._comm.rank, self._comm.size))
         yield "delete", (checkpoint.delete_older, self._output, self._keep, self._best) if is_root else None
@@ -155,6 +154,9 @@ class Saver:
             except Refusal:
                 self._drop()
                 raise
+            # Only now, as it may fail on one rank alone: all are at the same stage.
+            if self._stage == "complete" and self._completed:
+                self._completed(self._step, self.newest, self._worked_s, self._waited_s)
 
     def _drop(self):
         """Give up what is under way, nobody being at work at it."""
@@ -216,7 +218,7 @@ class Saver:
             self._copied.wait()  # what a copy is made of may change from now on
         if self._stage in ("commit", "delete") and self._at_work is not None:
             self._at_work.exception()  # waits: who comes next must not meet what is half done
-        path, self._path, self._stage = self._path, None, None
+        path, self._path, self._course, self._stage = self._path, None, None, None
         return path
 
     def _timed(self, work, *arguments):

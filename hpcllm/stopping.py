@@ -130,9 +130,12 @@ class Requests:
         """
         return self._heard(self.lead_s(evaluates, saves))
 
-    def heard_meanwhile(self, saves):
-        """As `heard`, in the middle of what is no step; what does not end the run waits until that is over."""
-        return self._heard(self.lead_s(saves=saves, steps=0), only_ends=True)
+    def heard_meanwhile(self, saves, steps):
+        """As `heard`, in the middle of an evaluation; what does not end the run waits until that is over.
+
+        steps: how many must still be possible after it, since nothing is heard before the end of the next one.
+        """
+        return self._heard(self.lead_s(saves=saves, steps=steps), only_ends=True)
 
     def _heard(self, lead_s, only_ends=False):
         if _heard:
@@ -158,7 +161,7 @@ class Requests:
         return _NOTHING
 
     def lead_s(self, evaluates=False, saves=1, steps=1):
-        """Seconds that the next step, what follows it, saving and leaving may take."""
+        """Seconds that the next step (`steps`), what follows it, saving and leaving may take."""
         parts = [self.longest["step"] * steps, self.longest["save"] * saves, self.longest["evaluation"] * evaluates]
         return _SPARE * sum(parts) + _MARGIN_S
 

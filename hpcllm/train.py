@@ -262,13 +262,7 @@ class Run:
             state["unmeasured"] = self.owes_scores
             self.save(waits=not self.config.checkpoint.asynchronous)
             self.owes = False
-        # There was no time for it when the run was asked to end.
-        if state.pop("unmeasured", False) and self.settled == state["step"]:
-            self.measure()
-            improved = self.better()
-            self.settle()
-            if improved:
-                self.save(waits=True)
+        self.make_up()
         done = state["step"] == plan.max_steps or best.hopeless(state, plan)
         if self.settled < state["step"]:
             done = self.after_step()
@@ -279,6 +273,7 @@ class Run:
             if self.back:
                 steps.close()
                 self.go_back()
+                self.make_up()
                 steps = self.batches()
                 if not (wish and wish.ends):
                     continue
@@ -287,6 +282,15 @@ class Run:
             if wish and wish.ends and state["step"] < plan.max_steps:
                 raise stopping.Asked(wish)
             done = self.after_step(wish)
+
+    def make_up(self):
+        """The evaluation for which there was no time when this checkpoint was written. Raises stopping.Asked."""
+        if self.state.pop("unmeasured", False) and self.settled == self.state["step"]:
+            self.measure()
+            improved = self.better()
+            self.settle()
+            if improved:
+                self.save(waits=True)
 
     def granted(self, wish):
         """`wish`, or None where the run is to go on with no more ranks than it has."""
@@ -398,7 +402,9 @@ class Run:
         """What `evaluate.evaluate` says of `source`. Raises stopping.Asked where the run is to end meanwhile."""
 
         def heard():
-            return self.requests.heard_meanwhile((not self.is_saved) + self.saver.under_way)
+            unsaved = not self.is_saved
+            more = unsaved and self.state["step"] < self.plan.max_steps
+            return self.requests.heard_meanwhile(unsaved + self.saver.under_way, steps=more)
 
         def act(wish):
             if self.granted(wish):

@@ -1,5 +1,6 @@
 """Checkpoints that are written while training goes on: the same bytes, of the moment they were asked for."""
 
+import contextlib
 import json
 import shutil
 import threading
@@ -272,6 +273,30 @@ def test_each_byte_is_read_back_by_one_rank(world, prepared, tmp_path, monkeypat
     wanted += [("checkpoint-4", *block) for _, *block in wanted]
     assert sorted(everybody) == sorted(wanted)
     assert world.size == 1 or len(read) < len(everybody)
+
+
+@pytest.mark.mpi()
+def test_ranks_stay_together_where_root_alone_fails_to_tell_of_a_checkpoint(world, prepared, tmp_path, monkeypatch):
+    base, left = shared(world, tmp_path), []
+
+    def full(*_):
+        if world.is_root:
+            raise IOFailure("no room")
+
+    def steps(run, _=None):
+        run.saver._completed = full
+        run.saver.begin(1, run.kept())
+        with contextlib.suppress(IOFailure):
+            run.saver.finish()
+        left.append(run.saver.under_way)
+        assert run.saver.settle()  # collective: reads it back
+        left.append(run.saver.under_way)
+        return {}
+
+    monkeypatch.setattr(train.Run, "steps", steps)
+    train.train(settings(prepared, base / "run"), world)
+    assert left == [True, False]
+    checkpoint.verify(base / "run" / "checkpoint-1")
 
 
 def test_a_saver_that_has_nothing_to_do_does_nothing(tmp_path):

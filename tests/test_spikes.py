@@ -1,6 +1,7 @@
 """Losses that jump: told from those that only vary, and a run that goes back without the samples that led there."""
 
 import json
+import signal
 import time
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from test_train import settings, shared
 
-from hpcllm import checkpoint, files, run_folder, saving, train
+from hpcllm import checkpoint, files, run_folder, saving, stopping, train
 from hpcllm.errors import Diverged, UsageError
 from hpcllm.spikes import Spikes
 
@@ -158,6 +159,23 @@ def test_a_run_goes_back_before_the_spike_and_leaves_out_the_samples(world, prep
     for file in ("model.safetensors", "optimizer.safetensors"):
         ours, expected = ((base / name / "checkpoint-28" / file).read_bytes() for name in ("run", "plain"))
         assert ours == expected
+
+
+@pytest.mark.mpi(max_size=2)
+def test_who_goes_back_to_where_an_evaluation_was_owed_makes_it_up(world, prepared, tmp_path, monkeypatch):
+    base, seen = shared(world, tmp_path), []
+    run = settings(prepared, base / "run", **LONG, **{"train.eval_every_steps": 20})
+    poison(monkeypatch, world, seen)
+    monkeypatch.setattr(stopping.Requests, "heard", lambda *_: 100 + signal.SIGUSR1 if seen[-1] == 12 * 19 else 0)
+    assert train.train(run, world)["stopped"] == "SIGUSR1"
+    assert train.train(run, world, resume=True)["step"] == 28
+    world.comm.Barrier()
+    assert [event["to"] for event in events(base / "run", "rollback")] == [20]
+    told = [json.loads(line) for line in (base / "run" / "metrics.jsonl").read_text().splitlines()]
+    told = [(record["step"], record["eval_loss"]) for record in told if "eval_loss" in record]
+    assert [step for step, _ in told] == [20, 20, 28] and told[0] == told[1]
+    states = {step: checkpoint.read_state(base / "run" / f"checkpoint-{step}") for step in (20, 24, 28)}
+    assert {step: state["unmeasured"] for step, state in states.items()} == {20: True, 24: False, 28: False}
 
 
 class Killed(Exception):

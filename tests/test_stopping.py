@@ -292,12 +292,13 @@ def test_an_evaluation_leaves_time_for_what_comes_after_it_alone(tmp_path, monke
     requests = stopping.Requests(tmp_path, True, ask=lambda known: 1020.0)
     requests.took("step", 60.0)
     requests.took("save", 20.0)
-    assert stopping.wish(requests.heard_meanwhile(saves=0)) is None  # all is saved
-    assert stopping.wish(requests.heard_meanwhile(saves=1)).why == "the time limit"
+    assert stopping.wish(requests.heard_meanwhile(saves=0, steps=0)) is None  # all is saved
+    assert stopping.wish(requests.heard_meanwhile(saves=1, steps=0)).why == "the time limit"
+    assert stopping.wish(requests.heard_meanwhile(saves=0, steps=1)).why == "the time limit"
     (tmp_path / stopping.SAVE).touch()
-    assert requests.heard_meanwhile(saves=0) == stopping._NOTHING and (tmp_path / stopping.SAVE).exists()
+    assert requests.heard_meanwhile(saves=0, steps=0) == stopping._NOTHING and (tmp_path / stopping.SAVE).exists()
     (tmp_path / stopping.STOP).touch()
-    assert stopping.wish(requests.heard_meanwhile(saves=0)).code == 0
+    assert stopping.wish(requests.heard_meanwhile(saves=0, steps=0)).code == 0
 
 
 def program(folder, name, text):
