@@ -6,10 +6,6 @@ import itertools
 import math
 import threading
 import time
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
 
 from . import (
     attention,
@@ -17,11 +13,11 @@ from . import (
     checkpoint,
     deadline,
     evaluate,
-    files,
     log,
     model,
     monitor,
     optimizer,
+    outcome,
     recovery,
     replicas,
     revision,
@@ -38,13 +34,14 @@ from .data import batches
 from .errors import CannotCreate, Corrupted, DataError, Diverged, IOFailure, UsageError
 from .interval import Interval
 from .log import due
-from .mpi import choose, on_root, together
+from .mpi import on_root, together
 from .parallel import compiled, host
 from .parallel import mesh as meshes
 from .parallel.apply import apply, check
 from .plan import fit
 from .quicken import quicken
 from .spikes import Spikes
+from .step import one_step
 from .tasks import TASKS
 
 _BRIEFLY_S = 0.3
@@ -251,7 +248,7 @@ class Run:
         except stopping.Asked as asked:
             return self.stop(asked.wish)
         try:
-            return self.results()
+            return outcome.results(self)
         except stopping.Asked as asked:  # all else is saved
             return self.leave(asked.wish)
 
@@ -521,48 +518,6 @@ class Run:
         where = {"step": state["step"], "samples": state["samples"], "checkpoint": str(self.saver.newest)}
         return {**where, "stopped": wish.why, "exit_code": wish.code}
 
-    def results(self):
-        """What the run has come to, written into its folder."""
-        config, state, world, training = self.config, self.state, self.world, self.sources.training
-        if not self.saver.settle():
-            raise IOFailure(
-                f"{config.run.output_dir}: the last checkpoint does not read as it was written; once the disk can be "
-                f"trusted, go on with --resume; newest checkpoint: {self.saver.newest or 'none'}"
-            ).known_to_all()
-        if not self.scores:  # of a run that ended between its last checkpoint and its results
-            self.measure()
-        self.progress.close()
-        path = str(self.saver.newest)
-        results = {"step": state["step"], "samples": state["samples"], "checkpoint": path, **self.scores}
-        if state.get("best"):
-            results |= best.results(state, config)
-        if training.stream.labelled:
-            if results["checkpoint"] != path:
-                if self.survival:
-                    self.survival.at_step = False
-                with together(world.comm):
-                    self.placed.refill(model.saved(results["checkpoint"]))
-                self.scores, self.told = {}, None  # were of other weights
-            results |= self.finish()
-        on_root(world.comm, files.write_json, Path(config.run.output_dir) / "results.json", results)
-        self.journal.event("communication", choices=choose.made())
-        self.journal.event("end", **results)
-        return results
-
-    def finish(self):
-        """Evaluate the result on labelled validation and test data, write reports, return the scores."""
-        scores, world, folder = dict(self.scores), self.world, self.config.run.output_dir
-        for prefix, source in (("eval", self.sources.validation), ("test", self.sources.test)):
-            if source:
-                found, report = self.scores, self.told
-                if prefix == "test" or not found:
-                    found, report = self.evaluated(source, prefix)
-                on_root(world.comm, evaluate.write, folder, prefix, found, report, source.meaning)
-                if report:
-                    self.progress.say(f"{prefix}: {source.stream.folder}\n{report[0]}")
-                scores |= world.comm.bcast(found, root=0)
-        return scores
-
 
 def _briefly(work):
     """`work()`, which may fail, for no longer than `_BRIEFLY_S`.
@@ -588,29 +543,3 @@ def load_or_build(config, last, source):
     net, weights = model.resume(last, config.model.task, config.model.freeze)
     model.check_fits(net, source.vocabulary, config.train.sequence_length)
     return net, weights
-
-
-def one_step(placed, adjust, micro_batches, rate, source, plan, commit=None):
-    """Forward and backward of this rank's micro-batches of `source` and one optimizer step.
-
-    Returns (loss summed over this rank's targets; targets, tokens, and pairs of tokens that attend, of all ranks;
-    gradient norm before clipping). Each rank's loss is a sum, divided by the global number of targets; gradients are
-    summed over ranks. commit: called before anything changes that the next step depends on.
-    """
-    placed.train()
-    counts = [[batch.targets, batch.tokens, batch.pairs] for batch in micro_batches]
-    count = torch.tensor(counts, dtype=torch.float64).sum(0)  # exact for whole numbers, and weights may be none
-    dist.all_reduce(count, group=placed.mesh["data"])
-    targets, tokens, pairs = count.tolist()
-    targets = targets or 1.0
-    optimizer.set_learning_rate(adjust, rate)
-    adjust.zero_grad()
-    work = evaluate.of_task(source, placed, plan.precision)
-    losses = placed.step(micro_batches, work, targets)
-    loss_sum = torch.stack(losses).double().sum() if losses else 0.0
-    grad_norm = placed.clip_gradients(plan.max_grad_norm)
-    if commit:
-        commit()
-    if math.isfinite(grad_norm):  # the same on all ranks
-        adjust.step()
-    return loss_sum, targets, tokens, pairs, grad_norm

@@ -151,7 +151,7 @@ def test_a_run_goes_back_before_the_spike_and_leaves_out_the_samples(world, prep
         state = json.loads(file.read_text()) | {"samples": 12 * 26}
         file.write_text(json.dumps(state))
         listed = json.loads((file.parent / ".complete").read_text())
-        listed["files"][file.name] = {"bytes": file.stat().st_size, "sha256": train.files.digest(file)}
+        listed["files"][file.name] = {"bytes": file.stat().st_size, "sha256": files.digest(file)}
         (file.parent / ".complete").write_text(json.dumps(listed))
     world.comm.Barrier()
     train.train(settings(prepared, base / "plain", **LONG, **{"parallel.sharding": sharding}), world, resume=True)
