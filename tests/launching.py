@@ -14,10 +14,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Open MPI 5's mpirun with process number P does not start ("The PMIx server's listener thread failed to start") where
-# the folder ompi.P of an earlier one is left, as by those that tests kill: numbers come again in a suite of an hour.
-_session_folders = tempfile.TemporaryDirectory(prefix="hpcllm-mpirun-", ignore_cleanup_errors=True)
-
 
 def clean_environment(**extra):
     """The environment for one new job: without what a running MPI library has left in this one."""
@@ -29,9 +25,19 @@ def clean_environment(**extra):
         for name in ("OMPI_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT"):
             env[name] = env[f"{name}_CONFIRM"] = "1"
     env.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HPCLLM_PROGRESS="lines", PYTHONPATH=str(ROOT))
-    env["PRTE_MCA_prte_local_tmpdir_base"] = tempfile.mkdtemp(dir=_session_folders.name)
+    env["PRTE_MCA_prte_local_tmpdir_base"] = tempfile.mkdtemp(dir=_session_folders().name)
     env.update(extra)
     return env
+
+
+@functools.cache
+def _session_folders():
+    """A temporary folder in which each mpirun has one of its own.
+
+    Open MPI 5's mpirun with process number P does not start ("The PMIx server's listener thread failed to start") where
+    the folder ompi.P of an earlier one is left, as by those that tests kill: numbers come again in a suite of an hour.
+    """
+    return tempfile.TemporaryDirectory(prefix="hpcllm-mpirun-", ignore_cleanup_errors=True)
 
 
 @functools.cache
