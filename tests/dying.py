@@ -16,11 +16,15 @@ import threading
 import time
 from pathlib import Path
 
-import torch.distributed as dist
+from hpcllm import imports
 
-from hpcllm import __main__, blocks, checkpoint, evaluate, monitor, mpi, optimizer, weights
-from hpcllm.mpi import abort, shared, survive
-from hpcllm.parallel.apply import Placed
+imports.remember()
+with imports.undisturbed():  # as quickly as hpcllm's own command
+    import torch.distributed as dist
+
+    from hpcllm import __main__, blocks, checkpoint, evaluate, monitor, mpi, optimizer, weights
+    from hpcllm.mpi import abort, shared, survive
+    from hpcllm.parallel.apply import Placed
 
 NOTE = os.environ.get("DYING_NOTE")
 PIDS = []  # of the ranks as the job began

@@ -15,10 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
+from hpcllm import imports
 
-from hpcllm import __main__, blocks, evaluate, mpi, train
-from hpcllm.data import batches
+imports.remember()
+with imports.undisturbed():  # as quickly as hpcllm's own command
+    import torch
+
+    from hpcllm import __main__, blocks, evaluate, mpi, train
+    from hpcllm.data import batches
 
 
 def kill(placed, given):
