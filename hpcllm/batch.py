@@ -34,8 +34,7 @@ def _load(run_file, settings):
 
 def newest(run_file, *settings):
     """The step of the newest complete checkpoint in the folder of a run, 0 if there is none."""
-    found = records.newest_checkpoint(folder(run_file, *settings))
-    return found[0] if found else 0
+    return max(map(records.step_of, records.checkpoints(folder(run_file, *settings))), default=0)
 
 
 def starts(run_file, *settings):

@@ -28,11 +28,14 @@ from .errors import DataError, IOFailure
 from .model import class_name
 from .parallel.pieces import Piece
 from .parallel.sharding import local
+from .records import COMPLETE
+from .records import checkpoints as find
+from .records import step_of as step_of  # whoever deals with checkpoints looks for it here
 
 # What reading a marker fails with that is not there, or is not what was written; not what a file system fails with.
 _DAMAGED = (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError)
 _DAMAGED += (OverflowError, RecursionError)
-COMPLETE, OPTIMIZER, STATE = ".complete", "optimizer.safetensors", "trainer_state.json"
+OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
 LATEST = "latest"
 _OLD_BLOCK_BYTES = 1 << 26  # what a digest of a large file was for before markers said so
 
@@ -220,24 +223,9 @@ def delete_older(output_dir, keep, best):
                     files.remove_folder(old, COMPLETE)
 
 
-def find(output_dir):
-    """Complete checkpoints below `output_dir`, oldest step first (never by time stamps: clocks lie)."""
-    found = []
-    for path in Path(output_dir).glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdigit() and (path / COMPLETE).is_file():
-            found.append((int(number), path))
-    return [path for _, path in sorted(found)]
-
-
 def newest(output_dir):
     """The newest complete checkpoint below `output_dir`, or None."""
     return next(reversed(find(output_dir)), None)
-
-
-def step_of(path):
-    """The step of the checkpoint folder `path`, by its name."""
-    return int(path.name.removeprefix("checkpoint-"))
 
 
 def forget(path):

@@ -52,19 +52,16 @@ class Clock:
         step_s = time.perf_counter() - self._began
         communication_s = work.communication_s() - self._communicated
         self.compute_s = step_s - self.data_s - communication_s
-        slowest = torch.tensor(
-            [step_s, self.data_s, self.compute_s, communication_s, memory_bytes(), *others], dtype=torch.float64
-        )
         total = torch.tensor([float(loss_sum)], dtype=torch.float64)
-        computed = slowest[2:3].clone()
+        computed = torch.tensor([self.compute_s], dtype=torch.float64)
         dist.all_reduce(total, group=self._losses)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self._group)
+        slowest = self.largest(step_s, self.data_s, self.compute_s, communication_s, memory_bytes(), *others)
         dist.all_reduce(computed, group=self._group)
         names = ("step_s", "data_s", "compute_s", "communication_s", "memory_bytes")
-        values = dict(zip(names, slowest.tolist(), strict=False))
+        values = dict(zip(names, slowest, strict=False))
         values["memory_bytes"] = int(values["memory_bytes"])
         values["imbalance"] = values["compute_s"] * self._group.size() / computed.item()
-        return total.item(), values, *map(int, slowest[len(names) :].tolist())
+        return total.item(), values, *map(int, slowest[len(names) :])
 
     def largest(self, *numbers):
         """The largest of each number over ranks. Collective."""

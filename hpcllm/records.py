@@ -1,4 +1,5 @@
-"""The records of a run, read: events.jsonl and metrics.jsonl, a line of JSON each, as `monitor.Journal` writes them.
+"""The records of a run, read: events.jsonl and metrics.jsonl, a line of JSON each, as `monitor.Journal` writes them;
+and which checkpoints there are.
 
 Everybody who reads them does it here. A line that a kill or a full disk has cut, and bytes that are no text, are left
 out. Without torch, and quick on long runs: what nobody asks for is not parsed.
@@ -10,6 +11,7 @@ import os
 from pathlib import Path
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+COMPLETE = ".complete"  # the file that a checkpoint has last
 _BEGINS = b'{"event": "'
 # What is read must be of these kinds, where it is there; a line that has it otherwise is as good as cut.
 _KINDS = {"event": str, "why": str, "path": str, "hosts": list, "restart": int, "step": int}
@@ -61,11 +63,15 @@ def _lines(path, size=None):
     return lines[1:] if start else lines  # the first one may be a piece, or is what is before the line break
 
 
-def newest_checkpoint(folder):
-    """(step, path) of the newest complete checkpoint that is in the folder of a run; None if there is none."""
-    found = [file.parent for file in Path(folder).glob("checkpoint-*/.complete")]
-    steps = [(path.name.removeprefix("checkpoint-"), path) for path in found]
-    return max(((int(step), path) for step, path in steps if step.isdecimal()), default=None)
+def checkpoints(folder):
+    """Complete checkpoints in the folder of a run, oldest step first (never by time stamps: clocks lie)."""
+    found = [file.parent for file in Path(folder).glob(f"checkpoint-*/{COMPLETE}") if file.is_file()]
+    return sorted((path for path in found if path.name.removeprefix("checkpoint-").isdecimal()), key=step_of)
+
+
+def step_of(path):
+    """The step of the checkpoint folder `path`, by its name."""
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 class Events:

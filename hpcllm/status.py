@@ -71,8 +71,8 @@ def status(folder, now=None):
     if evaluations:
         found["eval"] = {name: value for name, value in evaluations[-1].items() if name.startswith("eval_")}
         found["eval"]["step"] = evaluations[-1]["step"]
-    if saved := records.newest_checkpoint(folder):  # what was written may have been found to be damaged since
-        step, path = saved
+    if saved := records.checkpoints(folder):  # what was written last may have been found to be damaged since
+        path, step = saved[-1], records.step_of(saved[-1])
         told = next((event for event in events.newest("checkpoint", _NEWEST) if event.get("step") == step), {})
         found["checkpoint"] = {
             "step": step,
