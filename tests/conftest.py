@@ -8,6 +8,7 @@ wait for the failing rank in a collective, it prints its report and ends the job
 
 import array
 import functools
+import gc
 import inspect
 import os
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from launching import clean_environment, find_mpirun, surviving
+from launching import clean_environment, find_mpirun, surviving, warm_python
 
 import hpcllm.mpi
 from hpcllm.mpi import launcher
@@ -81,6 +82,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
+    gc.freeze()  # as `hpcllm` does after its imports: there are 600,000 objects that stay
     if SIZE > 1:
         errors = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("error", [])
         failed = meet("failed" if errors else "passed", "the end of the collection", "").count("failed")
@@ -148,11 +150,14 @@ def prepared(tmp_path_factory):
 def mpirun():
     """mpirun(n, [arguments of python...]) runs a job and returns its CompletedProcess (text). options: of mpirun.
 
+    warm: ranks are forks of a Python that has imported torch and transformers, which is quicker; see warm.py.
+
     Raises subprocess.TimeoutExpired, the job being ended first, and with check=True CalledProcessError.
     """
 
-    def run(n, arguments, timeout=120, env=None, check=False, cwd=None, options=()):
-        command = [*find_mpirun(), *options, "-np", str(n), sys.executable, *map(str, arguments)]
+    def run(n, arguments, timeout=120, env=None, check=False, cwd=None, options=(), warm=False):
+        python = warm_python() if warm else [sys.executable]
+        command = [*find_mpirun(), *options, "-np", str(n), *python, *map(str, arguments)]
         environment = clean_environment(**(env or {}))
         with subprocess.Popen(
             command,
@@ -205,7 +210,7 @@ def dying_job(mpirun, prepared, tmp_path):
     def run(name, ranks, deaths=(), *options, ft=True, **changes):
         changes = [f"{key}={value}" for key, value in {"run.output_dir": tmp_path / name, **changes}.items()]
         arguments = [ROOT / "tests" / "dying.py", *deaths, "--", "train", run_file, *options, *changes]
-        return mpirun(ranks, arguments, options=surviving() if ft else ())
+        return mpirun(ranks, arguments, options=surviving() if ft else (), warm=True)
 
     return run
 

@@ -1,5 +1,6 @@
 """How the tests start jobs of their own: with which mpirun, and in which environment. Not a test."""
 
+import atexit
 import functools
 import os
 import re
@@ -38,6 +39,19 @@ def _session_folders():
     the folder ompi.P of an earlier one is left, as by those that tests kill: numbers come again in a suite of an hour.
     """
     return tempfile.TemporaryDirectory(prefix="hpcllm-mpirun-", ignore_cleanup_errors=True)
+
+
+@functools.cache
+def warm_python():
+    """What stands for `python` in a command whose process need not show how it starts: see warm.py."""
+    path = Path(tempfile.mkdtemp(prefix="hpcllm-warm-")) / "socket"
+    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    script = str(ROOT / "tests" / "warm.py")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    server = subprocess.Popen([sys.executable, script, "serve", path], env=clean_environment(), **pipes)
+    assert server.stdout.readline() == b"ready\n", "warm.py has not begun"
+    atexit.register(server.communicate)  # it ends with its standard input
+    return [sys.executable, "-S", "-E", script, str(path)]
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Whole commands under mpirun, as a user types them: what they print, leave behind, and exit with."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -38,14 +39,20 @@ def run_file(tmp_path, prepared):
     return write
 
 
-def test_a_bert_is_trained_continued_evaluated_and_asked(mpirun, run_file, tmp_path):
+@pytest.fixture
+def job(mpirun):
+    """As `mpirun`, for what does not depend on how processes start."""
+    return functools.partial(mpirun, warm=True)
+
+
+def test_a_bert_is_trained_continued_evaluated_and_asked(mpirun, job, run_file, tmp_path):
     path = run_file()
     apart = "data.attention=document"
     trained = mpirun(2, ["-m", "hpcllm", "train", path, apart, "train.max_steps=2"], check=True)
     assert "2 ranks on 1 host" in trained.stdout
     assert "step 2/2 loss=" in trained.stdout and "step 2 eval_loss=" in trained.stdout
     assert "first step after " in trained.stdout
-    continued = mpirun(2, ["-m", "hpcllm", "train", path, apart, "--resume", "run.seed=1234"], check=True)
+    continued = job(2, ["-m", "hpcllm", "train", path, apart, "--resume", "run.seed=1234"], check=True)
     assert "continuing from step 2" in continued.stdout
     output = tmp_path / "masked_lm"
     results = json.loads((output / "results.json").read_text())
@@ -62,7 +69,7 @@ def test_a_bert_is_trained_continued_evaluated_and_asked(mpirun, run_file, tmp_p
         assert record["memory_bytes"] > 1 << 27 and record["tokens_per_s"] > 0 and record["grad_norm"] > 0
         assert 0 < record["mfu"] < 1 and record["imbalance"] >= 1
 
-    scored = mpirun(3, ["-m", "hpcllm", "evaluate", output, "--output", tmp_path / "scores.json"], check=True)
+    scored = job(3, ["-m", "hpcllm", "evaluate", output, "--output", tmp_path / "scores.json"], check=True)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert json.loads(scored.stdout) == scores
     assert scores["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-6)
@@ -70,24 +77,22 @@ def test_a_bert_is_trained_continued_evaluated_and_asked(mpirun, run_file, tmp_p
 
     texts = ["a [MASK] b", "[MASK] and [MASK]", "the third [MASK]"]
     asked = ["-m", "hpcllm", "predict", output, *(f"--text={text}" for text in texts), "--top-k", "2"]
-    answers = [json.loads(line) for line in _predict(mpirun, 2, asked, tmp_path / "a.jsonl")]
+    answers = [json.loads(line) for line in _predict(job, 2, asked, tmp_path / "a.jsonl")]
     assert [answer["text"] for answer in answers] == texts
     assert [[len(guesses) for guesses in answer["prediction"]["masks"]] for answer in answers] == [[2], [2, 2], [2]]
-    assert _predict(mpirun, 1, asked, tmp_path / "b.jsonl") == _predict(mpirun, 3, asked, tmp_path / "c.jsonl")
+    assert _predict(job, 1, asked, tmp_path / "b.jsonl") == _predict(job, 3, asked, tmp_path / "c.jsonl")
 
 
-def _predict(mpirun, ranks, asked, path):
-    mpirun(ranks, [*asked, "--output", path], check=True)
+def _predict(job, ranks, asked, path):
+    job(ranks, [*asked, "--output", path], check=True)
     return path.read_text().splitlines()
 
 
-def test_a_gpt_continues_texts_as_transformers_does(mpirun, run_file, tmp_path):
+def test_a_gpt_continues_texts_as_transformers_does(job, run_file, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    mpirun(2, ["-m", "hpcllm", "train", run_file("causal_lm")], check=True)
-    done = mpirun(
-        2, ["-m", "hpcllm", "predict", tmp_path / "causal_lm", "--text", "return the", "--max-new-tokens", "5"]
-    )
+    job(2, ["-m", "hpcllm", "train", run_file("causal_lm")], check=True)
+    done = job(2, ["-m", "hpcllm", "predict", tmp_path / "causal_lm", "--text", "return the", "--max-new-tokens", "5"])
     folder = tmp_path / "causal_lm" / "checkpoint-4"
     words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     net = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
@@ -96,16 +101,16 @@ def test_a_gpt_continues_texts_as_transformers_does(mpirun, run_file, tmp_path):
     assert done.stdout == f"return the | {words.decode(made, skip_special_tokens=True)}\n"
 
 
-def test_gloo_gives_the_losses_of_mpi(mpirun, run_file, tmp_path):
+def test_gloo_gives_the_losses_of_mpi(job, run_file, tmp_path):
     losses = []
     for backend in ("mpi", "gloo"):
         output = tmp_path / backend
         settings = [f"parallel.backend={backend}", f"run.output_dir={output}"]
-        mpirun(2, ["-m", "hpcllm", "train", run_file(), *settings], check=True)
+        job(2, ["-m", "hpcllm", "train", run_file(), *settings], check=True)
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         losses.append([record["loss"] for record in records if "loss" in record])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    refused(mpirun(2, ["-m", "hpcllm", "train", run_file(), "parallel.backend=nccl"]), 2, "needs a GPU for every rank")
+    refused(job(2, ["-m", "hpcllm", "train", run_file(), "parallel.backend=nccl"]), 2, "needs a GPU for every rank")
 
 
 FAILING = """
@@ -122,27 +127,27 @@ __main__.main(["train", *sys.argv[1:]])
 """
 
 
-def test_a_job_that_failed_continues_in_a_new_one_bit_for_bit(mpirun, run_file, tmp_path):
+def test_a_job_that_failed_continues_in_a_new_one_bit_for_bit(job, run_file, tmp_path):
     path, whole, stopped = run_file(), tmp_path / "whole", tmp_path / "stopped"
     every = "checkpoint.every_steps=2"
-    mpirun(2, ["-m", "hpcllm", "train", path, every, f"run.output_dir={whole}"], check=True)
-    failed = mpirun(2, ["-c", FAILING, path, every, f"run.output_dir={stopped}"])
+    job(2, ["-m", "hpcllm", "train", path, every, f"run.output_dir={whole}"], check=True)
+    failed = job(2, ["-c", FAILING, path, every, f"run.output_dir={stopped}"])
     assert failed.returncode == 1
     assert failed.stderr.count("Traceback") == 1 and "hpcllm: rank 1 of 2 on" in failed.stderr
     assert not (stopped / "checkpoint-4").exists()
-    mpirun(2, ["-m", "hpcllm", "train", path, every, f"run.output_dir={stopped}", "--resume"], check=True)
+    job(2, ["-m", "hpcllm", "train", path, every, f"run.output_dir={stopped}", "--resume"], check=True)
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (stopped / "checkpoint-4" / name).read_bytes() == (whole / "checkpoint-4" / name).read_bytes()
 
 
-def test_weights_of_a_folder_are_the_start(mpirun, run_file, tmp_path):
+def test_weights_of_a_folder_are_the_start(job, run_file, tmp_path):
     path = run_file()
-    mpirun(1, ["-m", "hpcllm", "train", path], check=True)
+    job(1, ["-m", "hpcllm", "train", path], check=True)
     first = json.loads((tmp_path / "masked_lm" / "results.json").read_text())
     text = path.read_text().replace(f"config = {{ {BERT} }}", f'init_from = "{first["checkpoint"]}"')
     path.write_text(text)
     again = ["run.output_dir=" + str(tmp_path / "second"), "train.learning_rate=1e-12", "train.max_steps=1"]
-    mpirun(2, ["-m", "hpcllm", "train", path, *again], check=True)
+    job(2, ["-m", "hpcllm", "train", path, *again], check=True)
     second = json.loads((tmp_path / "second" / "results.json").read_text())
     assert second["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-6)
 
@@ -181,9 +186,7 @@ def cut_a_shard(data):
     ],
     ids=["unknown key", "batch", "samples", "missing shard", "cut shard", "no folder", "tokenizer"],
 )
-def test_bad_input_is_one_sentence_and_an_exit_code(
-    mpirun, run_file, prepared, tmp_path, damage, arguments, code, words
-):
+def test_bad_input_is_one_sentence_and_an_exit_code(job, run_file, prepared, tmp_path, damage, arguments, code, words):
     data = tmp_path / "data"
     shutil.copytree(prepared, data)
     if damage == "another tokenizer":
@@ -193,7 +196,7 @@ def test_bad_input_is_one_sentence_and_an_exit_code(
     elif damage:
         damage(data)
     divides = [] if any("global_batch" in argument for argument in arguments) else ["train.global_batch_size=6"]
-    refused(mpirun(3, ["-m", "hpcllm", "train", run_file(data=data), *divides, *arguments]), code, *words)
+    refused(job(3, ["-m", "hpcllm", "train", run_file(data=data), *divides, *arguments]), code, *words)
     assert not (tmp_path / "masked_lm").exists()
 
 
@@ -224,19 +227,19 @@ def test_bad_input_is_one_sentence_and_an_exit_code(
         (["evaluate", "a", "--output", "nowhere/a.json"], 73, ["there is no such folder"]),
     ],
 )
-def test_bad_commands_are_one_sentence_and_an_exit_code(mpirun, arguments, code, words):
-    refused(mpirun(2, ["-m", "hpcllm", *arguments]), code, *words)
+def test_bad_commands_are_one_sentence_and_an_exit_code(job, arguments, code, words):
+    refused(job(2, ["-m", "hpcllm", *arguments]), code, *words)
 
 
-def test_plan_shows_who_does_what_and_refuses_what_cannot_run(mpirun, run_file):
-    ran = mpirun(2, ["-m", "hpcllm", "plan", run_file(), "--show-mesh", "parallel.tensor=2"], check=True)
+def test_plan_shows_who_does_what_and_refuses_what_cannot_run(job, run_file):
+    ran = job(2, ["-m", "hpcllm", "plan", run_file(), "--show-mesh", "parallel.tensor=2"], check=True)
     assert "2 ranks = tensor 2\n" in ran.stdout and "  rank 1    tensor 1\n" in ran.stdout
     machine = ["--nodes", "3", "--ranks-per-node", "2"]
     asked = ["-m", "hpcllm", "plan", run_file(), "--show-mesh", *machine, "train.global_batch_size=12"]
-    ran = mpirun(1, [*asked, "parallel.sharding=hybrid"], check=True)
+    ran = job(1, [*asked, "parallel.sharding=hybrid"], check=True)
     assert "6 ranks = data 6, model sharded over 2\n" in ran.stdout and "between hosts: data\n" in ran.stdout
-    refused(mpirun(1, [*asked, "parallel.tensor=3"]), 2, "tensor (3) does not divide the model's num_attention_heads")
-    refused(mpirun(1, [*asked, "parallel.tensor=4"]), 2, "= 4 does not divide the 6 ranks of this job")
+    refused(job(1, [*asked, "parallel.tensor=3"]), 2, "tensor (3) does not divide the model's num_attention_heads")
+    refused(job(1, [*asked, "parallel.tensor=4"]), 2, "= 4 does not divide the 6 ranks of this job")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_torch_is_loaded(mpirun, tmp_path):

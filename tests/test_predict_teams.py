@@ -135,7 +135,7 @@ def test_the_command_ends_where_one_rank_of_a_team_fails(mpirun, tmp_path):
     TASKS["masked_lm"].model_class().from_config(config).save_pretrained(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text('{"text": "the [MASK] sat"}\n' * 200)
     asked = ["predict", str(tmp_path / "model"), "--input", str(tmp_path / "rows.jsonl"), "--tensor", "2"]
-    fine = mpirun(2, ["-m", "hpcllm", *asked, "--output", str(tmp_path / "fine.jsonl")], check=True)
+    fine = mpirun(2, ["-m", "hpcllm", *asked, "--output", str(tmp_path / "fine.jsonl")], check=True, warm=True)
     assert json.loads(fine.stdout)["rows"] == 200
     for failing in (0, 1):
         script = tmp_path / "failing.py"
@@ -148,6 +148,6 @@ def test_the_command_ends_where_one_rank_of_a_team_fails(mpirun, tmp_path):
             "FillMask.ask = fails\nmain()\n"
         )
         arguments = [str(script), *asked, "--batch-tokens", "64", "--output", str(tmp_path / "never.jsonl")]
-        done = mpirun(2, arguments, check=False)
+        done = mpirun(2, arguments, warm=True)
         assert done.returncode == 1 and "MemoryError: no room" in done.stderr, done.stderr
         assert not (tmp_path / "never.jsonl").exists()

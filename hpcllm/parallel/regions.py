@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import UsageError
-from ..mpi.device import gpus_in_use
+from ..mpi.device import gpus_in_use, reseed
 
 # Older versions of torch have them under other names alone.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -153,7 +153,7 @@ class OwnRandomness:
     def enter(self):
         seed = int(torch.randint(1 << 62, (), dtype=torch.int64))
         self._common = torch.get_rng_state(), [(gpu, gpu.get_rng_state()) for gpu in gpus_in_use()]
-        torch.manual_seed(seed + self._rank)
+        reseed(seed + self._rank)
 
     def leave(self):
         if self._common is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ..mpi.device import reseed
 from .deferred import Deferred
 from .schedules import BACKWARD, FORWARD, INPUT, WEIGHT, actions
 
@@ -112,7 +113,7 @@ class _Turn:
         seed = self._work.seed(batch)
         if seed is not None:  # stages must not draw the same numbers, nor parts of a sequence
             apart = stage + self._placed.mesh.place["context"] * (self._runner.last + 1)
-            torch.manual_seed((seed + apart * _APART) % (1 << 63))
+            reseed((seed + apart * _APART) % (1 << 63))
         with self._work.arithmetic(), deferred:
             if not part.last:
                 output = part(carry, self._inputs(number))

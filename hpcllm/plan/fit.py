@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..mpi import on_root
 from . import cost, shapes_of
 from .machines import GiB
 from .search import USABLE
@@ -25,14 +26,18 @@ def checkpointing(config, parallel, layout, world, made):
     room = USABLE * world.comm.allreduce(free(world), op=min)
     changed = {"train": config.train.model_copy(update={"activation_checkpointing": False}), "parallel": parallel}
     gpu = world.device.type != "cpu"
-    try:
-        shapes = shapes_of(config, made, gpu)
-        work = cost.work(config.model_copy(update=changed), layout, world.local_size, pooled=not gpu)
-        needed = cost.memory(shapes, work).total
-    except Exception as error:  # of a family that cannot be counted without numbers; an estimate must not end a run
-        return False, f"its need of memory is not known: {type(error).__name__}"
-    what = f"a rank needs {needed / GiB:.2f} GiB with all of them kept, and may fill {room / GiB:.2f}"
-    return needed > room, what
+
+    def judge():
+        try:
+            shapes = shapes_of(config, made, gpu)
+            work = cost.work(config.model_copy(update=changed), layout, world.local_size, pooled=not gpu)
+            needed = cost.memory(shapes, work).total
+        except Exception as error:  # of a family that cannot be counted without numbers; an estimate must not end a run
+            return False, f"its need of memory is not known: {type(error).__name__}"
+        what = f"a rank needs {needed / GiB:.2f} GiB with all of them kept, and may fill {room / GiB:.2f}"
+        return needed > room, what
+
+    return on_root(world.comm, judge)
 
 
 def free(world):
