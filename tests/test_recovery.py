@@ -2,11 +2,13 @@
 
 import json
 import re
+import time
 
 import pytest
 
 from benchmarks.restart import differing_bytes
 from hpcllm import checkpoint, recovery
+from hpcllm.mpi import abort
 
 LARGE = ("model.safetensors", "optimizer.safetensors")
 
@@ -119,10 +121,11 @@ def test_too_few_ranks_are_saved_or_told_which_checkpoint_there_is(dying_job, tm
     checkpoint.verify(tmp_path / "uneven" / "checkpoint-4")  # of which the others had all
 
 
-def test_what_ends_the_job_as_ever(dying_job, tmp_path):
-    early = dying_job("early", 3, ["clip:1:1"])
-    forbidden = dying_job("forbidden", 3, ["clip:5:1"], **{"resilience.shrink": "false"})
-    for name, job in (("early", early), ("forbidden", forbidden)):
+def test_what_ends_the_job_as_ever(dying_job, tmp_path, monkeypatch):
+    monkeypatch.setenv("DYING_NOTE", str(tmp_path / "death"))
+    for name, step, change in (("early", 1, {}), ("forbidden", 5, {"resilience.shrink": "false"})):
+        job = dying_job(name, 3, [f"clip:{step}:1"], **change)
+        assert time.time() - float((tmp_path / "death").read_text()) < abort._KILLED_S  # nobody has waited for that
         assert job.returncode == 137 and "done: " not in job.stdout, job.stdout  # job scripts start it again
         assert not (tmp_path / name / "results.json").exists()
     refused = dying_job("refused", 2, (), ft=False, **{"resilience.shrink": "true"})
