@@ -6,6 +6,8 @@ these are nearly half, and on a parallel file system all ranks ask one server fo
 the answer is kept in the user's cache folder ($XDG_CACHE_HOME or ~/.cache), by version and place of transformers; where
 it cannot be kept, at least one look is enough.
 
+And without scipy, which transformers imports with each model, where it is installed, for losses of object detection.
+
 And without Python's garbage collector: of the 600,000 objects that torch and transformers are made of there is nothing
 to collect, and to look through all of them takes a quarter of a second: six times at the start, now and then in
 training, and twice at the end.
@@ -22,6 +24,7 @@ import sys
 from pathlib import Path
 
 _MODULE = "transformers.utils.import_utils"
+_under_way = []  # imports that are `undisturbed`
 
 
 def cache_folder():
@@ -33,9 +36,11 @@ def cache_folder():
 def undisturbed():
     """Around imports: what is there at the end is left alone by the garbage collector, for good."""
     gc.disable()
+    _under_way.append(True)
     try:
         yield
     finally:
+        _under_way.pop()
         gc.freeze()
         gc.enable()
 
@@ -61,6 +66,8 @@ class _Finder:
                 run(module)
                 if callable(getattr(module, "define_import_structure", None)):
                     module.define_import_structure = _Structure(module)
+                if callable(has_scipy := getattr(module, "is_scipy_available", None)):
+                    module.is_scipy_available = lambda: not _under_way and has_scipy()
 
             spec.loader.exec_module = exec_module
         return spec

@@ -63,3 +63,14 @@ def test_the_garbage_collector_looks_at_what_comes_after_imports_alone():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "True True True\n", done.stdout + done.stderr
+
+
+def test_scipy_is_not_imported_for_losses_that_no_task_has_and_is_there_for_what_needs_it():
+    pytest.importorskip("scipy")
+    program = (
+        "import sys\nfrom hpcllm import imports\nimports.remember()\n"
+        "with imports.undisturbed():\n    import transformers.modeling_utils\n"
+        "print('scipy' in sys.modules, transformers.utils.is_scipy_available())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "False True\n", done.stdout + done.stderr

@@ -51,7 +51,7 @@ def settings(labelled, output, kind, family="bert", **changes):
     return load(output, f"{labelled}/{kind}", section, 16, changes)
 
 
-@pytest.mark.mpi
+@pytest.mark.mpi(max_size=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_task_is_learnt(world, labelled, tmp_path, kind):
     base = shared(world, tmp_path)
@@ -91,7 +91,7 @@ def test_losses_and_scores_do_not_depend_on_the_layout(world, labelled, tmp_path
         assert found == pytest.approx(value, rel=1e-2 if correlates else 1e-5, abs=1e-6), key
 
 
-@pytest.mark.mpi
+@pytest.mark.mpi(max_size=1)
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
 @pytest.mark.parametrize("kind", ["single", "tags"])
 def test_other_families_learn_too(world, labelled, tmp_path, family, kind):
