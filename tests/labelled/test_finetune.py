@@ -51,7 +51,7 @@ def settings(labelled, output, kind, family="bert", **changes):
     return load(output, f"{labelled}/{kind}", section, 16, changes)
 
 
-@pytest.mark.mpi(max_size=2)
+@pytest.mark.mpi(max_size=1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_task_is_learnt(world, labelled, tmp_path, kind):
     base = shared(world, tmp_path)

@@ -51,7 +51,7 @@ def settings(language, output, kind, **changes):
     return load(output, f"{language}/{kind}", section, TOKENS[kind], changes)
 
 
-@pytest.mark.mpi(max_size=2)
+@pytest.mark.mpi(max_size=1)
 @pytest.mark.parametrize("kind", LANGUAGE)
 def test_answers_are_learnt(world, language, tmp_path, kind):
     base = shared(world, tmp_path)
@@ -140,7 +140,7 @@ def of_text(world, language, base, **changes):
     return values | {"data": {part: f"{base}/plain/{part}" for part in ("train", "validation")}}
 
 
-@pytest.mark.mpi(max_size=2)
+@pytest.mark.mpi(max_size=1)
 def test_t5_learns_to_fill_in_spans_of_plain_text(world, language, tmp_path):
     base = shared(world, tmp_path)
     values = of_text(world, language, base, **{"train.max_steps": 60, "train.learning_rate": 1e-2})

@@ -191,7 +191,7 @@ def test_no_answer_is_what_the_model_is_surer_of():
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.mpi(max_size=2)
+@pytest.mark.mpi(max_size=1)
 @pytest.mark.parametrize(("version", "family"), [(1, "bert"), (2, "bert"), (1, "distilbert")])
 def test_answers_are_learnt(world, asked, tmp_path, version, family):
     base = shared(world, tmp_path)
