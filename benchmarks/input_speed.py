@@ -169,7 +169,7 @@ def training(folder, rounds, warm_up=4):
     from . import step_of
 
     torch.set_num_threads(1)
-    arguments = argparse.Namespace(rows=4, precision="bf16", sharding="auto")
+    arguments = argparse.Namespace(rows=4, precision="bf16", sharding="auto", timed=rounds)
     *_, step, _ = step_of.hpcllm(arguments)
     source = batches.Source(shards.open_folder(str(folder)), causal_lm, None, 256, 0.15, 0)
     plan = argparse.Namespace(global_batch_size=4, micro_batch_size=4)

@@ -41,7 +41,7 @@ def hpcllm(arguments):
 
     world = mpi.init("cpu")
     before = jobs.held()
-    settings = {"max_steps": WARM_UP + TIMED, "sequence_length": 256, "precision": arguments.precision}
+    settings = {"max_steps": WARM_UP + arguments.timed, "sequence_length": 256, "precision": arguments.precision}
     settings |= {"global_batch_size": arguments.rows * world.size, "micro_batch_size": arguments.rows}
     plan = Train(**settings, learning_rate=1e-4, weight_decay=0.01, max_grad_norm=0.0)
     source = SimpleNamespace(task=TASKS["causal_lm"], loss_options={})
@@ -124,11 +124,12 @@ def main():
     parser.add_argument("--tuned", action="store_true")
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--precision", required=True)
+    parser.add_argument("--timed", type=int, default=TIMED, help="steps that are timed")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rank, size, meet, step, before = {"hpcllm": hpcllm, "ddp": ddp, "deepspeed": deepspeed}[arguments.way](arguments)
     seconds, losses = [], []
-    for number in range(WARM_UP + TIMED):
+    for number in range(WARM_UP + arguments.timed):
         meet()
         began = time.perf_counter()
         losses.append(step(number))
