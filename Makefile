@@ -43,13 +43,8 @@ test: venv
 	.venv/bin/python -m pytest -m "not slurm"
 	@$(MAKE) --no-print-directory test-mpi test-mpich test-intel
 
-# Where a number of ranks that is no power of two may make a difference.
-ODD := $(addprefix tests/,mpi data rows metrics parallel test_train.py test_predict.py test_replicas.py)
-
 test-mpi: venv
-	@$(MAKE) --no-print-directory RANKS=2 test-ranks
-	@$(MAKE) --no-print-directory RANKS=3 TESTS="$(ODD)" test-ranks
-	@$(MAKE) --no-print-directory RANKS=4 test-ranks
+	@for n in 2 3 4; do $(MAKE) --no-print-directory RANKS=$$n test-ranks || exit; done
 	@HPCLLM_OVERLAP=on $(MAKE) --no-print-directory RANKS=2 test-ranks \
 	    TESTS="tests/mpi/test_collectives.py tests/mpi/test_parallelism.py"
 

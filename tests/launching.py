@@ -48,7 +48,9 @@ def warm_python():
     atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
     script = str(ROOT / "tests" / "warm.py")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    server = subprocess.Popen([sys.executable, script, "serve", path], env=clean_environment(), **pipes)
+    server = subprocess.Popen(
+        [sys.executable, script, "serve", path], env=clean_environment(TRANSFORMERS_VERBOSITY="error"), **pipes
+    )
     assert server.stdout.readline() == b"ready\n", "warm.py has not begun"
     atexit.register(server.communicate)  # it ends with its standard input
     return [sys.executable, "-S", "-E", script, str(path)]

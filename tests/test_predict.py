@@ -272,7 +272,7 @@ def test_a_job_that_is_killed_goes_on_to_the_same_bytes(models, tmp_path, mpirun
         prepare_labelled(hpcllm.mpi.join(), inputs=[str(tmp_path / "rows.tsv")], reading=Reading(), **how)
     asked = ["-m", "hpcllm", "predict", models / "sequence_classification", "--input", tmp_path / given]
     asked += ["--batch-tokens", "64"]  # small ones: it has to take a while
-    mpirun(2, [*asked, "--output", tmp_path / "whole.jsonl"], check=True, warm=True)
+    mpirun(2, [*asked, "--output", tmp_path / "whole.jsonl"], check=True)
     command = [*find_mpirun(), "-np", "2", sys.executable, *map(str, asked), "--output", str(tmp_path / "killed.jsonl")]
     for delay in (0.0, 0.1, 0.2):
         job = subprocess.Popen(command, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -288,7 +288,7 @@ def test_a_job_that_is_killed_goes_on_to_the_same_bytes(models, tmp_path, mpirun
             os.kill(rank, signal.SIGKILL)
         job.wait(30)
     assert not (tmp_path / "killed.jsonl").exists()
-    done = mpirun(3, [*asked, "--output", tmp_path / "killed.jsonl"], check=True, warm=True)
+    done = mpirun(3, [*asked, "--output", tmp_path / "killed.jsonl"], check=True)
     assert json.loads(done.stdout)["reused_units"] > 0
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 

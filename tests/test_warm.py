@@ -1,6 +1,7 @@
 """The Python whose forks are the ranks of jobs in tests does what `python` would do."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -38,12 +39,6 @@ def test_it_ends_as_python_does(code):
     assert forked.stderr.splitlines()[-1:] == started.stderr.splitlines()[-1:]
 
 
-SLEEPS = (
-    "import os, signal, time; signal.signal(signal.SIGUSR1, lambda *_: os._exit(75)); print(os.getpid(), flush=True)"
-)
-SLEEPS += "; time.sleep(60)"
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGKILL, -9), (signal.SIGTERM, -15)])
 def test_signals_reach_it(number, code):
     with subprocess.Popen([*warm_python(), "-c", SLEEPS], stdout=subprocess.PIPE, text=True) as asking:
@@ -54,3 +49,11 @@ def test_signals_reach_it(number, code):
         while os.path.exists(f"/proc/{fork}"):
             assert time.monotonic() < until, "the fork is left"
             time.sleep(0.01)
+
+
+def test_one_that_is_killed_as_it_asks_does_no_harm():
+    for _ in range(20):
+        with subprocess.Popen([*warm_python(), "-c", "pass"]) as asking:
+            time.sleep(random.random() * 0.1)
+            asking.kill()
+    assert run("-c", "print('here')").stdout == "here\n"

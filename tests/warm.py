@@ -6,7 +6,8 @@
 A rank spends two and a half seconds on importing torch and transformers; a test of what happens when ranks die has more
 of that than of all else. mpirun starts the second form, which hands on what it was given (arguments, environment,
 folder, standard streams), passes signals on, and ends as its fork ends; where it is killed, so is its fork. Not for
-tests of how processes start. MPI is not imported before the fork, which would make one process of all.
+tests of how processes start, nor of what may differ from rank to rank with how Python hashes text, on which forks
+agree. MPI is not imported before the fork, which would make one process of all.
 """
 
 import contextlib
@@ -50,6 +51,8 @@ def serve(path):
             connections = {connection: number for number, connection in asking.values()}
             ready, _, _ = select.select([0, listener, *asking, *connections], [], [])
             if 0 in ready:
+                for number, _ in asking.values():
+                    os.kill(number, signal.SIGKILL)
                 sys.exit()
             for connection in connections.keys() & set(ready):
                 passed_on = connection.recv(1) or [signal.SIGKILL]  # nothing: who asked has been killed
@@ -63,7 +66,11 @@ def serve(path):
                 connection.close()
             if listener in ready:
                 connection, _ = listener.accept()
-                wanted, streams = received(connection)
+                try:
+                    wanted, streams = received(connection)
+                except EOFError:  # who asked has been killed
+                    connection.close()
+                    continue
                 number = os.fork()
                 if number == 0:
                     connection.close()
@@ -78,11 +85,26 @@ def serve(path):
 
 
 def received(connection):
+    """(what is asked for, descriptors of the standard streams). Raises EOFError where it does not come whole."""
     head, streams, _, _ = socket.recv_fds(connection, _LENGTH.size, 3)
-    (left,), body = _LENGTH.unpack(head), b""
-    while len(body) < left:
-        body += connection.recv(left - len(body))
-    return json.loads(body), streams
+    try:
+        (left,) = _LENGTH.unpack(head + whole(connection, _LENGTH.size - len(head)))
+        return json.loads(whole(connection, left)), streams
+    except EOFError:
+        for fd in streams:
+            os.close(fd)
+        raise
+
+
+def whole(connection, size):
+    """So many bytes. Raises EOFError where there are fewer."""
+    found = b""
+    while len(found) < size:
+        part = connection.recv(size - len(found))
+        if not part:
+            raise EOFError
+        found += part
+    return found
 
 
 def become(wanted, streams):
@@ -100,17 +122,13 @@ def ask(path, arguments):
     body = json.dumps(wanted).encode()
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
-    for number in _PASSED_ON:
-        signal.signal(number, lambda number, _: connection.send(bytes([number])))
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     socket.send_fds(connection, [_LENGTH.pack(len(body))], [0, 1, 2])
     connection.sendall(body)
-    answer = b""
-    while len(answer) < _LENGTH.size:
-        part = connection.recv(_LENGTH.size)
-        if not part:
-            sys.exit("warm.py: who forks is gone")
-        answer += part
-    (status,) = _LENGTH.unpack(answer)
+    for number in _PASSED_ON:
+        signal.signal(number, lambda number, _: connection.send(bytes([number])))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    (status,) = _LENGTH.unpack(whole(connection, _LENGTH.size))
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number != signal.SIGKILL:
@@ -121,15 +139,16 @@ def ask(path, arguments):
 
 def run(arguments):
     """As Python does with its own arguments."""
+    sys.path[0] = ""
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
-        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+        exec(compile(arguments[1], "<string>", "exec"), vars(sys.modules["__main__"]))
     else:
         sys.argv = arguments
-        sys.path.insert(0, os.path.dirname(arguments[0]))
+        sys.path[0] = os.path.dirname(arguments[0])
         runpy.run_path(arguments[0], run_name="__main__")
 
 

@@ -406,7 +406,8 @@ def _fail(kind, error, trace, where=""):
     else:
         head = f"hpcllm: {socket.gethostname()}"
     if not speak.first_of_host():
-        time.sleep(_KILLED_S if world is not None else 0)
+        # A death may have been told of by a rank that does not end the job, since what it waited in has ended.
+        time.sleep(_KILLED_S if world is not None and code != KILLED_CODE else 0)
     elif isinstance(error, Refusal):
         speak.write(f"{head}: {error}\n")
         time.sleep(0 if world is not None else _TOGETHER_S)  # holding the claim

@@ -258,8 +258,6 @@ class Watchdog:
             if time.monotonic() > deadline:
                 abort.end_all(abort.KILLED_CODE if launcher.fault_tolerant() else 1)
             time.sleep(0.05)
-        if launcher.fault_tolerant() and not abort.survives():  # MPI has told of the death, and its launcher ends none
-            abort.end_all(abort.KILLED_CODE)
         self._gone = set()
 
     # ---- an operation is late

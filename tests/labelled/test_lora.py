@@ -122,7 +122,7 @@ def by_peft(run, source):
 # --- training ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.mpi(max_size=1)
+@pytest.mark.mpi
 @pytest.mark.parametrize(
     ("sharding", "use_rslora"), [("host", "false"), ("none", "true"), ("gradients", "false"), ("full", "true")]
 )

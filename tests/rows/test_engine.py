@@ -334,7 +334,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes_and_repeats_nothing(mpir
     inputs = make_inputs(tmp_path)
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    mpirun(2, [SCRIPT, tmp_path / "whole", tmp_path / "log", 0, *inputs], check=True, warm=True)
+    mpirun(2, [SCRIPT, tmp_path / "whole", tmp_path / "log", 0, *inputs], check=True)
     rng, done = random.Random(), []
     for turn, ranks in enumerate((2, 3, 1)):
         began = kill_at(ranks, tmp_path / "killed", tmp_path / f"log{turn}", inputs, rng.randint(60, 200))
@@ -343,7 +343,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes_and_repeats_nothing(mpir
         assert len(set(done)) == len(done) < 800
         assert visible(tmp_path / "killed") == [".out.jsonl.partial"]
     assert len(list((tmp_path / "killed" / ".out.jsonl.partial").glob("spool-*"))) == 2 + 3 + 1
-    job = mpirun(2, [SCRIPT, tmp_path / "killed", tmp_path / "log3", 0, *inputs], check=True, warm=True)
+    job = mpirun(2, [SCRIPT, tmp_path / "killed", tmp_path / "log3", 0, *inputs], check=True)
     began = [int(line) for line in (tmp_path / "log3").read_text().split()]
     assert sorted(began + done) == list(range(800)) and len(done) > 100
     assert json.loads(job.stdout)["reused_units"] > 0
